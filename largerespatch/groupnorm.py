@@ -1,0 +1,120 @@
+"""Group statistics shared by the tiles of one plane: record, pool, apply."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .tilings import Window
+
+
+class GroupStatistics(NamedTuple):
+    """Mean and population variance ``[B, groups]`` in float32, over `cells` cells of a map."""
+
+    cells: int
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+
+def record(hidden_states: torch.Tensor, groups: int) -> GroupStatistics:
+    """The statistics of a map ``[B, C, H, W]``, per sample and group."""
+    batch, _, height, width = hidden_states.shape
+    variance, mean = torch.var_mean(hidden_states.float().reshape(batch, groups, -1), dim=-1, correction=0)
+    return GroupStatistics(height * width, mean, variance)
+
+
+def pool(parts: Sequence[GroupStatistics]) -> GroupStatistics:
+    """The statistics of the union of disjoint parts: exact, with the term between parts.
+
+    ``mean = sum n_i m_i / N`` and ``variance = sum n_i (v_i + (m_i - mean)^2) / N``. Averaging the variances alone
+    loses what the parts differ by: on a brightness ramp more than half of the variance.
+    """
+    total = sum(part.cells for part in parts)
+    means = torch.stack([part.mean for part in parts])
+    variances = torch.stack([part.variance for part in parts])
+    weights = means.new_tensor([part.cells / total for part in parts])[:, None, None]
+    mean = (weights * means).sum(dim=0)
+    variance = (weights * (variances + (means - mean).square())).sum(dim=0)
+    return GroupStatistics(total, mean, variance)
+
+
+def apply(
+    statistics: GroupStatistics,
+    hidden_states: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """``F.group_norm`` of ``[B, C, H, W]`` with the given statistics in place of the input's own.
+
+    Batch norm in evaluation is just that, per channel: one fused pass, computed in float32 for half precision.
+    """
+    batch, channels, height, width = hidden_states.shape
+    per_group = channels // groups
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(per_group, dim=1).flatten()
+
+    normalized = F.batch_norm(
+        hidden_states.reshape(1, batch * channels, height, width),
+        spread(statistics.mean),
+        spread(statistics.variance),
+        None if weight is None else weight.float().repeat(batch),
+        None if bias is None else bias.float().repeat(batch),
+        training=False,
+        eps=eps,
+    )
+    return normalized.view(batch, channels, height, width)
+
+
+class _GivenStatistics(TorchFunctionMode):
+    """Makes ``F.group_norm`` use given statistics.
+
+    So a module's original forward still runs, with whatever hooks bring its weights to the device or to a dtype.
+    """
+
+    def __init__(self, statistics: GroupStatistics) -> None:
+        super().__init__()
+        self.statistics = statistics
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.group_norm:
+            return apply(self.statistics, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class SharedGroupNorm:
+    """Takes the place of ``GroupNorm.forward`` while the tiles of one plane run through it.
+
+    Until `pool_recorded` it normalizes every tile by its own statistics and notes those of the cells that the tile
+    owns, halo not counted; from then on it normalizes by the pooled ones.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        self.groups = norm.num_groups
+        self.pooled: GroupStatistics | None = None
+        self._recorded: list[GroupStatistics] = []
+        self._window: Window | None = None
+
+    def enter(self, window: Window) -> None:
+        """The next map is that of `window`, at whatever scale."""
+        self._window = window
+
+    def pool_recorded(self) -> None:
+        self.pooled = pool(self._recorded)
+        self._recorded = []
+
+    def __call__(self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.pooled is None:
+            assert self._window is not None  # whoever runs a tile enters its window first
+            owned = self._window.owned(*hidden_states.shape[-2:])
+            self._recorded.append(record(hidden_states[:, :, owned.rows, owned.columns], self.groups))
+            return original(hidden_states)
+        with _GivenStatistics(self.pooled):
+            return original(hidden_states)

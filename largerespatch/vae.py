@@ -1,0 +1,244 @@
+"""Two-pass VAE encode and decode: low-resolution stages whole, the rest in tiles with shared group statistics.
+
+Approximate. The convolutions see all they need, so the only difference from the untiled result is in the group
+statistics: pass one records what every group norm of every tile sees, tiles normalized by themselves; pass two
+applies the pooled statistics. Doing the low-resolution stages whole keeps them, and the mid-block attention, exact.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil, prod
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from .groupnorm import SharedGroupNorm
+from .patching import PatchStack
+from .tilings import Window, tiles, window
+
+# What the stages that run whole may hold in activations. With less, big images would get large halos; with more,
+# the whole part rather than the tiles would decide how much memory a decode takes.
+WHOLE_BYTES = 2 * 2**30
+
+ProgressBar = Callable[..., AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One child of an encoder or decoder, and what its convolutions do to a map.
+
+    `scale` is its output's size relative to its input's; `reach` how many cells of its input an output cell needs on
+    each side; `values` the most values that any of its layers puts out per cell of its input.
+    """
+
+    module: nn.Module
+    scale: Fraction
+    reach: Fraction
+    values: Fraction
+
+
+def measure(module: nn.Module) -> Stage:
+    """Walk the convolutions of a stage in the order they are registered in, which is the order they run in."""
+    scale, reach, values = Fraction(1), Fraction(0), Fraction(0)
+    for child in module.modules():
+        if isinstance(child, Upsample2D):
+            scale *= 2
+        elif isinstance(child, nn.Conv2d):
+            span = child.dilation[0] * (child.kernel_size[0] - 1)
+            strided = child.stride[0] > 1
+            # Only a convolution without a stride is centred: VAEs pad the others to the right and below.
+            reach += Fraction(span, 1 if strided else 2) / scale
+            scale /= child.stride[0]
+            values = max(values, child.out_channels * scale**2)
+    return Stage(module, scale, reach, values)
+
+
+def _scale(stages: Iterable[Stage]) -> Fraction:
+    return prod((stage.scale for stage in stages), start=Fraction(1))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which stages run in tiles (the half-open range `tiled`); the others run whole, before and after them."""
+
+    stages: Sequence[Stage]
+    tiled: range
+
+    @property
+    def scale(self) -> Fraction:
+        """Size of the tiled part's output relative to its input."""
+        return _scale(self.stages[i] for i in self.tiled)
+
+    @property
+    def halo(self) -> int:
+        """Cells of the tiled part's input that its convolutions need around a tile."""
+        scale, reach = Fraction(1), Fraction(0)
+        for i in self.tiled:
+            reach += self.stages[i].reach / scale
+            scale *= self.stages[i].scale
+        step = ceil(1 / scale)  # windows start where the downsamplers' grid does
+        return step * ceil(reach / step)
+
+    def whole_bytes(self, height: int, width: int, batch: int, itemsize: int) -> int:
+        """About what the whole part holds for an input of ``height x width`` cells: three times its largest map."""
+        cells, largest = Fraction(height * width), Fraction(0)
+        for i, stage in enumerate(self.stages):
+            if i not in self.tiled:
+                largest = max(largest, cells * stage.values)
+            cells *= stage.scale**2
+        return int(3 * largest) * batch * itemsize
+
+
+def decoder_splits(decoder: Any) -> list[Split]:
+    """Ways to split a decoder, from the last two up blocks in tiles to all of them in tiles.
+
+    In Stable Diffusion's decoder the first needs a halo of 10 cells of the 4x map (2.5 latent pixels), the last of
+    13 latent pixels.
+    """
+    up_blocks = list(decoder.up_blocks)
+    last = (decoder.conv_norm_out, decoder.conv_act, decoder.conv_out)
+    stages = [measure(module) for module in (decoder.conv_in, decoder.mid_block, *up_blocks, *last)]
+    return [Split(stages, range(start, len(stages))) for start in range(max(len(up_blocks), 2), 1, -1)]
+
+
+def encoder_splits(encoder: Any) -> list[Split]:
+    """Ways to split an encoder, from the first down block in tiles to all but the last."""
+    down_blocks = list(encoder.down_blocks)
+    last = (encoder.conv_norm_out, encoder.conv_act, encoder.conv_out)
+    stages = [measure(module) for module in (encoder.conv_in, *down_blocks, encoder.mid_block, *last)]
+    return [Split(stages, range(stop)) for stop in range(2, max(len(down_blocks), 2) + 1)]
+
+
+def can_be_tiled(vae: AutoencoderKL) -> bool:
+    """Whether attention, which needs the whole map, occurs in the mid blocks alone."""
+    blocks = [*vae.encoder.down_blocks, *vae.decoder.up_blocks]
+    return not any(isinstance(module, Attention) for block in blocks for module in block.modules())
+
+
+def _pass_through(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return hidden_states
+
+
+class TwoPass:
+    """Takes the place of an encoder's or decoder's ``forward`` for inputs ``[B, C, H, W]``.
+
+    An input of at most one tile (`tile_height x tile_width` latent pixels) runs unpatched. A larger one costs the
+    tiled stages twice, on tiles enlarged by the halo. The original forward runs each part, with the stages outside
+    that part passing their input through.
+
+    Args:
+        splits: in order of preference; the first whose whole part fits `WHOLE_BYTES` is taken, else the last.
+        latent_scale: size of this module's input relative to the latent (1 for a decoder, 8 for SD's encoder).
+        wrap: whether the plane's opposite edges are neighbours (circular padding).
+        progress_bar: the pipeline's, called with ``total``.
+    """
+
+    def __init__(
+        self,
+        splits: Sequence[Split],
+        latent_scale: int,
+        tile_height: int,
+        tile_width: int,
+        wrap: bool,
+        progress_bar: ProgressBar,
+        title: str,
+    ) -> None:
+        self.splits = splits
+        self.latent_scale = latent_scale
+        self.tile_height = tile_height
+        self.tile_width = tile_width
+        self.wrap = wrap
+        self.progress_bar = progress_bar
+        self.title = title
+
+    def __call__(
+        self, original: Callable[..., torch.Tensor], sample: torch.Tensor, *args: object, **kwargs: object
+    ) -> torch.Tensor:
+        height, width = sample.shape[-2:]
+        if height <= self.tile_height * self.latent_scale and width <= self.tile_width * self.latent_scale:
+            return original(sample, *args, **kwargs)
+        split = self.choose(sample)
+
+        def run(hidden_states: torch.Tensor, part: range) -> torch.Tensor:
+            with PatchStack() as stack:
+                for i, stage in enumerate(split.stages):
+                    if i not in part:
+                        stack.set(stage.module, "forward", _pass_through, f"stage {i}")
+                return original(hidden_states, *args, **kwargs)
+
+        before, after = range(split.tiled.start), range(split.tiled.stop, len(split.stages))
+        hidden_states = run(sample, before) if before else sample
+        hidden_states = self._run_tiled(run, hidden_states, split)
+        return run(hidden_states, after) if after else hidden_states
+
+    def choose(self, sample: torch.Tensor) -> Split:
+        batch, _, height, width = sample.shape
+        for split in self.splits:
+            if split.whole_bytes(height, width, batch, sample.element_size()) <= WHOLE_BYTES:
+                return split
+        return self.splits[-1]
+
+    def _windows(self, plane: torch.Tensor, split: Split) -> list[Window]:
+        """The tiled part's windows on its input plane, their edges on the grid of its coarser side."""
+        height, width = plane.shape[-2:]
+        step = ceil(1 / split.scale)
+        per_latent = self.latent_scale * _scale(split.stages[: split.tiled.start]) / step
+        slice_y, slice_x = (int(per_latent * size) for size in (self.tile_height, self.tile_width))
+        return [
+            window(tile.scaled(step), split.halo, height, width, self.wrap)
+            for tile in tiles(height // step, width // step, 0, slice_y, slice_x)
+        ]
+
+    def _run_tiled(
+        self, run: Callable[[torch.Tensor, range], torch.Tensor], plane: torch.Tensor, split: Split
+    ) -> torch.Tensor:
+        windows = self._windows(plane, split)
+        with PatchStack() as stack, self.progress_bar(total=2 * len(windows)) as bar:
+            bar.set_description(self.title)
+            norms = []
+            for i in split.tiled:
+                for name, norm in split.stages[i].module.named_modules():
+                    if isinstance(norm, nn.GroupNorm):
+                        norms.append(SharedGroupNorm(norm))
+                        stack.wrap(norm, "forward", norms[-1], f"stage {i}.{name}.forward")
+
+            def run_window(tile_window: Window) -> torch.Tensor:
+                for shared in norms:
+                    shared.enter(tile_window)
+                result = run(_read(plane, tile_window), split.tiled)
+                bar.update()
+                return result
+
+            for tile_window in windows:
+                run_window(tile_window)
+            for shared in norms:
+                shared.pool_recorded()
+
+            output = None
+            height, width = (int(split.scale * length) for length in plane.shape[-2:])
+            for tile_window in windows:
+                result = run_window(tile_window)
+                owned = tile_window.owned(*result.shape[-2:])
+                if output is None:
+                    output = result.new_empty(*result.shape[:2], height, width)
+                place = tile_window.tile.scaled(split.scale)
+                output[:, :, place.rows, place.columns] = result[:, :, owned.rows, owned.columns]
+            assert output is not None  # there is at least one window
+            return output
+
+
+def _read(plane: torch.Tensor, tile_window: Window) -> torch.Tensor:
+    """Cut a window out of a plane ``[B, C, H, W]``; what lies over an edge comes from the opposite one."""
+    outer = tile_window.outer
+    height, width = plane.shape[-2:]
+    if outer.top >= 0 and outer.left >= 0 and outer.bottom <= height and outer.right <= width:
+        return plane[:, :, outer.rows, outer.columns]
+    rows = torch.arange(outer.top, outer.bottom, device=plane.device) % height
+    columns = torch.arange(outer.left, outer.right, device=plane.device) % width
+    return plane[:, :, rows[:, None], columns]

@@ -1,0 +1,81 @@
+"""Contract 3: exact cover, no permanent seam, no slivers, for every map and slice size."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from largerespatch.tilings import PHASES, Tile, bricks, even_cuts, staggered_cuts, tiles
+
+SIZES = st.integers(1, 90)
+SLICES = st.integers(1, 24)
+SHAPES = pytest.mark.parametrize("cover", [bricks, tiles])
+
+
+def owners(cover, height, width, phase, slice_y, slice_x):
+    """Which tile owns each cell; fails where a cell has no owner or two."""
+    owner = np.full((height, width), -1)
+    for i, tile in enumerate(cover(height, width, phase, slice_y, slice_x)):
+        assert tile.area > 0
+        assert (owner[tile.rows, tile.columns] == -1).all()
+        owner[tile.rows, tile.columns] = i
+    assert (owner >= 0).all()
+    return owner
+
+
+@SHAPES
+@given(SIZES, SIZES, SLICES, SLICES)
+def test_every_phase_covers_each_cell_once_and_no_seam_stays(cover, height, width, slice_y, slice_x):
+    always_row_seam = np.ones((height - 1, width), bool)
+    always_column_seam = np.ones((height, width - 1), bool)
+    for phase in range(PHASES):
+        owner = owners(cover, height, width, phase, slice_y, slice_x)
+        always_row_seam &= owner[1:] != owner[:-1]
+        always_column_seam &= owner[:, 1:] != owner[:, :-1]
+    assert not always_row_seam.any()
+    assert not always_column_seam.any()
+
+
+@given(st.integers(1, 4000), st.integers(2, 300))
+def test_cuts_are_within_the_limit_disjoint_and_without_slivers(length, longest):
+    even, staggered = even_cuts(length, longest), staggered_cuts(length, longest)
+    for cuts in (even, staggered):
+        assert cuts[0] == 0 and cuts[-1] == length
+        assert max(np.diff(cuts)) <= longest
+    assert not set(even[1:-1]) & set(staggered[1:-1])
+    run = length / (len(even) - 1)
+    assert min(np.diff(even)) > run - 1
+    # 2/3 of an even run, less the rounding of the two cuts that bound it
+    assert min(np.diff(staggered)) >= min(2 / 3 * run - 1, length)
+    if len(even) > 2:
+        gaps = np.abs(np.subtract.outer(even[1:-1], staggered[1:-1])).min(initial=length)
+        assert gaps >= max(1, run / 4 - 1.5)
+
+
+@SHAPES
+@given(SIZES, SIZES, SLICES, SLICES, st.integers(0, PHASES - 1))
+def test_tiles_respect_their_slices(cover, height, width, slice_y, slice_x, phase):
+    across, down = {bricks: [(2, 1), (1, 2)][phase % 2], tiles: (1, 1)}[cover]
+    least = 2 if cover is tiles else 1
+    for tile in cover(height, width, phase, slice_y, slice_x):
+        assert tile.width <= max(across * slice_x, least)
+        assert tile.height <= max(down * slice_y, least)
+
+
+def test_the_four_phases_of_the_default_bricks():
+    wide, tall, wide_flipped, tall_flipped = (bricks(256, 256, phase, 64, 64) for phase in range(PHASES))
+    assert wide[:2] == [Tile(0, 0, 64, 128), Tile(0, 128, 64, 256)]
+    assert wide[2:5] == [Tile(64, 0, 128, 85), Tile(64, 85, 128, 171), Tile(64, 171, 128, 256)]
+    assert wide_flipped[:3] == [Tile(0, 0, 64, 85), Tile(0, 85, 64, 171), Tile(0, 171, 64, 256)]
+    for wide_phase, tall_phase in ((wide, tall), (wide_flipped, tall_flipped)):
+        assert [Tile(t.left, t.top, t.right, t.bottom) for t in wide_phase] == tall_phase
+
+
+@SHAPES
+@pytest.mark.parametrize("phase", range(PHASES))
+def test_a_plane_that_fits_one_tile_is_not_cut(cover, phase):
+    assert cover(7, 5, phase, 8, 8) == [Tile(0, 0, 7, 5)]
+
+
+def test_scaled_keeps_the_rectangle_in_place():
+    assert Tile(1, 2, 3, 5).scaled(4) == Tile(4, 8, 12, 20)
