@@ -4,10 +4,8 @@ import weakref
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from diffusers import AutoencoderKL
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from .attention import COVERS, BlockedAttention, Blocking, MapNote, MapNoting, StepNote
@@ -29,18 +27,26 @@ def _modules(model: nn.Module, kind: type[_M]) -> dict[str, _M]:
     return {path: module for path, module in model.named_modules() if isinstance(module, kind)}
 
 
-def _self_attentions(transformer: Transformer2DModel) -> dict[str, Attention]:
+def _self_attentions(transformer: nn.Module) -> dict[str, Attention]:
     attentions = _modules(transformer, Attention)
     return {path: attention for path, attention in attentions.items() if not attention.is_cross_attention}
 
 
-def _transformers(model: nn.Module) -> dict[str, Transformer2DModel]:
-    transformers = _modules(model, Transformer2DModel)
+def _transformers(model: nn.Module) -> dict[str, Any]:
+    from diffusers import Transformer2DModel  # here and below, not above: both bring transformers along
+
+    transformers: dict[str, Any] = _modules(model, Transformer2DModel)
     return {path: each for path, each in transformers.items() if not each.is_input_vectorized}
 
 
+def _is_vae(model: nn.Module) -> bool:
+    from diffusers import AutoencoderKL
+
+    return isinstance(model, AutoencoderKL)
+
+
 def _can_be_patched(model: nn.Module) -> bool:
-    return can_be_tiled(model) if isinstance(model, AutoencoderKL) else bool(_transformers(model))
+    return can_be_tiled(model) if _is_vae(model) else bool(_transformers(model))
 
 
 def _discover(pipe: Any) -> dict[str, nn.Module]:
@@ -59,7 +65,7 @@ def _discover(pipe: Any) -> dict[str, nn.Module]:
     return targets
 
 
-def _vae_factor(vae: AutoencoderKL) -> int:
+def _vae_factor(vae: Any) -> int:
     """Sample pixels per latent pixel."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
@@ -69,8 +75,23 @@ def _image_size(option: str, value: object, factor: int) -> int:
     if size % factor:
         below = size - size % factor
         nearest = " and ".join(str(each) for each in (below, below + factor) if each > 0)
-        raise ValueError(f"{option} must be a multiple of {factor} sample pixels; got {size}, nearest are {nearest}")
+        raise ValueError(f"{option} must be a multiple of {factor} sample pixels; got {size}, nearest: {nearest}")
     return size
+
+
+def _check_reflection(option: str, size: int, factor: int, targets: dict[str, nn.Module]) -> None:
+    """A map must have two cells to be reflected, the smallest one of a U-Net too."""
+    halvings = [
+        len(getattr(model.config, "block_out_channels", ())) - 1
+        for model in targets.values()
+        if hasattr(model, "config") and not _is_vae(model)
+    ]
+    least = factor * (2 ** max(halvings, default=0) + 1)
+    if size < least:
+        raise ValueError(
+            f"padding_mode 'reflect' needs a {option} of at least {least} sample pixels (two cells on the smallest "
+            f"map); got {size}"
+        )
 
 
 class LargeResPatch:
@@ -119,7 +140,8 @@ class LargeResPatch:
         *,
         attn_full_tokens: int = 16384,
     ) -> None:
-        vaes = [model for model in _discover(pipe).values() if isinstance(model, AutoencoderKL)]
+        targets = _discover(pipe)
+        vaes = [model for model in targets.values() if _is_vae(model)]
         factor = max((_vae_factor(vae) for vae in vaes), default=getattr(pipe, "vae_scale_factor", 1))
         self.pipe = pipe
         self.width = _image_size("width", width, factor)
@@ -132,6 +154,9 @@ class LargeResPatch:
         )
         self.ff_chunk_size = positive_int("ff_chunk_size", ff_chunk_size, "tokens")
         self.padding_mode = one_of("padding_mode", padding_mode, PADDING_MODES)
+        if self.padding_mode == "reflect":
+            _check_reflection("width", self.width, factor, targets)
+            _check_reflection("height", self.height, factor, targets)
         self.vae_chunk_size_x = positive_int("vae_chunk_size_x", vae_chunk_size_x, "latent pixels")
         self.vae_chunk_size_y = positive_int("vae_chunk_size_y", vae_chunk_size_y, "latent pixels")
         self._stack = PatchStack()
@@ -183,7 +208,7 @@ class LargeResPatch:
                     del _PATCHED[model]
 
     def _install(self, stack: PatchStack, name: str, model: nn.Module) -> None:
-        if isinstance(model, AutoencoderKL):
+        if _is_vae(model):
             self._install_vae(stack, name, model)
         else:
             self._install_denoiser(stack, name, model)
@@ -204,7 +229,7 @@ class LargeResPatch:
         for path, feed_forward in _modules(model, FeedForward).items():
             stack.wrap(feed_forward, "forward", ChunkedFeedForward(self.ff_chunk_size), f"{name}.{path}.forward")
 
-    def _install_vae(self, stack: PatchStack, name: str, vae: AutoencoderKL) -> None:
+    def _install_vae(self, stack: PatchStack, name: str, vae: Any) -> None:
         stack.set(vae, "use_tiling", False, f"{name}.use_tiling")
         halves = (
             ("encoder", encoder_splits(vae.encoder), _vae_factor(vae)),
@@ -226,7 +251,7 @@ class LargeResPatch:
         state = "active" if self._stack.active else "not active"
         lines = [f"LargeResPatch on {type(self.pipe).__name__}, {self.width}x{self.height} sample pixels, {state}"]
         for name, model in _discover(self.pipe).items():
-            what = self._describe_vae() if isinstance(model, AutoencoderKL) else self._describe_denoiser(model)
+            what = self._describe_vae() if _is_vae(model) else self._describe_denoiser(model)
             lines.append(f"  {name} ({type(model).__name__}): {what}")
         if self.padding_mode != "constant":
             lines.append(f"  convolutions pad by {self.padding_mode!r}")

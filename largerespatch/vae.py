@@ -13,7 +13,6 @@ from math import ceil, prod
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
@@ -115,7 +114,7 @@ def encoder_splits(encoder: Any) -> list[Split]:
     return [Split(stages, range(stop)) for stop in range(2, max(len(down_blocks), 2) + 1)]
 
 
-def can_be_tiled(vae: AutoencoderKL) -> bool:
+def can_be_tiled(vae: Any) -> bool:
     """Whether attention, which needs the whole map, occurs in the mid blocks alone."""
     blocks = [*vae.encoder.down_blocks, *vae.decoder.up_blocks]
     return not any(isinstance(module, Attention) for block in blocks for module in block.modules())

@@ -1,0 +1,227 @@
+"""The examples run, with settings as small as possible, and say what is true."""
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+BENCHMARKS = EXAMPLES / "benchmarks"
+# 32x32 tokens at the finest level: small enough to be quick, larger than what is attended whole here.
+SMALL = ("--attn-slice", "8", "--attn-full-tokens", "256", "--vae-chunk", "16")
+SCRIPTS = ("generate.py", "upscale.py", "view_bricks.py")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run a script as from the command line, in an empty folder; returns its globals."""
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+
+    def run_script(script, *arguments):
+        monkeypatch.syspath_prepend(script.parent)
+        monkeypatch.setattr(sys, "argv", [script.name, *map(str, arguments)])
+        return runpy.run_path(str(script), run_name="__main__")
+
+    yield run_script
+    torch.set_num_threads(threads)
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def refused(run, capsys, script, *arguments):
+    """The message with which a script turns its arguments down, before any work."""
+    with pytest.raises(SystemExit) as ended:
+        run(EXAMPLES / script, *arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_generate_compares_patched_with_unpatched(run, capsys):
+    run(EXAMPLES / "generate.py", "a lake", "--width", 256, "--height", 192, "--steps", 2, "--compare", *SMALL)
+    patched, unpatched = pixels("large.png"), pixels("large-unpatched.png")
+    assert patched.shape == unpatched.shape == (192, 256, 3)
+    assert patched.std() > 1, "a picture of one colour would hide every difference"
+    largest = np.abs(patched - unpatched).max()
+    assert largest > 0, "nothing was blocked"
+    assert pixels("large-difference.png").max() == 255
+    printed = capsys.readouterr().out
+    assert "written to large.png" in printed
+    # Files are rounded to whole levels, the printed error is not.
+    assert abs(int(printed.split("largest error ")[1].split()[0]) - largest) <= 1
+
+
+def test_generate_reports_equality_where_nothing_needs_the_patch(run, capsys):
+    run(EXAMPLES / "generate.py", "--width", 64, "--height", 64, "--steps", 1, "--compare")
+    assert "PSNR infinite, largest error 0 of 255" in capsys.readouterr().out
+
+
+def test_generate_uses_its_seed(run):
+    for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
+        run(EXAMPLES / "generate.py", "--width", 64, "--height", 64, "--steps", 1, "--seed", seed, "--out", name)
+    assert (pixels("a.png") == pixels("b.png")).all()
+    assert (pixels("a.png") != pixels("c.png")).any()
+
+
+def test_upscale_refines_an_enlarged_picture(run):
+    small = ("--width", 128, "--height", 96)
+    run(EXAMPLES / "upscale.py", *small, "--factor", 2, "--steps", 3, "--strength", 0.7, "--stages", *SMALL)
+    assert pixels("upscaled-small.png").shape == (96, 128, 3)
+    enlarged, refined = pixels("upscaled-enlarged.png"), pixels("upscaled.png")
+    assert enlarged.shape == refined.shape == (192, 256, 3)
+    assert (enlarged != refined).any()
+
+
+def test_upscale_takes_a_picture_of_any_size(run):
+    Image.new("RGBA", (70, 45), "teal").save("given.png")
+    run(EXAMPLES / "upscale.py", "--image", "given.png", "--factor", 1.5, "--steps", 2, "--strength", 0.5, *SMALL)
+    assert pixels("upscaled.png").shape == (64, 104, 3)  # 67.5 x 105, to the nearest multiples of 8
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(run, capsys, script):
+    with pytest.raises(SystemExit) as ended:
+        run(EXAMPLES / script, "--help")
+    assert ended.value.code == 0
+    assert "--attn-shape" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("generate.py", ("--width", "1001"), "width must be a multiple of 8 sample pixels; got 1001"),
+        ("generate.py", ("--width", "0"), "must be a whole number, at least 1; got '0'"),
+        ("generate.py", ("--out", "nowhere/large.png"), "must lie in an existing folder; got 'nowhere/large.png'"),
+        ("generate.py", ("--out", "large"), "must end in the suffix of an image, as in .png; got 'large'"),
+        ("upscale.py", ("--factor", "1"), "must be more than 1 and at most 64; got '1'"),
+        ("upscale.py", ("--strength", "nan"), "must be more than 0 and at most 1; got 'nan'"),
+        ("upscale.py", ("--steps", "2", "--strength", "0.4"), "must leave at least one step"),
+        ("upscale.py", ("--image", "missing.png"), "no picture 'missing.png'"),
+    ],
+)
+def test_wrong_options_are_named(run, capsys, script, arguments, message):
+    assert message in refused(run, capsys, script, *arguments)
+
+
+def test_interrupt_reaches_the_shell(run, monkeypatch):
+    """Ctrl-C while generating writes nothing."""
+    from diffusers import StableDiffusionPipeline
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(EXAMPLES / "generate.py", "--width", 64, "--height", 64)
+    assert not Path("large.png").exists()
+
+
+def test_notebook():
+    notebook = nbformat.read(EXAMPLES / "large_res.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in notebook.cells)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    results = {
+        cell.id: output.data
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if output.output_type == "execute_result"
+    }
+    assert "image/png" in results["bricks"] and "image/png" in results["block"]
+    assert results["same"]["text/plain"] == "True"
+    assert ", active" in results["enable"]["text/plain"]
+    assert "not active" in results["disable"]["text/plain"]
+
+
+def check_environment(report):
+    described = report["environment"]
+    assert {"date", "device", "device_name", "python", "torch", "diffusers", "transformers"} <= described.keys()
+    assert described["torch"] == torch.__version__ and report["question"]
+
+
+def test_unet_step(run, tmp_path, capsys):
+    out = tmp_path / "unet.json"
+    sizes, few = ("--sizes", 64, 256), ("--rounds", 2, "--threads", 2, "--attn-slice", 8, "--attn-full-tokens", 256)
+    run(BENCHMARKS / "unet_step.py", "--architecture", "tiny", *sizes, *few, "--clock", "cpu", "--out", out)
+    report = json.loads(out.read_text())
+    check_environment(report)
+    small, large = report["results"]
+    assert small["arithmetic_ratio"] == 1, "64 sample pixels are 64 tokens, attended whole"
+    assert large["arithmetic_ratio"] > 1
+    for result in report["results"]:
+        assert all(len(result["seconds"][name]) == 2 and min(result["seconds"][name]) > 0 for name in result["seconds"])
+        assert math.isclose(result["deviation"], result["time_ratio"] / result["arithmetic_ratio"] - 1)
+    # Feed-forwards and everything else are the same work patched; only attention shrinks.
+    unpatched, patched = large["cost"]["unpatched"], large["cost"]["patched"]
+    assert unpatched["other_flops"] == patched["other_flops"]
+    assert unpatched["attention_flops"] > patched["attention_flops"] > 0
+    assert "256x256" in capsys.readouterr().out
+
+
+def test_vae(run, tmp_path, capsys):
+    out = tmp_path / "vae.json"
+    tiny = ("--channels", 8, 8, 16, 16, "--vae-chunk", 8, "--rounds", 1, "--threads", 2)
+    run(BENCHMARKS / "vae.py", "--sizes", 64, 128, *tiny, "--out", out)
+    report = json.loads(out.read_text())
+    check_environment(report)
+    cost = {(row["direction"], row["size"], row["method"]): row for row in report["cost"]}
+    assert len(cost) == 2 * 2 * 3
+    for direction in ("decode", "encode"):
+        one_tile, untiled = (cost[direction, 64, method] for method in ("two-pass", "untiled"))
+        assert one_tile["flops"] == untiled["flops"], "an image of one tile is not tiled"
+        two_pass, untiled = (cost[direction, 128, method] for method in ("two-pass", "untiled"))
+        assert two_pass["flops"] > untiled["flops"]
+        assert two_pass["peak_live_bytes"] < untiled["peak_live_bytes"]
+    for row in report["fidelity"]:
+        equal = row["size"] == 64
+        assert (row["psnr"] is None) == equal, "only equal results have an infinite PSNR"
+        assert (row["maximum_error"] == 0) == equal
+        assert (row["seam_error"] is None) == equal, "one tile has no seam"
+    assert "peak live" in capsys.readouterr().out
+
+
+def test_import_time(run, tmp_path):
+    out = tmp_path / "import.json"
+    run(BENCHMARKS / "import_time.py", "--rounds", 1, "--out", out)
+    report = json.loads(out.read_text())
+    check_environment(report)
+    ours, theirs = report["results"]["largerespatch"], report["results"]["diffusers"]
+    assert len(ours["samples"]) == len(theirs["samples"]) == 1
+    assert 0 < theirs["modules"] <= ours["modules"]
+
+
+def test_measures(monkeypatch):
+    """The instruments themselves, against values known beforehand."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    common = runpy.run_path(str(BENCHMARKS / "_common.py"))
+    weight = torch.ones(100, 100)
+
+    def work():
+        first = weight.t() @ weight  # 40 kB; the view is free
+        second = first + 1  # 40 kB more
+        del first
+        return second * 2  # in the place of the first
+
+    assert common["peak_live_bytes"](common["Candidate"](work)) == 80_000
+
+    with torch.device("meta"):
+        query, key = torch.ones(2, 3, 10, 8), torch.ones(2, 3, 20, 8)
+    attend = common["Candidate"](lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value=key))
+    assert common["cost_on_paper"](attend).flops == 4 * 2 * 3 * 10 * 20 * 8
+
+    reference, result = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+    result[..., 4] = 0.5
+    assert common["seam_error"](result, reference, [], [4]) == {"seam": 0.25, "elsewhere": 0}
+    assert math.isclose(common["psnr"](result, reference, 1.0), -10 * math.log10(0.25 / 8))
+    assert common["maximum_error"](result, reference) == 0.5

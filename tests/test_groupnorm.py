@@ -1,0 +1,78 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from largerespatch.groupnorm import GroupStatistics, SharedGroupNorm, apply, pool, record
+from largerespatch.patching import PatchStack
+from largerespatch.tilings import tiles, window
+
+
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(2, 15), st.integers(2, 15), st.floats(0, 1000))
+def test_pooled_statistics_are_those_of_the_plane(height, width, slice_y, slice_x, offset):
+    x = torch.randn(2, 8, height, width) * torch.linspace(0, 3, width) + offset
+    parts = [record(x[:, :, t.rows, t.columns], 4) for t in tiles(height, width, 0, slice_y, slice_x)]
+    pooled, whole = pool(parts), record(x, 4)
+    assert pooled.cells == whole.cells == height * width
+    torch.testing.assert_close(pooled.mean, whole.mean, rtol=1e-5, atol=1e-5)
+    # the square of an offset of 1000 leaves float32 about 0.1 of a variance
+    torch.testing.assert_close(pooled.variance, whole.variance, rtol=1e-4, atol=1e-4 + 1e-7 * offset**2)
+
+
+def test_the_term_between_tiles_counts():
+    ramp = torch.arange(8.0).expand(1, 1, 4, 8)
+    halves = [record(half, 1) for half in ramp.split(4, dim=3)]
+    assert pool(halves).variance.item() == pytest.approx(5.25)
+    assert sum(half.variance.item() for half in halves) / 2 == pytest.approx(1.25)  # what averaging would give
+
+
+def test_pooling_weighs_by_cells():
+    small, large = record(torch.ones(1, 1, 1, 2), 1), record(torch.zeros(1, 1, 3, 2), 1)
+    assert pool([small, large]).mean.item() == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_applying_a_maps_own_statistics_is_group_norm(dtype, affine):
+    torch.manual_seed(0)
+    x = (torch.randn(3, 12, 5, 7) * 4 + 9).to(dtype)
+    weight, bias = (torch.randn(12).to(dtype), torch.randn(12).to(dtype)) if affine else (None, None)
+    result = apply(record(x, 4), x, 4, weight, bias, 1e-6)
+    expected = F.group_norm(x.float(), 4, *(p.float() if affine else None for p in (weight, bias)), 1e-6)
+    assert result.dtype == dtype
+    # half a unit in the last place of values around 10
+    tolerance = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
+    torch.testing.assert_close(result.float(), expected, rtol=0, atol=tolerance)
+
+
+def test_shared_norm_records_owned_cells_alone_and_then_applies_them():
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(2, 4)
+    nn.init.normal_(norm.weight)
+    plane = torch.randn(2, 4, 12, 12) * torch.linspace(1, 5, 12)
+    windows = [window(tile, 3, 12, 12) for tile in tiles(12, 12, 0, 6, 6)]
+    shared = SharedGroupNorm(norm)
+    with PatchStack() as stack:
+        stack.wrap(norm, "forward", shared, "norm.forward")
+        for each in windows:
+            shared.enter(each)
+            part = plane[:, :, each.outer.rows, each.outer.columns]
+            torch.testing.assert_close(norm(part), F.group_norm(part, 2, norm.weight, norm.bias, norm.eps))
+        shared.pool_recorded()
+        torch.testing.assert_close(shared.pooled.variance, record(plane, 2).variance)
+        applied = norm(plane[:, :, 2:9, 3:])
+    torch.testing.assert_close(applied, norm(plane)[:, :, 2:9, 3:])
+
+
+def test_the_original_forward_still_supplies_the_weights():
+    """As under offload hooks, which bring the weights to the device inside ``forward``."""
+    norm = nn.GroupNorm(1, 2)
+    norm.forward = lambda x: F.group_norm(x, 1, torch.tensor([2.0, 3.0]), torch.tensor([1.0, -1.0]), 0.0)
+    shared = SharedGroupNorm(norm)
+    shared.pooled = GroupStatistics(1, torch.tensor([[5.0]]), torch.tensor([[4.0]]))
+    with PatchStack() as stack:
+        stack.wrap(norm, "forward", shared, "norm.forward")
+        result = norm(torch.tensor([9.0, 5.0]).view(1, 2, 1, 1))
+    torch.testing.assert_close(result.flatten(), torch.tensor([2 * 2.0 + 1, -1.0]))

@@ -1,0 +1,54 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.downsampling import Downsample2D
+from torch import nn
+
+import tiny
+from largerespatch.padding import PADDING_MODES, install_padding
+from largerespatch.patching import PatchStack
+
+MODES = [mode for mode in PADDING_MODES if mode != "constant"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_convolutions_pad_by_the_mode(mode):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 1)), torch.randn(1, 2, 5, 6)
+    expected = model[1](F.conv2d(F.pad(x, (1, 1, 1, 1), mode=mode), model[0].weight, model[0].bias))
+    with PatchStack() as stack:
+        install_padding(stack, model, "unet", mode)
+        torch.testing.assert_close(model(x), expected)
+        assert model[1].padding_mode == "zeros"  # nothing to pad, nothing to replace
+    assert model[0].padding_mode == "zeros"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_row_and_column_that_a_downsampler_adds_follow_the_mode(mode):
+    torch.manual_seed(0)
+    model, x = Downsample2D(2, use_conv=True, padding=0), torch.randn(1, 2, 6, 8)
+    expected = F.conv2d(F.pad(x, (0, 1, 0, 1), mode=mode), model.conv.weight, model.conv.bias, stride=2)
+    with PatchStack() as stack:
+        install_padding(stack, model, "vae", mode)
+        torch.testing.assert_close(model(x), expected)
+    assert "forward" not in vars(model.conv)
+
+
+def test_constant_replaces_nothing():
+    with PatchStack() as stack:
+        install_padding(stack, tiny.unet(), "unet", "constant")
+        assert not stack.active
+
+
+def test_under_circular_padding_a_unet_commutes_with_rolling():
+    unet = tiny.unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    x, prompt = torch.randn(1, 4, 8, 12), torch.randn(1, 3, 32)
+
+    def error():
+        rolled = unet(x.roll((2, 4), (2, 3)), 500, prompt).sample
+        return (rolled - unet(x, 500, prompt).sample.roll((2, 4), (2, 3))).abs().max()
+
+    with PatchStack() as stack:
+        install_padding(stack, unet, "unet", "circular")
+        assert error() < 1e-5
+    assert error() > 1e-3

@@ -1,0 +1,365 @@
+"""Contracts 1, 4, 6 and 7 on whole pipelines."""
+
+import gc
+import weakref
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from diffusers import HeunDiscreteScheduler
+
+import tiny
+from conftest import quiet
+from largerespatch import LargeResPatch
+from largerespatch.patching import PatchStack
+
+SMALL = {"attn_slice_x": 4, "attn_slice_y": 4, "attn_full_tokens": 16, "ff_chunk_size": 30}
+SMALL |= {"vae_chunk_size_x": 6, "vae_chunk_size_y": 6}
+
+
+def fingerprint(pipe):
+    """Everything that could change on any module: attributes with identity and order, class, hooks."""
+    return {
+        (name, path): (
+            type(module),
+            [(key, id(value)) for key, value in vars(module).items()],
+            [(key, list(value)) for key, value in vars(module).items() if key.endswith("_hooks")],
+            [(key, id(value)) for key, value in module._modules.items()],
+            [(key, id(value)) for key, value in module._parameters.items()],
+        )
+        for name, model in pipe.components.items()
+        if isinstance(model, torch.nn.Module)
+        for path, module in model.named_modules()
+    }
+
+
+def image(pipe, width=64, height=64, seed=0, steps=2, **options):
+    generator = torch.Generator().manual_seed(seed)
+    options = {"num_inference_steps": steps, "generator": generator, "output_type": "pt"} | options
+    return pipe("a house", width=width, height=height, **options).images
+
+
+@pytest.fixture(params=["constant", "circular"])
+def patch(request, pipe):
+    return LargeResPatch(pipe, 96, 64, padding_mode=request.param, **SMALL)
+
+
+def test_the_patched_path_runs_and_exit_restores_every_attribute(pipe, patch):
+    before, unpatched = fingerprint(pipe), image(pipe, 96)
+    for _ in range(2):  # a patch can be entered again
+        with patch as entered:
+            assert entered is patch
+            assert fingerprint(pipe) != before
+            assert not torch.allclose(image(pipe, 96), unpatched, atol=1e-4)
+        assert fingerprint(pipe) == before
+    assert torch.equal(image(pipe, 96), unpatched)
+
+
+def test_enable_and_disable_are_the_same_two_steps(pipe, patch):
+    before = fingerprint(pipe)
+    with patch:
+        inside, patched = set(fingerprint(pipe)), image(pipe, 96)
+    assert patch.enable() is patch
+    assert set(fingerprint(pipe)) == inside
+    assert torch.equal(image(pipe, 96), patched)
+    patch.disable()
+    patch.disable()
+    assert fingerprint(pipe) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, GeneratorExit])
+def test_an_exception_in_the_body_arrives_unchanged_and_restores(pipe, patch, error):
+    before, raised = fingerprint(pipe), error("mine")
+    with pytest.raises(error) as caught, patch:
+        raise raised
+    assert caught.value is raised
+    assert caught.value.__context__ is None
+    assert fingerprint(pipe) == before
+
+
+@pytest.mark.parametrize("where", ["unet.conv_out", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k"])
+def test_an_interrupt_in_the_middle_of_a_step_restores(pipe, patch, where):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = pipe.unet.get_submodule(where.removeprefix("unet.")).register_forward_pre_hook(interrupt)
+    before = fingerprint(pipe)
+    with pytest.raises(KeyboardInterrupt), patch:
+        image(pipe, 96)
+    assert fingerprint(pipe) == before
+    handle.remove()
+
+
+def test_an_interrupt_in_either_pass_of_the_vae_restores(pipe, patch):
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == at:
+            raise Interrupted
+
+    before = fingerprint(pipe)
+    with patch:
+        image(pipe, 96)
+    tiles = 2 * 2 * 2  # 12 x 8 latent pixels in tiles of 6, two passes
+    for at in range(1, tiles + 1):
+        calls = []
+        handle = pipe.vae.decoder.up_blocks[-1].resnets[0].conv1.register_forward_pre_hook(interrupt)
+        with pytest.raises(Interrupted), patch:
+            image(pipe, 96, steps=1)
+        handle.remove()
+        assert len(calls) == at
+        assert fingerprint(pipe) == before
+
+
+def test_a_failure_at_any_install_unwinds_all(pipe, patch, monkeypatch):
+    before, real = fingerprint(pipe), PatchStack.set
+    with patch:
+        installs = len(patch._stack._replaced)
+    assert installs > 10
+
+    class Failure(BaseException):
+        pass
+
+    def failing(self, *args):
+        if self is patch._stack:
+            count.append(1)
+            if len(count) == k:
+                raise Failure
+        real(self, *args)
+
+    monkeypatch.setattr(PatchStack, "set", failing)
+    for k in range(1, installs + 1):
+        count = []
+        with pytest.raises(Failure), patch:
+            pytest.fail("entered")
+        assert len(count) == k
+        assert fingerprint(pipe) == before
+    count, k = [], 0
+    with patch:  # and nothing stands in the way of the next entry
+        assert len(count) == installs
+
+
+def test_one_patch_at_a_time(pipe, patch):
+    other = LargeResPatch(pipe, 64, 64)
+    with patch:
+        inside = fingerprint(pipe)
+        for second, who in ((patch, "this"), (other, "another")):
+            with pytest.raises(ValueError, match=rf"pipe\.\w+ is patched already, by {who} LargeResPatch.*disable"):
+                second.enable()
+        other.disable()  # not entered: nothing to undo
+        assert fingerprint(pipe) == inside
+    with other:
+        assert fingerprint(pipe) != inside
+
+
+def test_a_pipeline_that_shares_models_counts_as_the_same(pipe, patch):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    sharing = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    with patch, pytest.raises(ValueError, match="patched already"):
+        LargeResPatch(sharing, 64, 64).enable()
+    with LargeResPatch(sharing, 64, 64):
+        assert "forward" in vars(pipe.unet)
+
+
+def test_what_others_put_over_a_replacement_is_left_and_named(pipe, patch):
+    before = fingerprint(pipe)
+    with pytest.raises(RuntimeError, match=r"unet\.mid_block\.\S+\.attn1\.forward"), patch:
+        attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+        inner = attention.forward
+        attention.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    after = fingerprint(pipe)
+    assert [key for key in before if before[key] != after[key]] == [
+        ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1")
+    ]
+    overlaid = image(pipe, 96)  # ours is still underneath, inert
+    del attention.forward
+    assert torch.equal(image(pipe, 96), overlaid)
+    assert fingerprint(pipe) == before
+
+
+def test_upstreams_tiling_is_off_inside_and_as_it_was_after(pipe, patch):
+    pipe.vae.enable_tiling()
+    before = fingerprint(pipe)
+    with patch:
+        assert pipe.vae.use_tiling is False
+    assert pipe.vae.use_tiling is True
+    assert fingerprint(pipe) == before
+
+
+def test_small_images_come_out_as_without_the_patch(pipe):
+    expected = image(pipe, 96, 64)
+    with LargeResPatch(pipe, 2048, 2048):
+        assert torch.equal(image(pipe, 96, 64), expected)
+
+
+def test_the_same_seed_gives_the_same_image_whatever_came_before(pipe, patch):
+    with patch:
+        first = image(pipe, 96)
+        image(pipe, 64, 96, seed=7, steps=3)
+        assert torch.equal(image(pipe, 96), first)
+    with patch:
+        assert torch.equal(image(pipe, 96), first)
+
+
+def phases_by_step(pipe, monkeypatch, **options):
+    """Which phase each layer used in each call of its tilings."""
+    from largerespatch import attention
+
+    used = []
+
+    def recording(height, width, phase, slice_y, slice_x):
+        used.append(phase)
+        return real(height, width, phase, slice_y, slice_x)
+
+    real = attention.COVERS["brick"]
+    monkeypatch.setitem(attention.COVERS, "brick", recording)
+    with LargeResPatch(pipe, 64, 64, **SMALL):
+        image(pipe, **options)
+    return used
+
+
+def test_phases_follow_layer_and_step_alone(pipe, monkeypatch):
+    used = phases_by_step(pipe, monkeypatch, steps=5)
+    steps = [used[i : i + 3] for i in range(0, len(used), 3)]  # the mid block's map is small enough to stay whole
+    assert len(steps) == 5
+    assert len(set(steps[0])) > 1
+    assert all([(phase + 1) % 4 for phase in a] == b for a, b in pairwise(steps))
+
+
+def test_schedulers_that_visit_a_timestep_twice_still_visit_all_phases(pipe, monkeypatch):
+    pipe.scheduler = HeunDiscreteScheduler()
+    used = phases_by_step(pipe, monkeypatch, steps=5)
+    assert {phase for phase in used[::3]} == {0, 1, 2, 3}
+
+
+def test_both_halves_of_guidance_see_one_tiling_when_they_run_in_two_calls(pipe, monkeypatch):
+    from largerespatch import attention
+
+    pipe.scheduler.set_timesteps(4)
+    used = []
+    real = attention.COVERS["brick"]
+    monkeypatch.setitem(attention.COVERS, "brick", lambda *args: used.append(args[2]) or real(*args))
+    sample, prompt = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 32)
+    with LargeResPatch(pipe, 64, 64, **SMALL):
+        for timestep in pipe.scheduler.timesteps:
+            for each in (prompt, -prompt):
+                pipe.unet(sample, timestep, encoder_hidden_states=each)
+    calls = [used[i : i + 3] for i in range(0, len(used), 3)]
+    assert len(calls) == 8
+    assert calls[::2] == calls[1::2]
+    assert len({tuple(call) for call in calls}) == 4
+
+
+def test_the_patch_keeps_no_pipeline_alive():
+    pipe = quiet(tiny.text_to_image())
+    patch = LargeResPatch(pipe, 64, 64)
+    with patch:
+        pass
+    gone = weakref.ref(pipe.unet)
+    del pipe, patch
+    gc.collect()
+    assert gone() is None
+
+
+REPR = """\
+LargeResPatch on StableDiffusionPipeline, 96x64 sample pixels, not active
+  vae (AutoencoderKL): encoder and decoder in two passes over tiles of 64x64 latent pixels
+  unet (UNet2DConditionModel): 4 self-attentions in bricks of 128x64 and 64x128 tokens on maps of over 16384, \
+4 feed-forwards in chunks of 4096 tokens"""
+
+
+def test_repr_says_what_is_replaced_and_with_which_settings(pipe):
+    assert repr(LargeResPatch(pipe, 96, 64)) == REPR
+    with LargeResPatch(pipe, 96, 64, attn_shape="tile", padding_mode="circular") as patch:
+        assert "sample pixels, active\n" in repr(patch)
+        assert "in tiles of 64x64 tokens" in repr(patch)
+        assert "convolutions pad by 'circular'" in repr(patch)
+
+
+def test_the_2022_call_works_unchanged(pipe):
+    with LargeResPatch(
+        pipe=pipe,
+        width=96,
+        height=64,
+        attn_slice_x=64,
+        attn_slice_y=64,
+        attn_shape="brick",
+        ff_chunk_size=4096,
+        padding_mode="constant",
+        vae_chunk_size_x=64,
+        vae_chunk_size_y=64,
+    ):
+        assert image(pipe, 96).shape == (1, 3, 64, 96)
+
+
+WHOLE = [
+    ("width", "sample pixels"),
+    ("height", "sample pixels"),
+    ("attn_slice_x", "tokens"),
+    ("attn_slice_y", "tokens"),
+    ("attn_full_tokens", "tokens"),
+    ("ff_chunk_size", "tokens"),
+    ("vae_chunk_size_x", "latent pixels"),
+    ("vae_chunk_size_y", "latent pixels"),
+]
+
+
+@pytest.mark.parametrize(("option", "unit"), WHOLE)
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-8, ValueError), (True, TypeError), (64.0, TypeError), ("64", TypeError)]
+)
+def test_sizes_must_be_whole_and_positive(pipe, option, unit, value, error):
+    before = fingerprint(pipe)
+    with pytest.raises(error, match=rf"{option} must be a whole number of {unit}, at least 1; got {value!r}"):
+        LargeResPatch(pipe, **({"width": 64, "height": 64} | {option: value}))
+    assert fingerprint(pipe) == before
+
+
+def test_numpy_integers_are_whole_numbers(pipe):
+    assert LargeResPatch(pipe, np.int64(64), np.int32(72)).height == 72
+
+
+@pytest.mark.parametrize(("value", "nearest"), [(1001, "1000 and 1008"), (7, "8"), (1023, "1016 and 1024")])
+@pytest.mark.parametrize("option", ["width", "height"])
+def test_sizes_must_be_multiples_of_the_factor(pipe, option, value, nearest):
+    message = f"{option} must be a multiple of 8 sample pixels; got {value}, nearest: {nearest}$"
+    with pytest.raises(ValueError, match=message):
+        LargeResPatch(pipe, **({"width": 64, "height": 64} | {option: value}))
+
+
+@pytest.mark.parametrize(
+    ("option", "accepted"),
+    [("attn_shape", "'brick', 'tile'"), ("padding_mode", "'constant', 'circular', 'reflect', 'replicate'")],
+)
+@pytest.mark.parametrize(("value", "error"), [("hexagon", ValueError), (None, TypeError)])
+def test_words_must_be_known(pipe, option, accepted, value, error):
+    with pytest.raises(error, match=f"{option} must be one of {accepted}; got {value!r}"):
+        LargeResPatch(pipe, 64, 64, **{option: value})
+
+
+def test_later_options_are_keyword_only(pipe):
+    with pytest.raises(TypeError, match="positional"):
+        LargeResPatch(pipe, 64, 64, 64, 64, "brick", 4096, "constant", 64, 64, 16384)
+
+
+def test_reflection_needs_two_cells_at_the_unets_coarsest_level(pipe):
+    with pytest.raises(ValueError, match=r"padding_mode 'reflect' needs a height of at least 24 .*got 16"):
+        LargeResPatch(pipe, 64, 16, padding_mode="reflect")
+    with LargeResPatch(pipe, 24, 24, padding_mode="reflect"):
+        assert image(pipe, 24, 24).isfinite().all()
+
+
+class Empty:
+    def __init__(self):
+        self.components = {"scheduler": None, "text_encoder": torch.nn.Linear(1, 1)}
+
+
+def test_a_pipe_must_hold_something_to_patch():
+    with pytest.raises(ValueError, match=r"Transformer2DModel.*AutoencoderKL; got Empty with text_encoder \(Linear\)"):
+        LargeResPatch(Empty(), 64, 64)
+    with pytest.raises(TypeError, match="pipe must be a diffusers pipeline, with `components`; got Linear"):
+        LargeResPatch(torch.nn.Linear(1, 1), 64, 64)
