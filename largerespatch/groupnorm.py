@@ -71,7 +71,7 @@ def apply(
     return normalized.view(batch, channels, height, width)
 
 
-class _GivenStatistics(TorchFunctionMode):
+class GivenStatistics(TorchFunctionMode):
     """Makes ``F.group_norm`` use given statistics.
 
     So a module's original forward still runs, with whatever hooks bring its weights to the device or to a dtype.
@@ -116,5 +116,5 @@ class SharedGroupNorm:
             owned = self._window.owned(*hidden_states.shape[-2:])
             self._recorded.append(record(hidden_states[:, :, owned.rows, owned.columns], self.groups))
             return original(hidden_states)
-        with _GivenStatistics(self.pooled):
+        with GivenStatistics(self.pooled):
             return original(hidden_states)

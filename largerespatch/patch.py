@@ -13,7 +13,7 @@ from .feedforward import ChunkedFeedForward
 from .padding import PADDING_MODES, install_padding
 from .patching import PatchStack
 from .unet import StepNoting
-from .vae import TwoPass, can_be_tiled, decoder_splits, encoder_splits
+from .vae import VAE_MODES, Cutting, Exact, TwoPass, can_be_tiled, decoder_splits, encoder_splits
 from .validation import one_of, positive_int
 
 # Which models are patched now, by which patch. Kept here, since the models themselves must carry no mark.
@@ -118,6 +118,8 @@ class LargeResPatch:
         vae_chunk_size_x: width of a VAE tile in latent pixels.
         vae_chunk_size_y: height of a VAE tile in latent pixels.
         attn_full_tokens: maps of at most this many tokens are attended whole.
+        vae_mode: "two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map,
+            about as fast as untiled, with half of its memory. A strip has `vae_chunk_size_y` rows on every map.
 
     Raises:
         TypeError, ValueError: an option is not what is accepted, or `pipe` has nothing to patch. Nothing is changed.
@@ -139,6 +141,7 @@ class LargeResPatch:
         vae_chunk_size_y: int = 64,
         *,
         attn_full_tokens: int = 16384,
+        vae_mode: str = "two-pass",
     ) -> None:
         targets = _discover(pipe)
         vaes = [model for model in targets.values() if _is_vae(model)]
@@ -159,6 +162,10 @@ class LargeResPatch:
             _check_reflection("height", self.height, factor, targets)
         self.vae_chunk_size_x = positive_int("vae_chunk_size_x", vae_chunk_size_x, "latent pixels")
         self.vae_chunk_size_y = positive_int("vae_chunk_size_y", vae_chunk_size_y, "latent pixels")
+        self.vae_mode = one_of("vae_mode", vae_mode, VAE_MODES)
+        for name, vae in targets.items():
+            if _is_vae(vae):
+                self._vae_halves(name, vae)  # what cannot be run in this mode is an error now
         self._stack = PatchStack()
 
     def enable(self) -> Self:
@@ -231,21 +238,27 @@ class LargeResPatch:
 
     def _install_vae(self, stack: PatchStack, name: str, vae: Any) -> None:
         stack.set(vae, "use_tiling", False, f"{name}.use_tiling")
-        halves = (
-            ("encoder", encoder_splits(vae.encoder), _vae_factor(vae)),
-            ("decoder", decoder_splits(vae.decoder), 1),
-        )
-        for half, splits, latent_scale in halves:
-            two_pass = TwoPass(
-                splits=splits,
-                latent_scale=latent_scale,
+        for half, replacement in self._vae_halves(name, vae).items():
+            stack.wrap(getattr(vae, half), "forward", replacement, f"{name}.{half}.forward")
+
+    def _vae_halves(self, name: str, vae: Any) -> dict[str, TwoPass | Exact]:
+        halves: dict[str, TwoPass | Exact] = {}
+        for half, latent_scale in (("encoder", _vae_factor(vae)), ("decoder", 1)):
+            cutting = Cutting(
                 tile_height=self.vae_chunk_size_y,
                 tile_width=self.vae_chunk_size_x,
+                latent_scale=latent_scale,
                 wrap=self.padding_mode == "circular",
                 progress_bar=self.pipe.progress_bar,
                 title=f"VAE {half}",
             )
-            stack.wrap(getattr(vae, half), "forward", two_pass, f"{name}.{half}.forward")
+            model = getattr(vae, half)
+            if self.vae_mode == "exact":
+                halves[half] = Exact(model, f"{name}.{half}", cutting)
+            else:
+                splits = encoder_splits(model) if half == "encoder" else decoder_splits(model)
+                halves[half] = TwoPass(splits, cutting)
+        return halves
 
     def __repr__(self) -> str:
         state = "active" if self._stack.active else "not active"
@@ -267,5 +280,7 @@ class LargeResPatch:
         )
 
     def _describe_vae(self) -> str:
+        if self.vae_mode == "exact":
+            return f"encoder and decoder exactly, in strips of {self.vae_chunk_size_y} rows"
         size = f"{self.vae_chunk_size_x}x{self.vae_chunk_size_y}"
         return f"encoder and decoder in two passes over tiles of {size} latent pixels"

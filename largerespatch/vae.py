@@ -1,12 +1,13 @@
-"""Two-pass VAE encode and decode: low-resolution stages whole, the rest in tiles with shared group statistics.
+"""VAE encode and decode in pieces: in two passes over tiles, or exactly, strip by strip.
 
-Approximate. The convolutions see all they need, so the only difference from the untiled result is in the group
-statistics: pass one records what every group norm of every tile sees, tiles normalized by themselves; pass two
-applies the pooled statistics. Doing the low-resolution stages whole keeps them, and the mid-block attention, exact.
+Two-pass is approximate: low-resolution stages run whole, the rest in tiles with shared group statistics. The
+convolutions see all they need, so the only difference from the untiled result is in these statistics: pass one records
+what every group norm of every tile sees, tiles normalized by themselves; pass two applies the pooled ones.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, prod
@@ -19,11 +20,14 @@ from torch import nn
 
 from .groupnorm import SharedGroupNorm
 from .patching import PatchStack
+from .strips import Forward, Strips, replacements
 from .tilings import Window, tiles, window
 
 # What the stages that run whole may hold in activations. With less, big images would get large halos; with more,
 # the whole part rather than the tiles would decide how much memory a decode takes.
 WHOLE_BYTES = 2 * 2**30
+
+VAE_MODES = ("two-pass", "exact")
 
 ProgressBar = Callable[..., AbstractContextManager[Any]]
 
@@ -124,44 +128,71 @@ def _pass_through(hidden_states: torch.Tensor, *args: object, **kwargs: object) 
     return hidden_states
 
 
-class TwoPass:
+@dataclass(frozen=True)
+class Cutting:
+    """How an encoder or decoder is cut, sizes in latent pixels.
+
+    `latent_scale` is the size of its input relative to the latent (1 for a decoder, 8 for SD's encoder), `wrap` says
+    whether the plane's opposite edges are neighbours (circular padding), `progress_bar` is the pipeline's, called with
+    ``total``, and `title` goes with it.
+    """
+
+    tile_height: int
+    tile_width: int
+    latent_scale: int
+    wrap: bool
+    progress_bar: ProgressBar
+    title: str
+
+
+class _InPieces(ABC):
     """Takes the place of an encoder's or decoder's ``forward`` for inputs ``[B, C, H, W]``.
 
-    An input of at most one tile (`tile_height x tile_width` latent pixels) runs unpatched. A larger one costs the
-    tiled stages twice, on tiles enlarged by the halo. The original forward runs each part, with the stages outside
-    that part passing their input through.
+    An input of at most one tile goes through the original.
+    """
+
+    def __init__(self, cutting: Cutting) -> None:
+        self.cutting = cutting
+
+    def __call__(self, original: Forward, sample: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        height, width = (length // self.cutting.latent_scale for length in sample.shape[-2:])
+        if height <= self.cutting.tile_height and width <= self.cutting.tile_width:
+            return original(sample, *args, **kwargs)
+        if torch.is_grad_enabled() and sample.requires_grad:
+            raise RuntimeError(
+                f"{self.cutting.title} of {width}x{height} latent pixels runs in pieces, which have no gradients: "
+                "detach its input, leave the block of LargeResPatch, or give it larger vae_chunk_size_x and _y"
+            )
+        with torch.no_grad():
+            return self._run(lambda part: original(part, *args, **kwargs), sample)
+
+    @abstractmethod
+    def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+        """The result for an input of more than one tile."""
+
+    @contextmanager
+    def _progress(self, total: int) -> Iterator[Any]:
+        with self.cutting.progress_bar(total=total) as bar:
+            bar.set_description(self.cutting.title)
+            yield bar
+
+
+class TwoPass(_InPieces):
+    """Tiles with shared group statistics; approximate.
+
+    Costs the tiled stages twice, on tiles enlarged by the halo. The original forward runs each part, with the stages
+    outside that part passing their input through.
 
     Args:
         splits: in order of preference; the first whose whole part fits `WHOLE_BYTES` is taken, else the last.
-        latent_scale: size of this module's input relative to the latent (1 for a decoder, 8 for SD's encoder).
-        wrap: whether the plane's opposite edges are neighbours (circular padding).
-        progress_bar: the pipeline's, called with ``total``.
+        cutting: the size of a tile, and the rest.
     """
 
-    def __init__(
-        self,
-        splits: Sequence[Split],
-        latent_scale: int,
-        tile_height: int,
-        tile_width: int,
-        wrap: bool,
-        progress_bar: ProgressBar,
-        title: str,
-    ) -> None:
+    def __init__(self, splits: Sequence[Split], cutting: Cutting) -> None:
+        super().__init__(cutting)
         self.splits = splits
-        self.latent_scale = latent_scale
-        self.tile_height = tile_height
-        self.tile_width = tile_width
-        self.wrap = wrap
-        self.progress_bar = progress_bar
-        self.title = title
 
-    def __call__(
-        self, original: Callable[..., torch.Tensor], sample: torch.Tensor, *args: object, **kwargs: object
-    ) -> torch.Tensor:
-        height, width = sample.shape[-2:]
-        if height <= self.tile_height * self.latent_scale and width <= self.tile_width * self.latent_scale:
-            return original(sample, *args, **kwargs)
+    def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         split = self.choose(sample)
 
         def run(hidden_states: torch.Tensor, part: range) -> torch.Tensor:
@@ -169,7 +200,7 @@ class TwoPass:
                 for i, stage in enumerate(split.stages):
                     if i not in part:
                         stack.set(stage.module, "forward", _pass_through, f"stage {i}")
-                return original(hidden_states, *args, **kwargs)
+                return original(hidden_states)
 
         before, after = range(split.tiled.start), range(split.tiled.stop, len(split.stages))
         hidden_states = run(sample, before) if before else sample
@@ -187,10 +218,10 @@ class TwoPass:
         """The tiled part's windows on its input plane, their edges on the grid of its coarser side."""
         height, width = plane.shape[-2:]
         step = ceil(1 / split.scale)
-        per_latent = self.latent_scale * _scale(split.stages[: split.tiled.start]) / step
-        slice_y, slice_x = (int(per_latent * size) for size in (self.tile_height, self.tile_width))
+        per_latent = self.cutting.latent_scale * _scale(split.stages[: split.tiled.start]) / step
+        slice_y, slice_x = (int(per_latent * size) for size in (self.cutting.tile_height, self.cutting.tile_width))
         return [
-            window(tile.scaled(step), split.halo, height, width, self.wrap)
+            window(tile.scaled(step), split.halo, height, width, self.cutting.wrap)
             for tile in tiles(height // step, width // step, 0, slice_y, slice_x)
         ]
 
@@ -198,8 +229,7 @@ class TwoPass:
         self, run: Callable[[torch.Tensor, range], torch.Tensor], plane: torch.Tensor, split: Split
     ) -> torch.Tensor:
         windows = self._windows(plane, split)
-        with PatchStack() as stack, self.progress_bar(total=2 * len(windows)) as bar:
-            bar.set_description(self.title)
+        with PatchStack() as stack, self._progress(2 * len(windows)) as bar:
             norms = []
             for i in split.tiled:
                 for name, norm in split.stages[i].module.named_modules():
@@ -241,3 +271,41 @@ def _read(plane: torch.Tensor, tile_window: Window) -> torch.Tensor:
     rows = torch.arange(outer.top, outer.bottom, device=plane.device) % height
     columns = torch.arange(outer.left, outer.right, device=plane.device) % width
     return plane[:, :, rows[:, None], columns]
+
+
+class Exact(_InPieces):
+    """Strip by strip with the group statistics of the whole map; exact, each module to rounding.
+
+    No arithmetic is done twice but in the halos of the strips (a row or two on each side). Larger in memory than two
+    passes: whole maps are alive, about half as many as in the original.
+
+    Args:
+        model: the encoder or decoder, and `path` its name in messages.
+        cutting: strips have as many rows, on every map, as a tile has in latent pixels.
+
+    Raises:
+        ValueError: `model` holds a module that cannot be run strip by strip.
+    """
+
+    def __init__(self, model: nn.Module, path: str, cutting: Cutting) -> None:
+        super().__init__(cutting)
+        self.strips = Strips(cutting.tile_height, cutting.wrap)
+        self.replacements = list(replacements(model, self.strips, path))
+
+    def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+        with PatchStack() as stack, self._progress(len(self.replacements)) as bar:
+
+            def counted(replacement: Forward) -> Forward:
+                def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+                    result = replacement(*args, **kwargs)
+                    bar.update()
+                    return result
+
+                return forward
+
+            for path, module, replacement in self.replacements:
+                stack.wrap(module, "forward", counted(replacement), f"{path}.forward")
+            try:
+                return original(sample)
+            finally:
+                self.strips.spare = None

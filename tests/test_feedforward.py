@@ -35,7 +35,10 @@ def test_the_hidden_layer_never_holds_more_than_a_chunk(activation):
     with PatchStack() as stack:
         stack.wrap(module, "forward", ChunkedFeedForward(16), "ff.forward")
         torch.testing.assert_close(module(x), expected, **ROUNDING)
-    assert widths == [16, 16, 16, 2]
+        assert widths == [16, 16, 16, 2]
+        widths.clear()
+        module(x[:, :9])
+        assert widths == [16, 2]
 
 
 def test_tokens_within_one_chunk_go_through_untouched():

@@ -13,7 +13,7 @@ from largerespatch import vae as vae_room
 from largerespatch.groupnorm import SharedGroupNorm, record
 from largerespatch.padding import install_padding
 from largerespatch.patching import PatchStack
-from largerespatch.vae import TwoPass, can_be_tiled, decoder_splits, encoder_splits, measure
+from largerespatch.vae import Cutting, TwoPass, can_be_tiled, decoder_splits, encoder_splits, measure
 
 LEVELS = 4
 
@@ -33,14 +33,14 @@ class Bar(nullcontext):
         self.title = title
 
 
-def two_pass(splits, latent_scale, size, wrap=False):
-    return TwoPass(splits, latent_scale, *size, wrap, Bar, "VAE")
+def cutting(size, latent_scale=1, wrap=False, bar=Bar):
+    return Cutting(*size, latent_scale, wrap, bar, "VAE half")
 
 
 def install(stack, vae, size, wrap=False, splits=slice(None)):
     """Both halves of `vae` in two passes, `size` = (height, width) of a tile in latent pixels."""
-    encoder = two_pass(encoder_splits(vae.encoder)[splits], 8, size, wrap)
-    decoder = two_pass(decoder_splits(vae.decoder)[splits], 1, size, wrap)
+    encoder = TwoPass(encoder_splits(vae.encoder)[splits], cutting(size, 8, wrap))
+    decoder = TwoPass(decoder_splits(vae.decoder)[splits], cutting(size, 1, wrap))
     stack.wrap(vae.encoder, "forward", encoder, "vae.encoder.forward")
     stack.wrap(vae.decoder, "forward", decoder, "vae.decoder.forward")
 
@@ -196,7 +196,7 @@ def test_circular_padding_commutes_with_rolling(size):
 
 def test_the_plane_is_split_by_what_fits_whole(monkeypatch):
     vae, x = tiny.vae(), latent(1, 32, 32)
-    patch = two_pass(decoder_splits(vae.decoder), 1, (16, 16))
+    patch = TwoPass(decoder_splits(vae.decoder), cutting((16, 16)))
     by_limit = {}
     for limit in (10**9, 10**6, 1):
         monkeypatch.setattr(vae_room, "WHOLE_BYTES", limit)
@@ -227,7 +227,7 @@ def test_modules_are_untouched_between_calls_and_after_a_failure():
                 raise Stop
 
     for stop_at in range(1, 9):
-        patch = TwoPass(decoder_splits(vae.decoder), 1, 10, 10, False, Stopping, "VAE")
+        patch = TwoPass(decoder_splits(vae.decoder), cutting((10, 10), bar=Stopping))
         with PatchStack() as stack:
             stack.wrap(vae.decoder, "forward", patch, "vae.decoder.forward")
             with pytest.raises(Stop):

@@ -1,0 +1,253 @@
+"""Exact strip-wise execution of the convolutional modules of an encoder or decoder.
+
+A map is visited in strips (bands of rows at full width), each read with the halo that its convolution needs. Group
+norms get the statistics of the whole map, recorded strip by strip beforehand. So every module returns its unpatched
+result to rounding, while no normalized, activated or upsampled copy of a whole map is ever alive. A map that is one
+strip goes through the original forward.
+
+Modules work *in place*: the memory of an input becomes that of the output wherever it can. This is for encoders and
+decoders, where each map has a single reader; a U-Net keeps its maps for skip connections.
+"""
+
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from .groupnorm import GivenStatistics, GroupStatistics, pool, record
+from .tilings import Tile, even_cuts, window
+
+Forward = Callable[..., torch.Tensor]
+
+
+class Strips:
+    """How maps are cut: into strips of at most `rows` rows; `wrap` where top and bottom are neighbours.
+
+    `spare` is memory that the last residual block has no more use for and the next one may take.
+    """
+
+    def __init__(self, rows: int, wrap: bool) -> None:
+        self.rows = rows
+        self.wrap = wrap
+        self.spare: torch.Tensor | None = None
+
+    def cut(self, plane: torch.Tensor, scale: Fraction = Fraction(1)) -> list[Tile]:
+        """Strips of ``[B, C, H, W]``, for a module that scales them: no more rows than allowed before and after."""
+        height, width = plane.shape[-2:]
+        step = scale.denominator
+        cuts = even_cuts(height // step, max(self.rows // max(scale.numerator, step), 1))
+        return [Tile(top * step, 0, bottom * step, width) for top, bottom in pairwise(cuts)]
+
+    def is_one(self, plane: torch.Tensor) -> bool:
+        return plane.shape[-2] <= self.rows
+
+    def read(self, plane: torch.Tensor, strips: list[Tile], halo: int) -> Iterator[tuple[Tile, int, torch.Tensor]]:
+        """Yield each strip with its halo, as ``(strip, rows above it, block)``.
+
+        The strip's own rows may be overwritten as soon as it has been yielded: what later strips need of them is
+        kept aside.
+        """
+        height, width = plane.shape[-2:]
+        first = plane[:, :, :halo].clone()
+        above = plane[:, :, height - halo :].clone() if self.wrap else plane[:, :, :0]
+        for strip in strips:
+            outer = window(strip, halo, height, width, self.wrap).outer
+            rows_above = strip.top - outer.top
+            parts = [
+                above[:, :, above.shape[2] - rows_above :],
+                plane[:, :, strip.top : min(outer.bottom, height)],
+                first[:, :, : max(outer.bottom - height, 0)],
+            ]
+            above = torch.cat([above, plane[:, :, strip.rows]], dim=2)
+            above = above[:, :, max(above.shape[2] - halo, 0) :].clone()
+            yield strip, rows_above, torch.cat(parts, dim=2)
+
+    def statistics(self, plane: torch.Tensor, groups: int) -> GroupStatistics:
+        return pool([record(plane[:, :, strip.rows], groups) for strip in self.cut(plane)])
+
+    def take(self, plane: torch.Tensor, channels: int) -> torch.Tensor:
+        """Memory for `channels` channels of a map like `plane`: the spare one where it fits."""
+        shape = (plane.shape[0], channels, *plane.shape[2:])
+        spare, self.spare = self.spare, None
+        return spare if spare is not None and spare.shape == shape else plane.new_empty(shape)
+
+
+def _reach(convolution: nn.Conv2d) -> int:
+    return int(convolution.dilation[0] * (convolution.kernel_size[0] - 1) // 2)
+
+
+class StripResnet:
+    """Takes the place of ``ResnetBlock2D.forward``: norm, activation, convolution, twice, plus the shortcut.
+
+    Alive at once are the input and the map between the two convolutions. A block that at least halves its channels
+    needs no more than its input: shortcut and middle map fit into it.
+    """
+
+    def __init__(self, module: ResnetBlock2D, strips: Strips) -> None:
+        self.module: Any = module
+        self.strips = strips
+
+    def __call__(
+        self, original: Forward, input_tensor: torch.Tensor, temb: torch.Tensor | None = None, **kwargs: object
+    ) -> torch.Tensor:
+        if self.strips.is_one(input_tensor):
+            return original(input_tensor, temb, **kwargs)
+        channels = self.module.conv1.out_channels
+        narrows = self.module.conv_shortcut is not None and 2 * channels <= input_tensor.shape[1]
+        if narrows:
+            self.strips.spare = None
+            residual, middle = input_tensor[:, :channels], input_tensor[:, channels : 2 * channels]
+        else:
+            residual, middle = input_tensor, self.strips.take(input_tensor, channels)
+        self._first_half(input_tensor, middle, residual if narrows else None)
+        if narrows or self.module.conv_shortcut is None:
+            output = residual
+            self.strips.spare = middle
+        else:
+            output = middle
+        self._second_half(middle, residual, output, None if narrows else self.module.conv_shortcut)
+        return output
+
+    def _first_half(self, source: torch.Tensor, middle: torch.Tensor, shortcut: torch.Tensor | None) -> None:
+        """``conv1(act(norm1(source)))`` into `middle`; meanwhile the shortcut, if given its place."""
+        module, strips = self.module, self.strips
+        statistics = strips.statistics(source, module.norm1.num_groups)
+        for strip, above, block in strips.read(source, strips.cut(source), _reach(module.conv1)):
+            own = slice(above, above + strip.height)
+            with GivenStatistics(statistics):
+                normalized = module.norm1(block)
+            middle[:, :, strip.rows] = module.conv1(module.nonlinearity(normalized))[:, :, own]
+            if shortcut is not None:
+                shortcut[:, :, strip.rows] = module.conv_shortcut(block[:, :, own])
+
+    def _second_half(
+        self, middle: torch.Tensor, residual: torch.Tensor, output: torch.Tensor, shortcut: nn.Module | None
+    ) -> None:
+        """``(residual + conv2(act(norm2(middle)))) / scale`` into `output`, which may be either of the two."""
+        module, strips = self.module, self.strips
+        statistics = strips.statistics(middle, module.norm2.num_groups)
+        for strip, above, block in strips.read(middle, strips.cut(middle), _reach(module.conv2)):
+            with GivenStatistics(statistics):
+                block = module.norm2(block)
+            block = module.conv2(module.dropout(module.nonlinearity(block)))[:, :, above : above + strip.height]
+            own = residual[:, :, strip.rows]
+            block = block + (own if shortcut is None else shortcut(own))
+            output[:, :, strip.rows] = block / module.output_scale_factor
+
+
+class StripResample:
+    """Takes the place of the ``forward`` of a convolution, an ``Upsample2D`` or a ``Downsample2D``.
+
+    `halo` counts cells of the input; `consumes` says that the input is not read again by anybody.
+    """
+
+    def __init__(self, strips: Strips, scale: Fraction, halo: int, consumes: bool) -> None:
+        self.strips = strips
+        self.scale = scale
+        self.halo = halo
+        self.consumes = consumes
+
+    def __call__(self, original: Forward, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        if self.strips.is_one(hidden_states):
+            return original(hidden_states, *args, **kwargs)
+        self.strips.spare = None
+        if self.consumes:
+            hidden_states = _compact(hidden_states)
+        height, width = (int(length * self.scale) for length in hidden_states.shape[-2:])
+        cuts = self.strips.cut(hidden_states, self.scale)
+        output = None
+        for strip, above, block in self.strips.read(hidden_states, cuts, self.halo):
+            result = original(block, *args, **kwargs)
+            if output is None:
+                output = result.new_empty(*result.shape[:2], height, width)
+            place, top = strip.scaled(self.scale), int(above * self.scale)
+            output[:, :, place.rows] = result[:, :, top : top + place.height]
+        assert output is not None  # there is at least one strip
+        if self.consumes:
+            _release(hidden_states)
+        return output
+
+
+def _release(hidden_states: torch.Tensor) -> None:
+    """Free the memory of a map that callers up the stack still hold, but will not read."""
+    hidden_states.untyped_storage().resize_(0)
+
+
+def _compact(hidden_states: torch.Tensor) -> torch.Tensor:
+    """The map alone, where it is a part of a larger one whose rest nobody needs any more."""
+    if hidden_states.untyped_storage().nbytes() == hidden_states.numel() * hidden_states.element_size():
+        return hidden_states
+    compact = hidden_states.clone(memory_format=torch.contiguous_format)
+    _release(hidden_states)
+    return compact
+
+
+class StripNorm:
+    """Takes the place of ``GroupNorm.forward``, in place."""
+
+    def __init__(self, norm: nn.GroupNorm, strips: Strips) -> None:
+        self.groups = norm.num_groups
+        self.strips = strips
+
+    def __call__(self, original: Forward, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.strips.is_one(hidden_states):
+            return original(hidden_states)
+        with GivenStatistics(self.strips.statistics(hidden_states, self.groups)):
+            for strip in self.strips.cut(hidden_states):
+                hidden_states[:, :, strip.rows] = original(hidden_states[:, :, strip.rows])
+        return hidden_states
+
+
+class StripActivation:
+    """Takes the place of an activation's ``forward``, in place."""
+
+    def __init__(self, strips: Strips) -> None:
+        self.strips = strips
+
+    def __call__(self, original: Forward, hidden_states: torch.Tensor) -> torch.Tensor:
+        for strip in self.strips.cut(hidden_states):
+            hidden_states[:, :, strip.rows] = original(hidden_states[:, :, strip.rows])
+        return hidden_states
+
+
+def _replacement(module: nn.Module, path: str, strips: Strips) -> Forward:
+    match module:
+        case ResnetBlock2D(upsample=None, downsample=None, time_emb_proj=None):
+            return StripResnet(module, strips)
+        case Upsample2D(norm=None, interpolate=True, use_conv_transpose=False):
+            return StripResample(strips, Fraction(2), halo=1, consumes=True)
+        case Downsample2D(norm=None, use_conv=True, padding=0):
+            return StripResample(strips, Fraction(1, 2), halo=2, consumes=True)
+        case nn.Conv2d(stride=(1, 1)):
+            return StripResample(strips, Fraction(1), halo=_reach(module), consumes=False)
+        case nn.GroupNorm():
+            return StripNorm(module, strips)
+        case nn.SiLU():
+            return StripActivation(strips)
+    raise ValueError(f"vae_mode 'exact' does not know how to run {path} ({type(module).__name__}) strip by strip")
+
+
+# What only calls its children one after another, so that it runs as it is.
+CONTAINERS = ("Encoder", "Decoder", "DownEncoderBlock2D", "UpDecoderBlock2D", "UNetMidBlock2D", "ModuleList")
+
+
+def replacements(model: nn.Module, strips: Strips, path: str) -> Iterator[tuple[str, nn.Module, Forward]]:
+    """Path, module and strip-wise forward for all of an encoder or decoder. Attention stays whole.
+
+    Raises:
+        ValueError: there is a module in it that cannot be run strip by strip; `path` and the module's name say which.
+    """
+    for name, child in model.named_children():
+        where = f"{path}.{name}"
+        if type(child).__name__ in CONTAINERS:
+            yield from replacements(child, strips, where)
+        elif not isinstance(child, Attention):
+            replacement = _replacement(child, where, strips)
+            yield where, child, replacement
