@@ -190,6 +190,45 @@ def test_upstreams_tiling_is_off_inside_and_as_it_was_after(pipe, patch):
     assert fingerprint(pipe) == before
 
 
+def rolled_and_not(pipe, **options):
+    """A picture, and what comes of the same noise rolled over the edges, rolled back."""
+    noise = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    with LargeResPatch(pipe, 96, 64, **options):
+        picture = image(pipe, 96, 64, latents=noise)
+        rolled = image(pipe, 96, 64, latents=noise.roll((4, -2), (2, 3)))
+    return picture, rolled.roll((-32, 16), (2, 3))
+
+
+@pytest.mark.parametrize("vae_mode", ["two-pass", "exact"])
+def test_circular_padding_makes_pictures_that_tile(pipe, vae_mode):
+    """U-Net and VAE alike: where a picture without edges is cut makes no difference."""
+    torch.testing.assert_close(*rolled_and_not(pipe, padding_mode="circular", vae_mode=vae_mode), rtol=0, atol=1e-4)
+    picture, rolled = rolled_and_not(pipe, padding_mode="constant", vae_mode=vae_mode)
+    assert (picture - rolled).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("padding_mode", ["constant", "circular"])
+def test_an_exact_vae_gives_the_picture_of_the_whole_one(pipe, padding_mode):
+    options = {"padding_mode": padding_mode, "vae_mode": "exact"}
+    with LargeResPatch(pipe, 96, 64, **options):
+        whole = image(pipe, 96)
+    with LargeResPatch(pipe, 96, 64, vae_chunk_size_y=5, vae_chunk_size_x=1, **options) as patch:
+        strips = image(pipe, 96)
+        assert "encoder and decoder exactly, in strips of 5 rows" in repr(patch)
+    assert not torch.equal(strips, whole)
+    torch.testing.assert_close(strips, whole, rtol=0, atol=1e-5)
+
+
+def test_a_vae_that_cannot_run_exactly_is_an_error_at_once(pipe):
+    pipe.vae.decoder.conv_act = torch.nn.Hardswish()
+    before = fingerprint(pipe)
+    with pytest.raises(ValueError, match=r"'exact' does not know how to run vae\.decoder\.conv_act \(Hardswish\)"):
+        LargeResPatch(pipe, 64, 64, vae_mode="exact")
+    assert fingerprint(pipe) == before
+    with LargeResPatch(pipe, 64, 64):
+        assert image(pipe).isfinite().all()
+
+
 def test_small_images_come_out_as_without_the_patch(pipe):
     expected = image(pipe, 96, 64)
     with LargeResPatch(pipe, 2048, 2048):
@@ -333,7 +372,11 @@ def test_sizes_must_be_multiples_of_the_factor(pipe, option, value, nearest):
 
 @pytest.mark.parametrize(
     ("option", "accepted"),
-    [("attn_shape", "'brick', 'tile'"), ("padding_mode", "'constant', 'circular', 'reflect', 'replicate'")],
+    [
+        ("vae_mode", "'two-pass', 'exact'"),
+        ("attn_shape", "'brick', 'tile'"),
+        ("padding_mode", "'constant', 'circular', 'reflect', 'replicate'"),
+    ],
 )
 @pytest.mark.parametrize(("value", "error"), [("hexagon", ValueError), (None, TypeError)])
 def test_words_must_be_known(pipe, option, accepted, value, error):

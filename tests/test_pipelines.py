@@ -4,17 +4,20 @@ Each is compared with itself unpatched where nothing needs blocking (equal), and
 forward and VAE are all blocked (the patched path runs, the picture stays the picture, everything is restored).
 """
 
+from contextlib import nullcontext
+
 import diffusers as d
 import pytest
 import torch
 from peft import LoraConfig
+from tqdm import tqdm
 
 import tiny
 from conftest import quiet
 from largerespatch import LargeResPatch
 from largerespatch.attention import BlockedAttention
 from largerespatch.feedforward import ChunkedFeedForward
-from largerespatch.vae import TwoPass
+from largerespatch.vae import Exact, TwoPass
 from test_patch import SMALL, fingerprint
 
 SIZE = 96  # sample pixels
@@ -123,6 +126,16 @@ def test_pipeline(case, calls):
     assert patched.isfinite().all()
     assert not torch.equal(patched, expected)
     assert torch.equal(run(pipe, arguments), expected)
+
+
+@pytest.mark.parametrize("case", ["image-to-image", "inpaint", "XL", "XL image-to-image"])
+def test_with_an_exact_vae_and_whole_attention_the_result_is_the_unpatched_one(case, monkeypatch):
+    pipe, arguments = build(case)
+    expected, runs = run(pipe, arguments), []
+    monkeypatch.setattr(Exact, "_progress", lambda self, total: runs.append(total) or nullcontext(tqdm(disable=True)))
+    with LargeResPatch(pipe, SIZE, SIZE, vae_mode="exact", vae_chunk_size_x=5, vae_chunk_size_y=5, ff_chunk_size=23):
+        torch.testing.assert_close(run(pipe, arguments), expected, rtol=0, atol=2e-3)
+    assert runs
 
 
 @pytest.mark.parametrize("case", CASES)
