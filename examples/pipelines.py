@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from diffusers import AutoPipelineForText2Image, StableDiffusionPipeline
 from PIL import Image
-from tiny_pipeline import build_tiny_pipeline
 
 from largerespatch import LargeResPatch
+from tiny_pipeline import build_tiny_pipeline
 
 DEMO_MODEL = Path(__file__).with_name("demo_model")
 PROMPT = "a mountain lake at sunset"
@@ -60,6 +60,12 @@ def add_patch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ff-chunk-size", type=positive, default=4096, metavar="N", help="in tokens (%(default)s)")
     group.add_argument("--vae-chunk", type=positive, default=64, metavar="N", help="in latent pixels (%(default)s)")
     group.add_argument(
+        "--vae-mode",
+        choices=("two-pass", "exact"),
+        default="two-pass",
+        help="exact takes more memory, and strips of --vae-chunk rows (%(default)s)",
+    )
+    group.add_argument(
         "--padding-mode",
         choices=("constant", "circular", "reflect", "replicate"),
         default="constant",
@@ -85,6 +91,7 @@ def build_patch(
             vae_chunk_size_x=options.vae_chunk,
             vae_chunk_size_y=options.vae_chunk,
             attn_full_tokens=options.attn_full_tokens or 4 * attn_slice**2,
+            vae_mode=options.vae_mode,
         )
     except ValueError as error:
         parser.error(str(error))

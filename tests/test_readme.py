@@ -7,6 +7,7 @@ import diffusers
 import pytest
 from PIL import Image
 
+import readme_tables
 import tiny
 from conftest import quiet
 
@@ -37,6 +38,11 @@ def test_the_snippets_run_in_order(monkeypatch, tmp_path, capsys):
     assert names["image"].size == (64, 64)
     assert "LargeResPatch on StableDiffusionPipeline, 64x32 sample pixels, active" in capsys.readouterr().out
     assert "forward" not in vars(pipe.unet)
+
+
+@pytest.mark.parametrize("table", [readme_tables.unet_table, readme_tables.vae_table])
+def test_tables_are_made_from_the_committed_results(table):
+    assert table() in README
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from largerespatch.tilings import PHASES, Tile, bricks, even_cuts, staggered_cuts, tiles
+from largerespatch.tilings import PHASES, Tile, bricks, even_cuts, staggered_cuts, tiles, window
 
 SIZES = st.integers(1, 90)
 SLICES = st.integers(1, 24)
@@ -79,3 +79,20 @@ def test_a_plane_that_fits_one_tile_is_not_cut(cover, phase):
 
 def test_scaled_keeps_the_rectangle_in_place():
     assert Tile(1, 2, 3, 5).scaled(4) == Tile(4, 8, 12, 20)
+
+
+def test_a_halo_ends_at_the_edge_or_wraps_around_it():
+    corner = Tile(0, 4, 5, 8)
+    assert window(corner, 3, 10, 8).outer == Tile(0, 1, 8, 8)
+    assert window(corner, 3, 10, 8, wrap=True).outer == Tile(-3, 1, 8, 11)
+    assert window(Tile(0, 0, 5, 8), 3, 10, 8, wrap=True).outer == Tile(-3, 0, 8, 8)  # its own edges are neighbours
+
+
+@given(SIZES, SIZES, SLICES, SLICES, st.integers(0, 20), st.sampled_from([1, 2, 4]), st.booleans())
+def test_the_owned_part_of_a_window_is_the_tile_at_any_scale(height, width, slice_y, slice_x, halo, scale, wrap):
+    for tile in tiles(height, width, 0, slice_y, slice_x):
+        around = window(tile, halo, height, width, wrap)
+        owned = around.owned(scale * around.outer.height, scale * around.outer.width)
+        assert (owned.height, owned.width) == (scale * tile.height, scale * tile.width)
+        assert owned.top + scale * around.outer.top == scale * tile.top
+        assert owned.left + scale * around.outer.left == scale * tile.left

@@ -1,0 +1,83 @@
+"""The tables of the README, in Markdown, from the JSON files that the other benchmarks have written."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+GIB, TERA = 2**30, 1e12
+
+
+def load(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def where(report: Any, rounds: int) -> str:
+    """How it was measured, as a line below a table."""
+    at = report["environment"]
+    clock = "CPU seconds of one thread" if at["clock"] == "cpu" else f"wall seconds, {at['torch_threads']} threads"
+    return (
+        f"{at['device_name']}, {at['cpu_cores']} cores, {at['dtype']}; {clock}, median of {rounds}; "
+        f"torch {at['torch']}, diffusers {at['diffusers']}, {at['date'][:10]}."
+    )
+
+
+def unet_table() -> str:
+    report = load("unet_step")
+    headings = ("image", "seconds unpatched", "patched", "ratio", "of arithmetic", "live GiB unpatched", "patched")
+    rows = []
+    for result in report["results"]:
+        seconds, cost = result["median_seconds"], result["cost"]
+        rows.append(
+            [
+                f"{result['size']}²",
+                *(f"{seconds[name]:.0f}" for name in ("unpatched", "patched")),
+                f"{result['time_ratio']:.2f}",
+                f"{result['arithmetic_ratio']:.2f}",
+                *(f"{cost[name]['peak_live_bytes'] / GIB:.2f}" for name in ("unpatched", "patched")),
+            ]
+        )
+    return f"{markdown(headings, rows)}\n\n{where(report, len(report['results'][0]['seconds']['patched']))}"
+
+
+def vae_table() -> str:
+    """Cost of each method next to its mean fidelity."""
+    report = load("vae")
+    headings = ("", "image", "method", "seconds", "to untiled", "live GiB", "PSNR to untiled", "max. error", "at seams")
+    rows = []
+    for cost in report["cost"]:
+        alike = [
+            row for row in report["fidelity"] if all(row[key] == cost[key] for key in ("direction", "size", "method"))
+        ]
+        rows.append(
+            [
+                cost["direction"],
+                f"{cost['size']}²",
+                cost["method"],
+                f"{cost['median_seconds']:.1f}",
+                f"{cost['time_ratio']:.2f}",
+                f"{cost['peak_live_bytes'] / GIB:.2f}",
+                *fidelity(alike),
+            ]
+        )
+    return f"{markdown(headings, rows)}\n\n{where(report, len(report['cost'][0]['seconds']))}"
+
+
+def fidelity(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return ["", "", ""]
+    psnr = statistics.fmean(row["psnr"] for row in rows)
+    worst = max(row["maximum_error"] for row in rows)
+    seam, elsewhere = (statistics.fmean(row[key] for row in rows) for key in ("seam_error", "error_elsewhere"))
+    return [f"{psnr:.0f} dB", f"{worst:.2%}", f"{seam / elsewhere:.1f} x elsewhere"]
+
+
+if __name__ == "__main__":
+    print(unet_table(), vae_table(), sep="\n\n")
