@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+
 from pipelines import PROMPT, add_patch_options, beside, build_patch, image_path, load_pipeline, positive
 
 SIZE = 1024  # default width and height, in sample pixels

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoPipelineForImage2Image
 from PIL import Image, ImageOps
+
 from pipelines import (
     PROMPT,
     add_patch_options,
