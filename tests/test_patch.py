@@ -219,6 +219,21 @@ def test_an_exact_vae_gives_the_picture_of_the_whole_one(pipe, padding_mode):
     torch.testing.assert_close(strips, whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("vae_mode", ["two-pass", "exact"])
+def test_memory_formats_inference_mode_and_attention_slicing_change_nothing(pipe, vae_mode):
+    patch = LargeResPatch(pipe, 96, 64, vae_mode=vae_mode, **SMALL)
+    with patch:
+        expected = image(pipe, 96)
+        with torch.inference_mode():
+            assert torch.equal(image(pipe, 96), expected)
+        for model in (pipe.unet, pipe.vae):
+            model.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(image(pipe, 96), expected, rtol=0, atol=5e-5)
+    pipe.enable_attention_slicing()
+    with patch:
+        torch.testing.assert_close(image(pipe, 96), expected, rtol=0, atol=5e-5)
+
+
 def test_a_vae_that_cannot_run_exactly_is_an_error_at_once(pipe):
     pipe.vae.decoder.conv_act = torch.nn.Hardswish()
     before = fingerprint(pipe)
