@@ -180,14 +180,14 @@ def test_vae(run, tmp_path, capsys):
     report = json.loads(out.read_text())
     check_environment(report)
     cost = {(row["direction"], row["size"], row["method"]): row for row in report["cost"]}
-    assert len(cost) == 2 * 2 * 3
+    assert len(cost) == 2 * 2 * 4
     for direction in ("decode", "encode"):
         one_tile, untiled = (cost[direction, 64, method] for method in ("two-pass", "untiled"))
         assert one_tile["flops"] == untiled["flops"], "an image of one tile is not tiled"
         two_pass, untiled = (cost[direction, 128, method] for method in ("two-pass", "untiled"))
         assert two_pass["flops"] > untiled["flops"]
         assert two_pass["peak_live_bytes"] < untiled["peak_live_bytes"]
-    assert report["fidelity_weights"] == "model" and len(report["fidelity"]) == 2 * 2 * 2
+    assert report["fidelity_weights"] == "model" and len(report["fidelity"]) == 2 * 2 * 3
     for row in report["fidelity"]:
         equal = row["size"] == 64
         assert (row["psnr"] is None) == equal, "only equal results have an infinite PSNR"
