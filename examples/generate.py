@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=positive, default=SIZE, metavar="N", help="in sample pixels (%(default)s)")
     parser.add_argument("--height", type=positive, default=SIZE, metavar="N", help="in sample pixels (%(default)s)")
     parser.add_argument("--steps", type=positive, default=8, metavar="N", help="denoising steps (%(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, metavar="X", help="(%(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, metavar="X", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise to start from (%(default)s)")
     parser.add_argument("--out", type=image_path, default="large.png", help="the file to write (%(default)s)")
     parser.add_argument(

@@ -5,29 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoPipelineForText2Image, StableDiffusionPipeline
+from diffusers import AutoPipelineForText2Image
 from PIL import Image
 
 from largerespatch import LargeResPatch
-from tiny_pipeline import build_tiny_pipeline
 
 DEMO_MODEL = Path(__file__).with_name("demo_model")
-PROMPT = "a mountain lake at sunset"
+PROMPT = "fallen maple leaves on the ground, golden autumn light"
 
 
 def load_pipeline(model: str | None = None) -> Any:
-    """`model` is a folder or a name on the hub; without one, the pipeline that comes with the examples.
+    """`model` is a folder or a name on the hub; without one, the demo model that comes with the examples.
 
     In half precision on CUDA, in single precision on a CPU.
     """
     cuda = torch.cuda.is_available()
     dtype = torch.float16 if cuda else torch.float32
-    if model is None:
-        found = (DEMO_MODEL / "model_index.json").exists()
-        pipe = StableDiffusionPipeline.from_pretrained(DEMO_MODEL) if found else build_tiny_pipeline()
-    else:
-        pipe = AutoPipelineForText2Image.from_pretrained(model, torch_dtype=dtype)
-    return pipe.to("cuda", dtype) if cuda else pipe
+    pipe = AutoPipelineForText2Image.from_pretrained(model or DEMO_MODEL, torch_dtype=dtype)
+    return pipe.to("cuda") if cuda else pipe
 
 
 def training_size(pipe: Any) -> int:
