@@ -102,7 +102,7 @@ class BlockedAttention:
         assert self.map_note.size is not None  # _is_large_map
         height, width = self.map_note.size
         batch, tokens, channels = hidden_states.shape
-        plane = hidden_states.unflatten(1, (height, width))
+        plane = hidden_states.reshape(batch, height, width, channels)
         output = None
         for tile in self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES):
             block = plane[:, tile.rows, tile.columns].reshape(batch, tile.area, channels)
