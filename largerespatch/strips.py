@@ -170,22 +170,18 @@ class StripResample:
             place, top = strip.scaled(self.scale), int(above * self.scale)
             output[:, :, place.rows] = result[:, :, top : top + place.height]
         assert output is not None  # there is at least one strip
-        if self.consumes:
-            _release(hidden_states)
         return output
 
 
-def _release(hidden_states: torch.Tensor) -> None:
-    """Free the memory of a map that callers up the stack still hold, but will not read."""
-    hidden_states.untyped_storage().resize_(0)
-
-
 def _compact(hidden_states: torch.Tensor) -> torch.Tensor:
-    """The map alone, where it is a part of a larger one whose rest nobody needs any more."""
+    """The map alone, where it is a part of a larger one whose rest nobody needs any more.
+
+    Callers up the stack still hold the larger one. They will not read it, so its memory is freed under them.
+    """
     if hidden_states.untyped_storage().nbytes() == hidden_states.numel() * hidden_states.element_size():
         return hidden_states
     compact = hidden_states.clone(memory_format=torch.contiguous_format)
-    _release(hidden_states)
+    hidden_states.untyped_storage().resize_(0)
     return compact
 
 
