@@ -1,7 +1,9 @@
-"""Blocked self-attention: each tile of a feature map attends to itself, in tilings that change from step to step.
+"""Blocked self-attention: each tile of a feature map attends to itself and to a small context, the same for all tiles.
 
-Approximate: equal to dense attention under a block mask, to rounding, because projections act on single tokens.
-What one step separates another one joins (see `largerespatch.tilings`), so information crosses the whole map.
+Approximate. Without context it equals dense attention under a block mask, to rounding, because projections act on
+single tokens. What one step separates another one joins (see `largerespatch.tilings`), so information crosses the
+whole map. The context makes up for most of what a block cannot see: *heavy* tokens, which every query wants, and a
+*sampled* few that stand for all the others, each with the log of how many it stands for.
 """
 
 from collections.abc import Callable
@@ -9,20 +11,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from torch.overrides import TorchFunctionMode
 
-from .tilings import PHASES, Tile, bricks, tiles
+from .tilings import PHASES, Tile, bricks, sampled_cells, tiles
 
 COVERS: dict[str, Callable[[int, int, int, int, int], list[Tile]]] = {"brick": bricks, "tile": tiles}
 
 
 @dataclass(frozen=True)
 class Blocking:
-    """How self-attention is blocked: `shape` is a key of `COVERS`, slices and `full_tokens` count tokens."""
+    """How self-attention is blocked: `shape` is a key of `COVERS`, all else counts tokens.
+
+    `context` is the number of tokens outside a tile that it attends to as well, half heavy and half sampled.
+    """
 
     shape: str
     slice_y: int
     slice_x: int
     full_tokens: int
+    context: int = 0
 
     def cover(self, height: int, width: int, phase: int) -> list[Tile]:
         return COVERS[self.shape](height, width, phase, self.slice_y, self.slice_x)
@@ -61,6 +76,108 @@ class MapNoting:
         return original(hidden_states, *args, **kwargs)
 
 
+# Queries that say which tokens are heavy.
+JUDGES = 128
+
+# Attention scores that are looked at together while heavy tokens are searched: 64 MiB in float32.
+SCORES = 2**24
+
+# Processors that take the keys of self-attention from ``encoder_hidden_states`` too, where these are given. Others
+# (fused projections, perturbed-attention guidance, what users write) need not.
+TAKES_OTHER_KEYS = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+
+
+@torch.no_grad()
+def heavy_tokens(attention: Attention, hidden_states: torch.Tensor, judges: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the `count` tokens of one sample ``[N, C]`` that get the most attention.
+
+    Measured for the queries of the tokens `judges`, per head; a token counts by the head that wants it most.
+    """
+
+    def heads(projected: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
+        split = projected.view(1, -1, attention.heads, projected.shape[-1] // attention.heads).transpose(1, 2)
+        return split if norm is None else norm(split)
+
+    query = heads(attention.to_q(hidden_states[None, judges]), attention.norm_q)[0]
+    key = heads(attention.to_k(hidden_states[None]), attention.norm_k)[0]
+    most = hidden_states.new_zeros(len(hidden_states), dtype=torch.float32)
+    for head_query, head_key in zip(query, key, strict=True):
+        # In float32: the products of some checkpoints overflow half precision.
+        head_query, head_key = head_query.float() * attention.scale, head_key.float().T
+        received = torch.zeros_like(most)
+        for some in head_query.split(max(SCORES // len(hidden_states), 1)):
+            received += (some @ head_key).softmax(dim=-1).sum(dim=0)
+        most = torch.maximum(most, received)
+    return most.topk(count).indices
+
+
+class Context:
+    """The tokens of a map that each of its tiles attends to besides its own.
+
+    Args:
+        attention: whose attention it is for.
+        plane: the map ``[B, height, width, C]``.
+        heavy: number of heavy tokens, which differ from sample to sample.
+        sampled: number of sampled ones, the same for all samples.
+        seed: which tokens are sampled, and which ones judge, follows from it.
+    """
+
+    def __init__(self, attention: Attention, plane: torch.Tensor, heavy: int, sampled: int, seed: str) -> None:
+        batch, height, width, channels = plane.shape
+        self.width = width
+        self.total = height * width
+        self.heavy = min(heavy, self.total)
+
+        def cells(count: int, purpose: str) -> torch.Tensor:
+            return torch.tensor(sampled_cells(height, width, count, f"{seed} {purpose}"), device=plane.device)
+
+        tokens = plane.reshape(batch, self.total, channels)
+        judges, some = cells(JUDGES, "judges"), cells(sampled, "sampled").expand(batch, -1)
+        wanted = torch.stack([heavy_tokens(attention, sample, judges, self.heavy) for sample in tokens])
+        # A sampled token that is heavy as well must not count twice.
+        fresh = ~(some[:, :, None] == wanted[:, None, :]).any(dim=-1)
+        self.counts = torch.cat([torch.ones_like(wanted, dtype=torch.bool), fresh], dim=1)
+        self.places = torch.cat([wanted, some], dim=1)
+        self.tokens = tokens.gather(1, self.places[:, :, None].expand(-1, -1, channels))
+
+    def log_weights(self, tile: Tile) -> torch.Tensor:
+        """What to add to the attention scores of the context's tokens in a tile, ``[B, 1, S]``.
+
+        Heavy tokens stand for themselves, the sampled ones together for all that the tile does not see.
+        """
+        rows, columns = self.places // self.width, self.places % self.width
+        inside = (rows >= tile.top) & (rows < tile.bottom) & (columns >= tile.left) & (columns < tile.right)
+        used = self.counts & ~inside
+        heavy, sampled = used[:, : self.heavy], used[:, self.heavy :]
+        unseen = self.total - tile.area - heavy.sum(dim=1, keepdim=True)
+        stands_for = (unseen / sampled.sum(dim=1, keepdim=True).clamp(min=1)).log()
+        weights = torch.cat([torch.zeros_like(heavy, dtype=torch.float32), stands_for.expand_as(sampled)], dim=1)
+        return weights.masked_fill(~used, -torch.inf)[:, None]
+
+
+class WeightedKeys(TorchFunctionMode):
+    """Adds log-weights ``[B, 1, K]`` to the scores of ``F.scaled_dot_product_attention`` calls over K keys.
+
+    For processors that pass no mask on, or pass it for a part of the batch (which then is its first part).
+    """
+
+    def __init__(self, log_weights: torch.Tensor) -> None:
+        super().__init__()
+        self.log_weights = log_weights
+        self.met = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
+            query, key = args[:2]
+            if query.ndim == 4 and key.shape[-2] == self.log_weights.shape[-1]:
+                self.met = True
+                return func(*args, **kwargs | {"attn_mask": self.log_weights[: len(query), None]})
+        return func(*args, **kwargs)
+
+
 class BlockedAttention:
     """Takes the place of ``Attention.forward``; every tile goes through the original.
 
@@ -69,7 +186,10 @@ class BlockedAttention:
     attentions of its model and on the denoising step alone.
     """
 
-    def __init__(self, blocking: Blocking, map_note: MapNote, step_note: StepNote, layer: int) -> None:
+    def __init__(
+        self, attention: Attention, blocking: Blocking, map_note: MapNote, step_note: StepNote, layer: int
+    ) -> None:
+        self.attention = attention
         self.blocking = blocking
         self.map_note = map_note
         self.step_note = step_note
@@ -103,12 +223,40 @@ class BlockedAttention:
         height, width = self.map_note.size
         batch, tokens, channels = hidden_states.shape
         plane = hidden_states.reshape(batch, height, width, channels)
+        context = self._context(plane)
         output = None
         for tile in self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES):
             block = plane[:, tile.rows, tile.columns].reshape(batch, tile.area, channels)
-            result = original(block, **kwargs)
+            result = self._attend(original, block, tile, context, **kwargs)
             if output is None:
                 output = result.new_empty(batch, height, width, result.shape[-1])
             output[:, tile.rows, tile.columns] = result.view(batch, tile.height, tile.width, -1)
         assert output is not None  # a tiling has at least one tile
         return output.view(batch, tokens, -1)
+
+    def _context(self, plane: torch.Tensor) -> Context | None:
+        heavy = self.blocking.context // 2
+        sampled = self.blocking.context - heavy
+        if not sampled:
+            return None
+        return Context(self.attention, plane, heavy, sampled, f"layer {self.layer} step {self.step_note.step}")
+
+    def _attend(
+        self,
+        original: Callable[..., torch.Tensor],
+        block: torch.Tensor,
+        tile: Tile,
+        context: Context | None,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        """The attention of the tokens of a tile, ``[B, tile.area, C]``."""
+        if context is None:
+            return original(block, **kwargs)
+        keys = torch.cat([block, context.tokens], dim=1)
+        log_weights = F.pad(context.log_weights(tile), (tile.area, 0)).to(block.dtype)
+        if type(self.attention.processor) in TAKES_OTHER_KEYS:
+            return original(block, encoder_hidden_states=keys, attention_mask=log_weights, **kwargs)
+        with WeightedKeys(log_weights) as weighted:
+            result = original(keys, **kwargs)[:, : tile.area]
+        # An attention that computes its scores in its own way cannot be told the weights.
+        return result if weighted.met else original(block, **kwargs)

@@ -14,7 +14,7 @@ from .padding import PADDING_MODES, install_padding
 from .patching import PatchStack
 from .unet import StepNoting
 from .vae import VAE_MODES, Cutting, Exact, TwoPass, can_be_tiled, decoder_splits, encoder_splits
-from .validation import one_of, positive_int
+from .validation import one_of, positive_int, whole_number
 
 # Which models are patched now, by which patch. Kept here, since the models themselves must carry no mark.
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, "LargeResPatch"] = weakref.WeakKeyDictionary()
@@ -118,6 +118,8 @@ class LargeResPatch:
         vae_chunk_size_x: width of a VAE tile in latent pixels.
         vae_chunk_size_y: height of a VAE tile in latent pixels.
         attn_full_tokens: maps of at most this many tokens are attended whole.
+        attn_context: tokens outside its block that a block attends to as well: half *heavy* ones, which most queries
+            want, half *sampled* ones that stand for the rest of the map. 0 for none.
         vae_mode: "two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map,
             about as fast as untiled, with half of its memory. A strip has `vae_chunk_size_y` rows on every map.
 
@@ -141,6 +143,7 @@ class LargeResPatch:
         vae_chunk_size_y: int = 64,
         *,
         attn_full_tokens: int = 16384,
+        attn_context: int = 512,
         vae_mode: str = "two-pass",
     ) -> None:
         targets = _discover(pipe)
@@ -154,6 +157,7 @@ class LargeResPatch:
             slice_y=positive_int("attn_slice_y", attn_slice_y, "tokens"),
             slice_x=positive_int("attn_slice_x", attn_slice_x, "tokens"),
             full_tokens=positive_int("attn_full_tokens", attn_full_tokens, "tokens"),
+            context=whole_number("attn_context", attn_context, "tokens", least=0),
         )
         self.ff_chunk_size = positive_int("ff_chunk_size", ff_chunk_size, "tokens")
         self.padding_mode = one_of("padding_mode", padding_mode, PADDING_MODES)
@@ -230,7 +234,7 @@ class LargeResPatch:
             noting = MapNoting(map_note, transformer.config.patch_size or 1)
             stack.wrap(transformer, "forward", noting, f"{name}.{path}.forward")
             for inner, attention in _self_attentions(transformer).items():
-                blocked = BlockedAttention(self.blocking, map_note, step_note, layer)
+                blocked = BlockedAttention(attention, self.blocking, map_note, step_note, layer)
                 stack.wrap(attention, "forward", blocked, f"{name}.{path}.{inner}.forward")
                 layer += 1
         for path, feed_forward in _modules(model, FeedForward).items():
@@ -274,8 +278,9 @@ class LargeResPatch:
         attentions = sum(len(_self_attentions(transformer)) for transformer in _transformers(model).values())
         x, y = self.blocking.slice_x, self.blocking.slice_y
         sizes = f"bricks of {2 * x}x{y} and {x}x{2 * y}" if self.blocking.shape == "brick" else f"tiles of {x}x{y}"
+        context = f"with {self.blocking.context} of context " if self.blocking.context else ""
         return (
-            f"{attentions} self-attentions in {sizes} tokens on maps of over {self.blocking.full_tokens}, "
+            f"{attentions} self-attentions in {sizes} tokens {context}on maps of over {self.blocking.full_tokens}, "
             f"{len(_modules(model, FeedForward))} feed-forwards in chunks of {self.ff_chunk_size} tokens"
         )
 

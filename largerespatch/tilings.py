@@ -10,6 +10,7 @@ Sizes are in cells of whatever plane is tiled, in ``(height, width)`` order. Not
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
+from random import Random
 from typing import NamedTuple
 
 PHASES = 4
@@ -117,6 +118,23 @@ def tiles(height: int, width: int, phase: int, slice_y: int, slice_x: int) -> li
         (staggered_cuts, even_cuts),
     )[phase % PHASES]
     return _grid(row_cut(height, max(slice_y, 2)), column_cut(width, max(slice_x, 2)))
+
+
+def sampled_cells(height: int, width: int, count: int, seed: str) -> list[int]:
+    """At most `count` cells, one from a random place in each tile of a coarse grid: stratified, without clumps.
+
+    As ``row * width + column``; which ones follows from `seed` alone. The grid's tiles are as square as `count` allows.
+    """
+    rows = min(max(round((count * height / width) ** 0.5), 1), count, height)
+    columns = min(count // rows, width)
+    rows = min(count // columns, height)
+    row_cuts = [i * height // rows for i in range(rows + 1)]
+    column_cuts = [i * width // columns for i in range(columns + 1)]
+    random = Random(seed)
+    return [
+        random.randrange(tile.top, tile.bottom) * width + random.randrange(tile.left, tile.right)
+        for tile in _grid(row_cuts, column_cuts)
+    ]
 
 
 class Window(NamedTuple):

@@ -1,14 +1,33 @@
 """Blocked attention against its oracle: dense attention under a mask that joins the tokens of one tile."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    PAGCFGIdentitySelfAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from largerespatch.attention import COVERS, BlockedAttention, Blocking, MapNote, MapNoting, StepNote
+from largerespatch.attention import (
+    COVERS,
+    BlockedAttention,
+    Blocking,
+    Context,
+    MapNote,
+    MapNoting,
+    StepNote,
+    heavy_tokens,
+)
 from largerespatch.patching import PatchStack
 
 # Softmax over the same tokens, summed in another order.
@@ -33,7 +52,7 @@ def oracle(module, x, height, width, tiling):
 
 
 def blocked(stack, module, height, width, blocking, step=0, layer=0):
-    around = BlockedAttention(blocking, MapNote((height, width)), StepNote(step), layer)
+    around = BlockedAttention(module, blocking, MapNote((height, width)), StepNote(step), layer)
     stack.wrap(module, "forward", around, "attn1.forward")
 
 
@@ -136,7 +155,8 @@ def test_a_whole_transformer_is_blocked_at_each_size_it_is_given():
     with PatchStack() as stack:
         stack.wrap(model, "forward", MapNoting(note, 1), "transformer.forward")
         attn1.to_q.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
-        stack.wrap(attn1, "forward", BlockedAttention(Blocking("tile", 4, 4, 20), note, StepNote(), 0), "attn1.forward")
+        around = BlockedAttention(attn1, Blocking("tile", 4, 4, 20), note, StepNote(), 0)
+        stack.wrap(attn1, "forward", around, "attn1.forward")
         for height, width in [(5, 4), (8, 8), (7, 3)]:
             model(torch.randn(1, 16, height, width), encoder_hidden_states=torch.randn(1, 3, 8))
     assert lengths == [20, 16, 16, 16, 16, 9, 12]
@@ -151,3 +171,143 @@ def test_blocked_attention_is_differentiable():
             blocked(stack, module, 12, 12, blocking)
             (gradient,) = torch.autograd.grad(module(x).square().sum(), x)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def context_oracle(module, x, height, width, blocking, phase, seed):
+    """Dense attention in which a token of another tile counts, for itself or for others, or not at all."""
+    heavy = blocking.context // 2
+    plane = x.view(len(x), height, width, -1)
+    context = Context(module, plane, heavy, blocking.context - heavy, seed)
+    mask = torch.full((len(x), height * width, height * width), -torch.inf)
+    for tile in blocking.cover(height, width, phase):
+        own = {row * width + column for row in range(height)[tile.rows] for column in range(width)[tile.columns]}
+        for i, places in enumerate(context.places.tolist()):
+            heavies = set(places[: context.heavy]) - own
+            others = set(places[context.heavy :]) - own - heavies
+            for query in own:
+                mask[i, query, sorted(own | heavies)] = 0
+                if others:
+                    unseen = height * width - len(own) - len(heavies)
+                    mask[i, query, sorted(others)] = math.log(unseen / len(others))
+    heads = (
+        projection(x).unflatten(-1, (2, 8)).transpose(1, 2) for projection in (module.to_q, module.to_k, module.to_v)
+    )
+    result = F.scaled_dot_product_attention(*heads, attn_mask=mask[:, None])
+    return module.to_out[0](result.transpose(1, 2).flatten(2))
+
+
+@given(
+    st.sampled_from(sorted(COVERS)),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 9),
+    st.integers(1, 200),
+    st.integers(0, 3),
+)
+def test_context_equals_dense_attention_under_its_weights(shape, height, width, size, tokens, phase):
+    blocking, module = Blocking(shape, size, size + 1, full_tokens=0, context=tokens), attention()
+    x = torch.randn(2, height * width, 16)
+    with PatchStack() as stack:
+        blocked(stack, module, height, width, blocking, step=phase)
+        result = module(x)
+    expected = context_oracle(module, x, height, width, blocking, phase, f"layer 0 step {phase}")
+    torch.testing.assert_close(result, expected, **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "processor", [AttnProcessor(), AttnProcessor2_0(), FusedAttnProcessor2_0(), SlicedAttnProcessor(1)]
+)
+def test_every_processor_attends_to_the_context(processor):
+    module, x = attention(), torch.randn(2, 63, 16)
+    module.fuse_projections()
+    module.set_processor(processor)
+    blocking = Blocking("brick", 3, 3, full_tokens=1, context=12)
+    with PatchStack() as stack:
+        blocked(stack, module, 7, 9, blocking, step=1)
+        result = module(x)
+    torch.testing.assert_close(result, context_oracle(module, x, 7, 9, blocking, 1, "layer 0 step 1"), **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("processor", "attended"), [(PAGIdentitySelfAttnProcessor2_0(), 1), (PAGCFGIdentitySelfAttnProcessor2_0(), 2)]
+)
+def test_the_context_reaches_the_unperturbed_part_of_perturbed_attention_guidance(processor, attended):
+    module, x = attention(processor=processor), torch.randn(attended + 1, 63, 16)
+    blocking = Blocking("brick", 3, 3, full_tokens=1, context=12)
+    unblocked = module(x)
+    with PatchStack() as stack:
+        blocked(stack, module, 7, 9, blocking, step=1)
+        result = module(x)
+    expected = context_oracle(module, x, 7, 9, blocking, 1, "layer 0 step 1")
+    torch.testing.assert_close(result[:attended], expected[:attended], **ROUNDING)
+    torch.testing.assert_close(result[attended:], unblocked[attended:], **ROUNDING)
+
+
+def test_a_processor_that_cannot_be_told_the_weights_sees_the_blocks_alone():
+    def processor(attention, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        scores = attention.to_q(hidden_states) @ attention.to_k(hidden_states).transpose(1, 2)
+        return scores.softmax(dim=-1) @ attention.to_v(hidden_states)
+
+    module, x = attention(processor=processor), torch.randn(2, 63, 16)
+    results = []
+    for context in (0, 12):
+        with PatchStack() as stack:
+            blocked(stack, module, 7, 9, Blocking("brick", 3, 3, full_tokens=1, context=context))
+            results.append(module(x))
+    assert torch.equal(*results)
+
+
+def test_heavy_tokens_are_those_that_queries_want():
+    module, everywhere = attention(), torch.randn(16)
+    x = everywhere + 0.1 * torch.randn(400, 16)  # so every query points one way
+    wanted = [7, 123, 399]
+    x[wanted] += 5 * F.normalize(module.to_q(everywhere) @ module.to_k.weight, dim=0)
+    assert sorted(heavy_tokens(module, x, torch.arange(0, 400, 5), 3).tolist()) == wanted
+
+
+def test_context_nears_dense_attention():
+    """Neighbours that are alike, a few tokens that all want: as in trained networks."""
+    module = attention()
+    small = torch.randn(1, 16, 4, 4)
+    x = F.interpolate(small, size=(24, 24), mode="bilinear").flatten(2).transpose(1, 2) * 3
+    expected, errors = module(x), []
+    for tokens in (0, 16, 64, 256):
+        with PatchStack() as stack:
+            blocked(stack, module, 24, 24, Blocking("brick", 4, 4, full_tokens=1, context=tokens))
+            errors.append((module(x) - expected).square().mean().item())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0] / 30
+
+
+def test_context_is_per_sample_and_the_same_whatever_ran_before():
+    module, x = attention(), torch.randn(3, 144, 16)
+    with PatchStack() as stack:
+        blocked(stack, module, 12, 12, Blocking("brick", 4, 4, 16, context=20), step=2)
+        together = module(x)
+        torch.rand(7)
+        alone = torch.cat([module(sample[None]) for sample in x])
+    torch.testing.assert_close(alone, together, **ROUNDING)
+
+
+def test_context_keeps_half_precision_near_its_float32_result():
+    module, x = attention(), torch.randn(2, 144, 16)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with PatchStack() as stack:
+            blocked(stack, module.to(dtype), 12, 12, Blocking("tile", 4, 4, 16, context=20))
+            results.append(module(x.to(dtype)))
+    assert results[1].dtype == torch.bfloat16
+    torch.testing.assert_close(results[1].float(), results[0], rtol=0.05, atol=0.03)
+
+
+def test_qk_norms_and_gradients_hold_with_context():
+    with torch.enable_grad():
+        module, x = attention(qk_norm="layer_norm"), torch.randn(1, 144, 16, requires_grad=True)
+        with PatchStack() as stack:
+            blocked(stack, module, 12, 12, Blocking("brick", 4, 4, 16, context=288))
+            result = module(x)
+        # With everything in the context nothing is approximate.
+        expected = module(x)
+        torch.testing.assert_close(result, expected, **ROUNDING)
+        gradients = [torch.autograd.grad(each.square().sum(), x)[0] for each in (result, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

@@ -322,8 +322,8 @@ def test_the_patch_keeps_no_pipeline_alive():
 REPR = """\
 LargeResPatch on StableDiffusionPipeline, 96x64 sample pixels, not active
   vae (AutoencoderKL): encoder and decoder in two passes over tiles of 64x64 latent pixels
-  unet (UNet2DConditionModel): 4 self-attentions in bricks of 128x64 and 64x128 tokens on maps of over 16384, \
-4 feed-forwards in chunks of 4096 tokens"""
+  unet (UNet2DConditionModel): 4 self-attentions in bricks of 128x64 and 64x128 tokens with 512 of context on \
+maps of over 16384, 4 feed-forwards in chunks of 4096 tokens"""
 
 
 def test_repr_says_what_is_replaced_and_with_which_settings(pipe):
@@ -375,6 +375,23 @@ def test_sizes_must_be_whole_and_positive(pipe, option, unit, value, error):
 
 def test_numpy_integers_are_whole_numbers(pipe):
     assert LargeResPatch(pipe, np.int64(64), np.int32(72)).height == 72
+
+
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError), ("8", TypeError)])
+def test_context_must_be_whole(pipe, value, error):
+    with pytest.raises(error, match=f"attn_context must be a whole number of tokens, at least 0; got {value!r}"):
+        LargeResPatch(pipe, 64, 64, attn_context=value)
+
+
+def test_context_brings_blocked_results_nearer_to_dense_ones(pipe):
+    """In the whole pipeline: the option arrives, and 0 is blocks alone."""
+    expected = image(pipe, 128, 128, output_type="latent")
+    errors = []
+    for context in (0, 96):
+        with LargeResPatch(pipe, 128, 128, **SMALL, attn_context=context) as patch:
+            assert ("96 of context" in repr(patch)) == bool(context)
+            errors.append((image(pipe, 128, 128, output_type="latent") - expected).square().mean())
+    assert 0 < errors[1] < errors[0] / 2
 
 
 @pytest.mark.parametrize(("value", "nearest"), [(1001, "1000 and 1008"), (7, "8"), (1023, "1016 and 1024")])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from largerespatch.tilings import PHASES, Tile, bricks, even_cuts, staggered_cuts, tiles, window
+from largerespatch.tilings import PHASES, Tile, bricks, even_cuts, sampled_cells, staggered_cuts, tiles, window
 
 SIZES = st.integers(1, 90)
 SLICES = st.integers(1, 24)
@@ -96,3 +96,20 @@ def test_the_owned_part_of_a_window_is_the_tile_at_any_scale(height, width, slic
         assert (owned.height, owned.width) == (scale * tile.height, scale * tile.width)
         assert owned.top + scale * around.outer.top == scale * tile.top
         assert owned.left + scale * around.outer.left == scale * tile.left
+
+
+@given(SIZES, SIZES, st.integers(1, 300), st.integers(0, 9))
+def test_sampled_cells_are_spread_over_the_plane(height, width, count, seed):
+    cells = sampled_cells(height, width, count, f"{seed}")
+    assert cells == sampled_cells(height, width, count, f"{seed}")
+    assert len(set(cells)) == len(cells) <= min(count, height * width)
+    assert all(0 <= cell < height * width for cell in cells)
+    assert len(cells) >= min(count, height * width) / 2
+    # Each quarter gets its share, give or take the cells of the grid that lie across its edges.
+    if height >= 40 and width >= 40 and count >= 64:
+        top_left = sum(cell // width < height / 2 and cell % width < width / 2 for cell in cells)
+        assert len(cells) / 8 < top_left < len(cells) / 2
+
+
+def test_another_seed_samples_other_cells():
+    assert sampled_cells(64, 64, 64, "a") != sampled_cells(64, 64, 64, "b")
