@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .rehearsal import pieces
 from .tilings import PHASES, Tile, bricks, tiles
 
 COVERS: dict[str, Callable[[int, int, int, int, int], list[Tile]]] = {"brick": bricks, "tile": tiles}
@@ -104,7 +105,8 @@ class BlockedAttention:
         batch, tokens, channels = hidden_states.shape
         plane = hidden_states.reshape(batch, height, width, channels)
         output = None
-        for tile in self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES):
+        cover = self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES)
+        for tile in pieces(cover, Tile.size):
             block = plane[:, tile.rows, tile.columns].reshape(batch, tile.area, channels)
             result = original(block, **kwargs)
             if output is None:

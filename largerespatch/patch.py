@@ -1,6 +1,8 @@
 """LargeResPatch: validate, discover, install, restore."""
 
+import copy
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -12,6 +14,7 @@ from .attention import COVERS, BlockedAttention, Blocking, MapNote, MapNoting, S
 from .feedforward import ChunkedFeedForward
 from .padding import PADDING_MODES, install_padding
 from .patching import PatchStack
+from .planner import Estimator, MemoryEstimate
 from .unet import StepNoting
 from .vae import VAE_MODES, Cutting, Exact, TwoPass, can_be_tiled, decoder_splits, encoder_splits
 from .validation import one_of, positive_int
@@ -147,6 +150,7 @@ class LargeResPatch:
         vaes = [model for model in targets.values() if _is_vae(model)]
         factor = max((_vae_factor(vae) for vae in vaes), default=getattr(pipe, "vae_scale_factor", 1))
         self.pipe = pipe
+        self._factor = factor
         self.width = _image_size("width", width, factor)
         self.height = _image_size("height", height, factor)
         self.blocking = Blocking(
@@ -213,6 +217,31 @@ class LargeResPatch:
             if not self._stack.active:  # else the undo was interrupted and may be finished by another call
                 for model in [model for model, patch in _PATCHED.items() if patch is self]:
                     del _PATCHED[model]
+
+    def estimate(self, patched: bool = True) -> MemoryEstimate:
+        """The peak of memory on the pipeline's device, in bytes, for one image of the patch's size, guidance on.
+
+        Found by running copies of the models on tensors without data, in seconds; nothing is allocated. The pipeline
+        stays as it is, inside the block and outside. Hooks on its modules are left out, but for what they keep off the
+        device; so is the private workspace of kernels.
+
+        Args:
+            patched: with this patch on; else as the pipeline is without any.
+
+        Raises:
+            ValueError: the pipeline has a denoiser that the estimate does not know how to call.
+        """
+        return self._estimator()(self.height, self.width, self._on if patched else lambda _: nullcontext())
+
+    def _estimator(self) -> Estimator:
+        stacks = {_PATCHED[model]._stack for model in _discover(self.pipe).values() if model in _PATCHED}
+        return Estimator(self.pipe, self._factor, list(stacks))
+
+    def _on(self, pipe: Any, **settings: Any) -> AbstractContextManager[Any]:
+        """This patch for another pipeline, with other `settings`."""
+        other = copy.copy(self)
+        vars(other).update(settings, pipe=pipe, _stack=PatchStack())
+        return other
 
     def _install(self, stack: PatchStack, name: str, model: nn.Module) -> None:
         if _is_vae(model):

@@ -20,6 +20,7 @@ from torch import nn
 
 from .groupnorm import SharedGroupNorm
 from .patching import PatchStack
+from .rehearsal import pieces
 from .strips import Forward, Strips, replacements
 from .tilings import Window, tiles, window
 
@@ -220,10 +221,9 @@ class TwoPass(_InPieces):
         step = ceil(1 / split.scale)
         per_latent = self.cutting.latent_scale * _scale(split.stages[: split.tiled.start]) / step
         slice_y, slice_x = (int(per_latent * size) for size in (self.cutting.tile_height, self.cutting.tile_width))
-        return [
-            window(tile.scaled(step), split.halo, height, width, self.cutting.wrap)
-            for tile in tiles(height // step, width // step, 0, slice_y, slice_x)
-        ]
+        cover = tiles(height // step, width // step, 0, slice_y, slice_x)
+        windows = [window(tile.scaled(step), split.halo, height, width, self.cutting.wrap) for tile in cover]
+        return list(pieces(windows, Window.sizes))
 
     def _run_tiled(
         self, run: Callable[[torch.Tensor, range], torch.Tensor], plane: torch.Tensor, split: Split
