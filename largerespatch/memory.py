@@ -57,6 +57,8 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # of fake tensors; half of all calls
+            return func(*args, **kwargs)
         for tensor in _tensors((args, kwargs)):
             self._note(tensor, born=False)
         result = func(*args, **kwargs)
@@ -91,20 +93,26 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-class AttentionInOneKernel(TorchFunctionMode):
-    """Makes ``F.scaled_dot_product_attention`` put out an empty result in the layout of the kernels that fuse it.
+class KernelsInOne(TorchFunctionMode):
+    """Makes attention and linear layers put out an empty result at once, in the layout of the kernels that do so.
 
-    On tensors that hold nothing it would fall apart into its quadratic form, which no device runs.
+    On tensors without data, attention would fall apart into its quadratic form, which no device runs, and a linear
+    layer into many small steps, which take the longer part of an estimate.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
-        *batch, heads, tokens, _ = query.shape
-        result = query.new_empty(*batch, tokens, heads, value.shape[-1])
-        query.new_empty(*batch, tokens, heads, dtype=torch.float32)  # the logarithm of each row's sum
-        return result.transpose(-2, -3)
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func is F.linear and args[0].is_contiguous():  # others are copied first
+            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[0])
+        return func(*args, **kwargs)
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    *batch, heads, tokens, _channels = query.shape
+    result = query.new_empty(*batch, tokens, heads, value.shape[-1])
+    query.new_empty(*batch, tokens, heads, dtype=torch.float32)  # the logarithm of each row's sum, dropped by torch
+    return result.transpose(-2, -3)

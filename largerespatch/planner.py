@@ -43,7 +43,8 @@ class MemoryEstimate:
         left = max(map(len, rows))
         right = max(len(row.split("  ")[0]) for row in rows.values())
         return "\n".join(
-            f"{name:<{left}}  {row.split('  ')[0]:>{right}}{row[len(row.split('  ')[0]) :]}" for name, row in rows.items()
+            f"{name:<{left}}  {row.split('  ')[0]:>{right}}{row[len(row.split('  ')[0]) :]}"
+            for name, row in rows.items()
         )
 
 

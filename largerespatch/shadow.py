@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .memory import AttentionInOneKernel, LiveBytes
+from .memory import KernelsInOne, LiveBytes
 from .patching import PatchStack
 from .rehearsal import rehearsal
 
@@ -181,6 +181,6 @@ class Shadow:
 
     def peak(self, work: Callable[[], object]) -> int:
         """The most bytes alive at once on the pipeline's device while `work` calls the copies on fake tensors."""
-        with self.fake, torch.no_grad(), rehearsal(), LiveBytes(self.place) as count, AttentionInOneKernel():
+        with self.fake, torch.no_grad(), rehearsal(), LiveBytes(self.place) as count, KernelsInOne():
             work()
         return count.peak

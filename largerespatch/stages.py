@@ -149,7 +149,9 @@ class _UNet:
         return self.new(self.batch, self.model.config.in_channels, *self.latent)
 
     def call(self, conditions: dict[str, Any]) -> torch.Tensor:
-        result: torch.Tensor = self.model(self.sample(), TIMESTEP, return_dict=False, **_taken(self.model, conditions))[0]
+        result: torch.Tensor = self.model(self.sample(), TIMESTEP, return_dict=False, **_taken(self.model, conditions))[
+            0
+        ]
         return result
 
     def conditions(self, batch: int) -> dict[str, Any]:
