@@ -4,13 +4,15 @@ import math
 import re
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+R = TypeVar("R")
 
 GIB = 2**30
 
@@ -68,6 +70,23 @@ class LiveBytes(TorchDispatchMode):
             self._measure_again()
             self.peak = max(self.peak, self._alive)
         return result
+
+    @property
+    def alive(self) -> int:
+        """Bytes alive now."""
+        self._measure_again()
+        return self._alive
+
+    def peak_of(self, work: Callable[[], R]) -> tuple[R, int]:
+        """The result of `work`, and the most bytes that were alive during it."""
+        before, self.peak = self.peak, self.alive
+        result = work()
+        during, self.peak = self.peak, max(self.peak, before)
+        return result, during
+
+    def rise(self, size: int) -> None:
+        """Count `size` bytes more than are alive now, for a moment."""
+        self.peak = max(self.peak, self.alive + size)
 
     def _note(self, tensor: torch.Tensor, born: bool) -> None:
         storage = tensor.untyped_storage()

@@ -1,17 +1,21 @@
 """A pipeline without weights: same modules, fake tensors. What runs on it takes no memory and next to no time."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
 from .memory import KernelsInOne, LiveBytes
 from .patching import PatchStack
 from .rehearsal import rehearsal
+from .tilings import PHASES
 
 # Fake tensors on these stand for all accelerators and for the host. (Fake ones on "cuda" need a torch built with CUDA.)
 ACCELERATOR, HOST = "meta", "cpu"
@@ -161,6 +165,46 @@ def _without_weights(model: nn.Module, stacks: list[PatchStack], fake: Any) -> n
     return shadow
 
 
+class _Alike:
+    """Runs one of several modules that are alike and counts the others as that one, since all need the same memory.
+
+    SDXL's U-Net has seventy transformer blocks of two makes. `make` says what a module is; modules that leave something
+    behind beside their result, or give back their input, run each for itself.
+    """
+
+    def __init__(self, count: LiveBytes) -> None:
+        self.count = count
+        self.known: dict[Any, tuple[int, Any]] = {}
+
+    def __call__(
+        self, make: Hashable, original: Callable[..., torch.Tensor], *args: object, **kwargs: object
+    ) -> torch.Tensor:
+        leaves, structure = tree_flatten((args, kwargs))
+        key = (make, str(structure), tuple(map(_look, leaves)))
+        if key in self.known:
+            needed, (size, stride, dtype, device) = self.known[key]
+            self.count.rise(needed)
+            return torch.empty_strided(size, stride, dtype=dtype, device=device)
+        before = self.count.alive
+        result, during = self.count.peak_of(lambda: original(*args, **kwargs))
+        if self.count.alive - before == result.untyped_storage().nbytes():
+            self.known[key] = (during - before, _look(result))
+        return result
+
+
+def _look(leaf: object) -> Any:
+    """All that memory may depend on, of an argument."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.size(), leaf.stride(), leaf.dtype, leaf.device
+    return repr(leaf)
+
+
+def _make(block: nn.Module) -> Hashable:
+    """The kinds and sizes of all modules in a block."""
+    kinds = tuple((path, type(each), type(getattr(each, "processor", None))) for path, each in block.named_modules())
+    return kinds, tuple((path, weight.size(), weight.dtype) for path, weight in block.named_parameters())
+
+
 class Shadow:
     """`pipe` with weightless copies of its models; it is only read.
 
@@ -181,6 +225,12 @@ class Shadow:
 
     def peak(self, work: Callable[[], object]) -> int:
         """The most bytes alive at once on the pipeline's device while `work` calls the copies on fake tensors."""
-        with self.fake, torch.no_grad(), rehearsal(), LiveBytes(self.place) as count, KernelsInOne():
+        count = LiveBytes(self.place)
+        alike = _Alike(count)
+        with PatchStack() as stack, self.fake, torch.no_grad(), rehearsal(), count, KernelsInOne():
+            for name, model in self.models.items():
+                blocks = (each for each in model.modules() if isinstance(each, BasicTransformerBlock))
+                for i, block in enumerate(blocks):  # each takes another of the tilings than the one before
+                    stack.wrap(block, "forward", partial(alike, (i % PHASES, _make(block))), f"{name}.forward")
             work()
         return count.peak
