@@ -41,7 +41,7 @@ class _Storage(NamedTuple):
     counted: int  # 0 for one that is not ours to count
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that come to life inside the block on devices of type `device`.
 
     `peak` is the most that was alive at once. What existed before, and views of it, count nothing; nor does the private
@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.peak = 0
         self._alive = 0  # an upper bound: a storage may have been shrunk since it was counted

@@ -22,8 +22,13 @@ ACCELERATOR, HOST = "meta", "cpu"
 
 # Attributes through which others reach into a module's calls; some hold the weights themselves.
 _HOOKS = ("_hf_hook", "_old_forward", "_diffusers_hook")
-_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-_HOOK_DICTS += ("_forward_pre_hooks_with_kwargs",)
+_HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:
@@ -102,6 +107,12 @@ def _visitors(model: nn.Module) -> list[int]:
             elif getattr(hook, "offload", False):  # accelerate's, of single layers
                 sizes.append(_bytes(_weights(module, recurse=getattr(hook, "place_submodules", False))))
     return sizes
+
+
+def weights_now(pipe: Any, device: torch.device) -> int:
+    """Bytes of weights on `device` at this moment."""
+    weights = chain.from_iterable(map(_weights, models_of(pipe).values()))
+    return _bytes(tensor for tensor in weights if tensor.device.type == device.type)
 
 
 def weights_on(pipe: Any, device: torch.device) -> int:

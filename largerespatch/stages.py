@@ -184,8 +184,8 @@ class _UNet:
 
     def _added(self, batch: int) -> dict[str, Any]:
         config = self.model.config
-        embedding = getattr(self.model, "add_embedding", None)
-        projection = getattr(self.model, "encoder_hid_proj", None)
+        embedding: Any = getattr(self.model, "add_embedding", None)
+        projection: Any = getattr(self.model, "encoder_hid_proj", None)
         added: dict[str, Any] = {}
         match getattr(config, "addition_embed_type", None):
             case "text_time":

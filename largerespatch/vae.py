@@ -185,13 +185,14 @@ class TwoPass(_InPieces):
     outside that part passing their input through.
 
     Args:
-        splits: in order of preference; the first whose whole part fits `WHOLE_BYTES` is taken, else the last.
+        splits: in order of preference; the first whose whole part fits `whole_bytes` is taken, else the last.
         cutting: the size of a tile, and the rest.
     """
 
-    def __init__(self, splits: Sequence[Split], cutting: Cutting) -> None:
+    def __init__(self, splits: Sequence[Split], cutting: Cutting, whole_bytes: int = WHOLE_BYTES) -> None:
         super().__init__(cutting)
         self.splits = splits
+        self.whole_bytes = whole_bytes
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         split = self.choose(sample)
@@ -211,7 +212,7 @@ class TwoPass(_InPieces):
     def choose(self, sample: torch.Tensor) -> Split:
         batch, _, height, width = sample.shape
         for split in self.splits:
-            if split.whole_bytes(height, width, batch, sample.element_size()) <= WHOLE_BYTES:
+            if split.whole_bytes(height, width, batch, sample.element_size()) <= self.whole_bytes:
                 return split
         return self.splits[-1]
 
