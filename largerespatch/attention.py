@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import (
 )
 from torch.overrides import TorchFunctionMode
 
+from .rehearsal import pieces
 from .tilings import PHASES, Tile, bricks, sampled_cells, tiles
 
 COVERS: dict[str, Callable[[int, int, int, int, int], list[Tile]]] = {"brick": bricks, "tile": tiles}
@@ -225,7 +226,8 @@ class BlockedAttention:
         plane = hidden_states.reshape(batch, height, width, channels)
         context = self._context(plane)
         output = None
-        for tile in self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES):
+        cover = self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES)
+        for tile in pieces(cover, Tile.size):
             block = plane[:, tile.rows, tile.columns].reshape(batch, tile.area, channels)
             result = self._attend(original, block, tile, context, **kwargs)
             if output is None:

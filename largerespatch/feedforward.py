@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from .rehearsal import pieces
+
 
 class ChunkedFeedForward:
     """Runs a feed-forward over runs of tokens. Exact, since a feed-forward sees one token at a time.
@@ -25,7 +27,7 @@ class ChunkedFeedForward:
         # Three dimensions, as every feed-forward and every adapter around one expects.
         rows = hidden_states.reshape(1, tokens, hidden_states.shape[-1])
         output = None
-        for start in range(0, tokens, self.chunk_size):
+        for start in pieces(range(0, tokens, self.chunk_size)):
             chunk = slice(start, start + self.chunk_size)
             result = original(rows[:, chunk], *args, **kwargs)
             if output is None:

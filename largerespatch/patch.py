@@ -1,6 +1,9 @@
 """LargeResPatch: validate, discover, install, restore."""
 
+import copy
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -12,9 +15,10 @@ from .attention import COVERS, BlockedAttention, Blocking, MapNote, MapNoting, S
 from .feedforward import ChunkedFeedForward
 from .padding import PADDING_MODES, install_padding
 from .patching import PatchStack
+from .planner import Estimator, MemoryEstimate, Plan, Planner, bare, memory_bytes
 from .unet import StepNoting
-from .vae import VAE_MODES, Cutting, Exact, TwoPass, can_be_tiled, decoder_splits, encoder_splits
-from .validation import one_of, positive_int, whole_number
+from .vae import VAE_MODES, WHOLE_BYTES, Cutting, Exact, TwoPass, can_be_tiled, decoder_splits, encoder_splits
+from .validation import noting_given, one_of, positive_int, whole_number
 
 # Which models are patched now, by which patch. Kept here, since the models themselves must carry no mark.
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, "LargeResPatch"] = weakref.WeakKeyDictionary()
@@ -122,6 +126,9 @@ class LargeResPatch:
             want, half *sampled* ones that stand for the rest of the map. 0 for none.
         vae_mode: "two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map,
             about as fast as untiled, with half of its memory. A strip has `vae_chunk_size_y` rows on every map.
+        memory_limit: what the pipeline may take on its device, weights included: "8GiB", a number of bytes, or "auto"
+            for what the device has free, less a margin. The cheapest settings that fit are picked in the order of
+            `largerespatch.planner`; options that you give are kept. `repr` says what was picked.
 
     Raises:
         TypeError, ValueError: an option is not what is accepted, or `pipe` has nothing to patch. Nothing is changed.
@@ -129,6 +136,9 @@ class LargeResPatch:
     It descends from StableDiffusionLargeResPatch (2022, public domain).
     """
 
+    _given: frozenset[str]  # options that the caller gave
+
+    @noting_given
     def __init__(
         self,
         pipe: Any,
@@ -145,11 +155,14 @@ class LargeResPatch:
         attn_full_tokens: int = 16384,
         attn_context: int = 512,
         vae_mode: str = "two-pass",
+        memory_limit: str | int | None = None,
     ) -> None:
         targets = _discover(pipe)
         vaes = [model for model in targets.values() if _is_vae(model)]
         factor = max((_vae_factor(vae) for vae in vaes), default=getattr(pipe, "vae_scale_factor", 1))
         self.pipe = pipe
+        self._factor = factor
+        self.vae_whole_bytes = WHOLE_BYTES
         self.width = _image_size("width", width, factor)
         self.height = _image_size("height", height, factor)
         self.blocking = Blocking(
@@ -171,6 +184,8 @@ class LargeResPatch:
             if _is_vae(vae):
                 self._vae_halves(name, vae)  # what cannot be run in this mode is an error now
         self._stack = PatchStack()
+        self.memory_limit = None if memory_limit is None else memory_bytes(memory_limit, pipe)
+        self._plan = None if self.memory_limit is None else self._planned(self.memory_limit)
 
     def enable(self) -> Self:
         """Install every replacement; what ``with`` does on entry.
@@ -218,6 +233,37 @@ class LargeResPatch:
                 for model in [model for model, patch in _PATCHED.items() if patch is self]:
                     del _PATCHED[model]
 
+    def estimate(self, patched: bool = True) -> MemoryEstimate:
+        """The peak of memory on the pipeline's device, in bytes, for one image of the patch's size, guidance on.
+
+        Found by running copies of the models on tensors without data, in seconds; nothing is allocated. The pipeline
+        stays as it is, inside the block and outside. Hooks on its modules are left out, but for what they keep off the
+        device; so is the private workspace of kernels.
+
+        Args:
+            patched: with this patch on; else as the pipeline is without any.
+
+        Raises:
+            ValueError: the pipeline has a denoiser that the estimate does not know how to call.
+        """
+        return self._estimator(self._on if patched else bare).estimate(self.height, self.width, {})
+
+    def _estimator(self, patched: Callable[..., AbstractContextManager[Any]]) -> Estimator:
+        stacks = {_PATCHED[model]._stack for model in _discover(self.pipe).values() if model in _PATCHED}
+        return Estimator(self.pipe, self._factor, list(stacks), patched)
+
+    def _planned(self, limit: int) -> Plan:
+        """Takes over the cheapest settings that fit, but for options that were given."""
+        plan = Planner(self._estimator(self._on), limit, self.vae_mode, self._given).plan(self.height, self.width)
+        vars(self).update(plan.settings)
+        return plan
+
+    def _on(self, pipe: Any, **settings: Any) -> AbstractContextManager[Any]:
+        """This patch for another pipeline, with other `settings`."""
+        other = copy.copy(self)
+        vars(other).update(settings, pipe=pipe, _stack=PatchStack())
+        return other
+
     def _install(self, stack: PatchStack, name: str, model: nn.Module) -> None:
         if _is_vae(model):
             self._install_vae(stack, name, model)
@@ -261,7 +307,7 @@ class LargeResPatch:
                 halves[half] = Exact(model, f"{name}.{half}", cutting)
             else:
                 splits = encoder_splits(model) if half == "encoder" else decoder_splits(model)
-                halves[half] = TwoPass(splits, cutting)
+                halves[half] = TwoPass(splits, cutting, self.vae_whole_bytes)
         return halves
 
     def __repr__(self) -> str:
@@ -272,6 +318,8 @@ class LargeResPatch:
             lines.append(f"  {name} ({type(model).__name__}): {what}")
         if self.padding_mode != "constant":
             lines.append(f"  convolutions pad by {self.padding_mode!r}")
+        if self._plan is not None and self.memory_limit is not None:
+            lines.append(f"  {self._plan.describe(self.memory_limit)}")
         return "\n".join(lines)
 
     def _describe_denoiser(self, model: nn.Module) -> str:

@@ -7,7 +7,7 @@ anything with a ``__dict__`` can be patched.
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -83,6 +83,15 @@ class PatchStack:
                 "all else is restored, but these were replaced again by other code inside the block and are left "
                 f"as they are: {', '.join(overlaid)}. Remove what was put over them before leaving the block."
             )
+
+    def undo_in(self, copies: Mapping[int, Any]) -> None:
+        """Take the replacements out of copies of their targets, by the target's ``id``; the targets keep them."""
+        for target, attribute, original, _, _ in reversed(self._replaced):
+            if id(target) in copies:
+                if original is _INHERITED:
+                    vars(copies[id(target)]).pop(attribute, None)
+                else:
+                    vars(copies[id(target)])[attribute] = original
 
     def __enter__(self) -> Self:
         return self

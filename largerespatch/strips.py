@@ -9,7 +9,7 @@ Modules work *in place*: the memory of an input becomes that of the output where
 decoders, where each map has a single reader; a U-Net keeps its maps for skip connections.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from .groupnorm import GivenStatistics, GroupStatistics, pool, record
+from .rehearsal import pieces
 from .tilings import Tile, even_cuts, window
 
 Forward = Callable[..., torch.Tensor]
@@ -38,17 +39,17 @@ class Strips:
         self.wrap = wrap
         self.spare: torch.Tensor | None = None
 
-    def cut(self, plane: torch.Tensor, scale: Fraction = Fraction(1)) -> list[Tile]:
+    def cut(self, plane: torch.Tensor, scale: Fraction = Fraction(1)) -> Sequence[Tile]:
         """Strips of ``[B, C, H, W]``, for a module that scales them: no more rows than allowed before and after."""
         height, width = plane.shape[-2:]
         step = scale.denominator
         cuts = even_cuts(height // step, max(self.rows // max(scale.numerator, step), 1))
-        return [Tile(top * step, 0, bottom * step, width) for top, bottom in pairwise(cuts)]
+        return pieces([Tile(top * step, 0, bottom * step, width) for top, bottom in pairwise(cuts)], Tile.size)
 
     def is_one(self, plane: torch.Tensor) -> bool:
         return plane.shape[-2] <= self.rows
 
-    def read(self, plane: torch.Tensor, strips: list[Tile], halo: int) -> Iterator[tuple[Tile, int, torch.Tensor]]:
+    def read(self, plane: torch.Tensor, strips: Sequence[Tile], halo: int) -> Iterator[tuple[Tile, int, torch.Tensor]]:
         """Yield each strip with its halo, as ``(strip, rows above it, block)``.
 
         The strip's own rows may be overwritten as soon as it has been yielded: what later strips need of them is

@@ -36,6 +36,9 @@ class Tile(NamedTuple):
     def area(self) -> int:
         return self.height * self.width
 
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
     @property
     def rows(self) -> slice:
         return slice(self.top, self.bottom)
@@ -142,6 +145,9 @@ class Window(NamedTuple):
 
     outer: Tile
     tile: Tile
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        return *self.outer.size(), *self.tile.size()
 
     def owned(self, height: int, width: int) -> Tile:
         """The tile's place on a map of the window, ``height x width`` cells at whatever scale."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from .groupnorm import SharedGroupNorm
 from .patching import PatchStack
+from .rehearsal import pieces
 from .strips import Forward, Strips, replacements
 from .tilings import Window, tiles, window
 
@@ -184,13 +185,14 @@ class TwoPass(_InPieces):
     outside that part passing their input through.
 
     Args:
-        splits: in order of preference; the first whose whole part fits `WHOLE_BYTES` is taken, else the last.
+        splits: in order of preference; the first whose whole part fits `whole_bytes` is taken, else the last.
         cutting: the size of a tile, and the rest.
     """
 
-    def __init__(self, splits: Sequence[Split], cutting: Cutting) -> None:
+    def __init__(self, splits: Sequence[Split], cutting: Cutting, whole_bytes: int = WHOLE_BYTES) -> None:
         super().__init__(cutting)
         self.splits = splits
+        self.whole_bytes = whole_bytes
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         split = self.choose(sample)
@@ -210,7 +212,7 @@ class TwoPass(_InPieces):
     def choose(self, sample: torch.Tensor) -> Split:
         batch, _, height, width = sample.shape
         for split in self.splits:
-            if split.whole_bytes(height, width, batch, sample.element_size()) <= WHOLE_BYTES:
+            if split.whole_bytes(height, width, batch, sample.element_size()) <= self.whole_bytes:
                 return split
         return self.splits[-1]
 
@@ -220,10 +222,9 @@ class TwoPass(_InPieces):
         step = ceil(1 / split.scale)
         per_latent = self.cutting.latent_scale * _scale(split.stages[: split.tiled.start]) / step
         slice_y, slice_x = (int(per_latent * size) for size in (self.cutting.tile_height, self.cutting.tile_width))
-        return [
-            window(tile.scaled(step), split.halo, height, width, self.cutting.wrap)
-            for tile in tiles(height // step, width // step, 0, slice_y, slice_x)
-        ]
+        cover = tiles(height // step, width // step, 0, slice_y, slice_x)
+        windows = [window(tile.scaled(step), split.halo, height, width, self.cutting.wrap) for tile in cover]
+        return list(pieces(windows, Window.sizes))
 
     def _run_tiled(
         self, run: Callable[[torch.Tensor, range], torch.Tensor], plane: torch.Tensor, split: Split

@@ -1,8 +1,12 @@
 """Checks of options, shared by the public names; messages say the option, what is accepted and what was received."""
 
+import functools
+import inspect
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+Init = TypeVar("Init", bound=Callable[..., None])
 
 
 def whole_number(option: str, value: object, unit: str, least: int) -> int:
@@ -46,3 +50,15 @@ def one_of(option: str, value: object, accepted: Sequence[str]) -> str:
     if value not in accepted:
         raise ValueError(message)
     return value
+
+
+def noting_given(init: Init) -> Init:
+    """Makes an ``__init__`` note in `_given` which of its options the caller gave, be it with their default values."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def noting(self: Any, *args: Any, **kwargs: Any) -> None:
+        self._given = frozenset(signature.bind_partial(self, *args, **kwargs).arguments)
+        init(self, *args, **kwargs)
+
+    return cast(Init, noting)

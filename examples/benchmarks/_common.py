@@ -169,20 +169,24 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._born: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._older: set[int] = set()
+        self._older: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._older.update(key for key in self._storages((args, kwargs)) if key not in self._born)
+        self._note(self._older, (args, kwargs))
         result = func(*args, **kwargs)
-        for key, storage in self._storages(result).items():
-            if key not in self._older and key not in self._born:
-                self._born[key] = weakref.ref(storage, lambda _, key=key: self._born.pop(key, None))
+        self._note(self._born, result)
         alive = [reference() for reference in list(self._born.values())]
         self.peak = max(self.peak, sum(storage.nbytes() for storage in alive if storage is not None))
         return result
+
+    def _note(self, storages: dict[int, Any], tree: Any) -> None:
+        for key, storage in self._storages(tree).items():
+            if key not in self._older and key not in self._born:
+                # Forgotten when it dies: another one may come to life at its address.
+                storages[key] = weakref.ref(storage, lambda _, key=key: storages.pop(key, None))
 
     def _storages(self, tree: Any) -> dict[int, torch.UntypedStorage]:
         tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

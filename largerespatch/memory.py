@@ -1,0 +1,137 @@
+"""Counting bytes: of tensors alive, in words, and from words."""
+
+import math
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+R = TypeVar("R")
+
+GIB = 2**30
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def gibibytes(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"
+
+
+def parse_bytes(text: str) -> int | None:
+    """Bytes of ``"8GiB"``, ``"8 GB"``, ``"512MiB"`` or ``"1.5GiB"``; None for what is not such an amount."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]+)\s*", text, flags=re.ASCII)
+    if match is None or match[2].upper() not in _UNITS:
+        return None
+    return math.floor(float(match[1]) * _UNITS[match[2].upper()])
+
+
+class _Storage(NamedTuple):
+    reference: "weakref.ref[torch.UntypedStorage]"
+    counted: int  # 0 for one that is not ours to count
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that come to life inside the block on devices of type `device`.
+
+    `peak` is the most that was alive at once. What existed before, and views of it, count nothing; nor does the private
+    workspace of kernels. Works on real tensors and on fake ones.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+        self.peak = 0
+        self._alive = 0  # an upper bound: a storage may have been shrunk since it was counted
+        self._known: dict[int, _Storage] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # of fake tensors; half of all calls
+            return func(*args, **kwargs)
+        for tensor in _tensors((args, kwargs)):
+            self._note(tensor, born=False)
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            self._note(tensor, born=True)
+        if self._alive > self.peak:
+            self._measure_again()
+            self.peak = max(self.peak, self._alive)
+        return result
+
+    @property
+    def alive(self) -> int:
+        """Bytes alive now."""
+        self._measure_again()
+        return self._alive
+
+    def peak_of(self, work: Callable[[], R]) -> tuple[R, int]:
+        """The result of `work`, and the most bytes that were alive during it."""
+        before, self.peak = self.peak, self.alive
+        result = work()
+        during, self.peak = self.peak, max(self.peak, before)
+        return result, during
+
+    def rise(self, size: int) -> None:
+        """Count `size` bytes more than are alive now, for a moment."""
+        self.peak = max(self.peak, self.alive + size)
+
+    def _note(self, tensor: torch.Tensor, born: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes() if born and tensor.device.type == self.device else 0
+        self._known[key] = _Storage(weakref.ref(storage, lambda _: self._forget(key)), size)
+        self._alive += size
+
+    def _forget(self, key: int) -> None:
+        self._alive -= self._known.pop(key).counted
+
+    def _measure_again(self) -> None:
+        for key, (reference, counted) in list(self._known.items()):
+            storage = reference()
+            if storage is not None and counted != (size := min(counted, storage.nbytes())):
+                self._known[key] = _Storage(reference, size)
+                self._alive += size - counted
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class KernelsInOne(TorchFunctionMode):
+    """Makes attention and linear layers put out an empty result at once, in the layout of the kernels that do so.
+
+    On tensors without data, attention would fall apart into its quadratic form, which no device runs, and a linear
+    layer into many small steps, which take the longer part of an estimate.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func is F.linear and args[0].is_contiguous():  # others are copied first
+            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[0])
+        return func(*args, **kwargs)
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    *batch, heads, tokens, _channels = query.shape
+    result = query.new_empty(*batch, tokens, heads, value.shape[-1])
+    query.new_empty(*batch, tokens, heads, dtype=torch.float32)  # the logarithm of each row's sum, dropped by torch
+    return result.transpose(-2, -3)

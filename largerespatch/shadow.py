@@ -1,0 +1,247 @@
+"""A pipeline without weights: same modules, fake tensors. What runs on it takes no memory and next to no time."""
+
+import copy
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+
+from .memory import KernelsInOne, LiveBytes
+from .patching import PatchStack
+from .rehearsal import rehearsal
+from .tilings import PHASES
+
+# Fake tensors on these stand for all accelerators and for the host. (Fake ones on "cuda" need a torch built with CUDA.)
+ACCELERATOR, HOST = "meta", "cpu"
+
+# Attributes through which others reach into a module's calls; some hold the weights themselves.
+_HOOKS = ("_hf_hook", "_old_forward", "_diffusers_hook")
+_HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+def models_of(pipe: Any) -> dict[str, nn.Module]:
+    """All models of a pipeline by component name, compiled ones as what has been compiled."""
+    components: dict[str, Any] = pipe.components
+    models = {name: getattr(model, "_orig_mod", model) for name, model in components.items()}
+    return {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+
+
+# --- where weights are --------------------------------------------------------------------------------------------
+
+
+def _offload_hooks(module: nn.Module) -> Iterator[Any]:
+    """accelerate's and diffusers' hooks that bring weights to a device for a call of `module`."""
+    hook = getattr(module, "_hf_hook", None)
+    yield from getattr(hook, "hooks", (hook,) if hook is not None else ())
+    registry = getattr(module, "_diffusers_hook", None)
+    yield from registry.hooks.values() if registry is not None else ()
+
+
+def _device_of_hook(hook: Any) -> torch.device | None:
+    device = getattr(hook, "execution_device", None)
+    group = getattr(hook, "group", None)
+    device = getattr(group, "onload_device", device)
+    return None if device is None else torch.device(device if not isinstance(device, int) else f"cuda:{device}")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model runs."""
+    for module in model.modules():
+        for hook in _offload_hooks(module):
+            device = _device_of_hook(hook)
+            if device is not None:
+                return device
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device(HOST) if first is None else first.device
+
+
+def _place(device: torch.device) -> str:
+    return HOST if device.type == HOST else ACCELERATOR
+
+
+def execution_device(pipe: Any) -> torch.device:
+    device = getattr(pipe, "_execution_device", None)
+    if device is None or device.type == ACCELERATOR:  # diffusers says meta where weights are offloaded
+        device = next((each for each in map(device_of, models_of(pipe).values()) if each.type != HOST), device)
+    return torch.device(HOST) if device is None else device
+
+
+def _bytes(tensors: Iterator[torch.Tensor]) -> int:
+    """Of the storages that tensors lie in; shared ones count once. Storages on ``meta`` count what they stand for."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _weights(*modules: nn.Module, recurse: bool = True) -> Iterator[torch.Tensor]:
+    for module in modules:
+        yield from module.parameters(recurse)
+        yield from module.buffers(recurse)
+
+
+def _visitors(model: nn.Module) -> list[int]:
+    """Bytes of the pieces of a model that come to the device only while they run; empty for a model that stays."""
+    sizes = []
+    for module in model.modules():
+        for hook in _offload_hooks(module):
+            group = getattr(hook, "group", None)
+            if group is not None:  # diffusers' group offload; with a stream the next group comes while this one runs
+                size = _bytes(chain(_weights(*group.modules), group.parameters, group.buffers))
+                sizes.append(size * (1 if group.stream is None else 2))
+            elif type(hook).__name__ == "CpuOffload":  # accelerate's, of whole models
+                return [_bytes(_weights(module))]
+            elif getattr(hook, "offload", False):  # accelerate's, of single layers
+                sizes.append(_bytes(_weights(module, recurse=getattr(hook, "place_submodules", False))))
+    return sizes
+
+
+def weights_now(pipe: Any, device: torch.device) -> int:
+    """Bytes of weights on `device` at this moment."""
+    weights = chain.from_iterable(map(_weights, models_of(pipe).values()))
+    return _bytes(tensor for tensor in weights if tensor.device.type == device.type)
+
+
+def weights_on(pipe: Any, device: torch.device) -> int:
+    """Bytes of weights on `device` at once: all that stay there and the largest piece that visits it."""
+    models = models_of(pipe).values()
+    visitors = {model: _visitors(model) for model in models if device_of(model).type == device.type}
+    staying = chain.from_iterable(
+        (tensor for tensor in _weights(model) if tensor.device.type == device.type)
+        for model in models
+        if not visitors.get(model)
+    )
+    return _bytes(staying) + max(chain.from_iterable(visitors.values()), default=0)
+
+
+# --- copies -------------------------------------------------------------------------------------------------------
+
+
+class _WithoutData(TorchFunctionMode):
+    """Makes `copy.deepcopy` put fake tensors on `device` in the place of tensors."""
+
+    def __init__(self, fake: Any, device: str) -> None:
+        super().__init__()
+        self.fake = fake
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.Tensor.clone, torch.Tensor.__deepcopy__):  # parameters are copied by the former
+            return func(*args, **(kwargs or {}))
+        tensor = args[0]
+        with self.fake:
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device)
+
+
+def _compute_dtype(module: nn.Module) -> torch.dtype | None:
+    """What layerwise casting casts the weights of `module` to for a call."""
+    return next((hook.compute_dtype for hook in _offload_hooks(module) if hasattr(hook, "compute_dtype")), None)
+
+
+def _without_weights(model: nn.Module, stacks: list[PatchStack], fake: Any) -> nn.Module:
+    """A copy of a model on fake tensors, as its class made it: without replacements, hooks and compiled calls."""
+    # What `deepcopy` finds in its memo it takes for copied.
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for attribute in ("forward", *_HOOKS):
+            if attribute in vars(module):
+                memo[id(vars(module)[attribute])] = None
+    with _WithoutData(fake, _place(device_of(model))):
+        shadow = copy.deepcopy(model, memo)
+    for stack in stacks:
+        stack.undo_in(memo)
+    for original, module in zip(list(model.modules()), list(shadow.modules()), strict=True):
+        for attribute in ("forward", *_HOOKS):
+            vars(module).pop(attribute, None)
+        for attribute in _HOOK_DICTS:
+            vars(module)[attribute].clear()
+        module._compiled_call_impl = None
+        dtype = _compute_dtype(original)
+        if dtype is not None:
+            with fake:
+                module.to(dtype)
+    return shadow
+
+
+class _Alike:
+    """Runs one of several modules that are alike and counts the others as that one, since all need the same memory.
+
+    SDXL's U-Net has seventy transformer blocks of two makes. `make` says what a module is; modules that leave something
+    behind beside their result, or give back their input, run each for itself.
+    """
+
+    def __init__(self, count: LiveBytes) -> None:
+        self.count = count
+        self.known: dict[Any, tuple[int, Any]] = {}
+
+    def __call__(
+        self, make: Hashable, original: Callable[..., torch.Tensor], *args: object, **kwargs: object
+    ) -> torch.Tensor:
+        leaves, structure = tree_flatten((args, kwargs))
+        key = (make, str(structure), tuple(map(_look, leaves)))
+        if key in self.known:
+            needed, (size, stride, dtype, device) = self.known[key]
+            self.count.rise(needed)
+            return torch.empty_strided(size, stride, dtype=dtype, device=device)
+        before = self.count.alive
+        result, during = self.count.peak_of(lambda: original(*args, **kwargs))
+        if self.count.alive - before == result.untyped_storage().nbytes():
+            self.known[key] = (during - before, _look(result))
+        return result
+
+
+def _look(leaf: object) -> Any:
+    """All that memory may depend on, of an argument."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.size(), leaf.stride(), leaf.dtype, leaf.device
+    return repr(leaf)
+
+
+def _make(block: nn.Module) -> Hashable:
+    """The kinds and sizes of all modules in a block."""
+    kinds = tuple((path, type(each), type(getattr(each, "processor", None))) for path, each in block.named_modules())
+    return kinds, tuple((path, weight.size(), weight.dtype) for path, weight in block.named_parameters())
+
+
+class Shadow:
+    """`pipe` with weightless copies of its models; it is only read.
+
+    `stacks` hold the replacements that are on it now. The copies have none of them, nor any hook or own ``forward``.
+    """
+
+    def __init__(self, pipe: Any, names: list[str], stacks: list[PatchStack]) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        # Tensors that modules make of numbers are real where the device is meta.
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.place = _place(execution_device(pipe))
+        models = models_of(pipe)
+        self.models = {name: _without_weights(models[name], stacks, self.fake) for name in names}
+        self.pipe = copy.copy(pipe)
+        # A schedule is made of real tensors, and which step it is makes no difference to memory.
+        vars(self.pipe).update(self.models, scheduler=None, _progress_bar_config={"disable": True})
+
+    def peak(self, work: Callable[[], object]) -> int:
+        """The most bytes alive at once on the pipeline's device while `work` calls the copies on fake tensors."""
+        count = LiveBytes(self.place)
+        alike = _Alike(count)
+        with PatchStack() as stack, self.fake, torch.no_grad(), rehearsal(), count, KernelsInOne():
+            for name, model in self.models.items():
+                blocks = (each for each in model.modules() if isinstance(each, BasicTransformerBlock))
+                for i, block in enumerate(blocks):  # each takes another of the tilings than the one before
+                    stack.wrap(block, "forward", partial(alike, (i % PHASES, _make(block))), f"{name}.forward")
+            work()
+        return count.peak

@@ -1,0 +1,280 @@
+"""Estimates against what real runs hold, and settings that fit a budget."""
+
+import sys
+import time
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+
+import tiny
+from conftest import quiet
+from largerespatch import LargeResPatch, planner
+from largerespatch.memory import LiveBytes, parse_bytes
+from largerespatch.planner import MemoryEstimate, free_bytes
+from largerespatch.rehearsal import pieces, rehearsal
+from test_patch import SMALL, fingerprint
+
+MIB = 2**20
+BLOCKS = {"attn_slice_x": 8, "attn_slice_y": 8, "attn_full_tokens": 64, "ff_chunk_size": 200}
+TILES = {"vae_chunk_size_x": 12, "vae_chunk_size_y": 12}
+
+
+def text_to_image(pipe, width, height):
+    return pipe("a house", width=width, height=height, num_inference_steps=1, output_type="pt")
+
+
+def image_to_image(pipe, width, height):
+    image = torch.zeros(1, 3, height, width)
+    return pipe("a house", image=image, strength=1.0, num_inference_steps=1, output_type="pt")
+
+
+def measured(pipe, run, width, height):
+    """The most bytes of tensors alive at once in a real run, weights aside."""
+    with LiveBytes("cpu") as count:
+        run(pipe, width, height)
+    return count.peak
+
+
+def build(kind):
+    return {
+        "sd": lambda: quiet(tiny.text_to_image()),
+        "sd image-to-image": lambda: quiet(StableDiffusionImg2ImgPipeline(**tiny.components())),
+        "xl": lambda: quiet(StableDiffusionXLPipeline(**tiny.xl_components())),
+        "xl image-to-image": lambda: quiet(StableDiffusionXLImg2ImgPipeline(**tiny.xl_components())),
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    ("kind", "run", "size", "options"),
+    [
+        ("sd", text_to_image, (256, 256), {}),
+        ("sd", text_to_image, (320, 192), BLOCKS | TILES),
+        ("sd", text_to_image, (256, 256), BLOCKS | TILES | {"vae_mode": "exact"}),
+        ("sd image-to-image", image_to_image, (256, 256), BLOCKS | TILES),
+        ("xl", text_to_image, (256, 192), BLOCKS | TILES),
+        ("xl image-to-image", image_to_image, (256, 256), {"vae_mode": "exact"} | TILES),
+    ],
+)
+def test_the_estimate_is_what_a_real_run_holds(kind, run, size, options):
+    pipe = build(kind)
+    patch = LargeResPatch(pipe, *size, **options)
+    with patch:
+        patched = measured(pipe, run, *size)
+    bare = measured(pipe, run, *size)
+    for estimate, peak in ((patch.estimate(), patched), (patch.estimate(patched=False), bare)):
+        assert estimate.peak - estimate.weights == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, BLOCKS])
+def test_the_estimate_of_a_step_is_what_a_real_step_holds(pipe, options):
+    """Whole pipelines peak in their VAE."""
+    patch = LargeResPatch(pipe, 320, 256, **options)
+    with patch:
+        patched = measured(pipe, lambda pipe, w, h: pipe("a", width=w, height=h, output_type="latent"), 320, 256)
+    assert patch.estimate().unet == pytest.approx(patched, rel=0.1)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_estimate_leaves_the_pipeline_alone(pipe, inside):
+    calls = []
+    handle = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    patch = LargeResPatch(pipe, 96, 64, padding_mode="circular", **SMALL)
+    outside = patch.estimate(), patch.estimate(patched=False)
+    assert outside[0] != outside[1]
+    if inside:
+        patch.enable()
+    before = fingerprint(pipe)
+    assert (patch.estimate(), patch.estimate(patched=False)) == outside
+    assert fingerprint(pipe) == before
+    patch.disable()
+    handle.remove()
+    assert not calls
+
+
+def test_an_estimate_allocates_nothing_and_takes_seconds_at_any_size(pipe):
+    patch = LargeResPatch(pipe, 32768, 32768)
+    start = time.process_time()
+    with LiveBytes("cpu") as count:
+        estimate = patch.estimate()
+    assert time.process_time() - start < 20  # on a busy machine; 3 on a quiet one
+    assert estimate.decode > 2**33  # what a tile-wise decode could not do in tests
+    # An image alone would have 12 GiB. The mode sees fake tensors as well: nothing real is among them.
+    assert count.peak == 0 or count.peak < estimate.peak
+
+
+def test_weights_count_where_they_are_on_the_device(pipe):
+    def size(*models):
+        return sum(weight.nbytes for model in models for weight in [*model.parameters(), *model.buffers()])
+
+    patch = LargeResPatch(pipe, 64, 64)
+    assert patch.estimate().weights == size(pipe.unet, pipe.vae, pipe.text_encoder)
+    pipe.unet.to("meta"), pipe.vae.to("meta")
+    assert patch.estimate().weights == size(pipe.unet, pipe.vae), "the text encoder is on the host"
+
+
+def test_models_offloaded_by_accelerate_count_one_at_a_time(pipe):
+    whole = LargeResPatch(pipe, 64, 64).estimate()
+    sizes = [
+        sum(weight.nbytes for weight in [*model.parameters(), *model.buffers()]) for model in (pipe.unet, pipe.vae)
+    ]
+    pipe.enable_model_cpu_offload(device="meta")
+    offloaded = LargeResPatch(pipe, 64, 64).estimate()
+    assert offloaded.weights == max(sizes) < whole.weights
+    assert (offloaded.unet, offloaded.decode) == (whole.unet, whole.decode)
+
+
+def test_encoding_counts_where_the_pipeline_encodes():
+    text, image = (LargeResPatch(build(kind), 64, 64).estimate() for kind in ("sd", "sd image-to-image"))
+    assert (text.encodes, image.encodes) == (False, True)
+    assert text.encode == image.encode > 0
+    assert MemoryEstimate(5, 10, 30, 20).peak == 25
+    assert MemoryEstimate(5, 10, 30, 20, encodes=True).peak == 35
+
+
+def test_an_estimate_reads_as_a_table():
+    lines = str(MemoryEstimate(3 * 2**30, 2**31, 2**20, 2**32)).splitlines()
+    assert lines[0] == "weights         3.00 GiB"
+    assert lines[2] == "encode          1.00 MiB  (this pipeline does not encode)"
+    assert lines[4] == "peak            7.00 GiB"
+
+
+def test_the_xl_vae_counts_in_float32_where_it_is_upcast():
+    pipe = build("xl")
+    whole = LargeResPatch(pipe, 128, 128).estimate()
+    pipe.vae.half()
+    half = LargeResPatch(pipe, 128, 128).estimate()
+    grown = sum(weight.nbytes for weight in pipe.vae.parameters())
+    assert half.decode == whole.decode + grown
+    assert half.weights < whole.weights
+
+
+# --- budgets ------------------------------------------------------------------------------------------------------
+
+
+def peak(pipe, **options):
+    return LargeResPatch(pipe, 256, 256, **options).estimate().peak
+
+
+def test_a_limit_that_fits_changes_nothing(pipe):
+    patch = LargeResPatch(pipe, 256, 256, memory_limit=peak(pipe))
+    assert "no saver needed" in repr(patch)
+    assert repr(patch).splitlines()[:-1] == repr(LargeResPatch(pipe, 256, 256)).splitlines()
+
+
+def test_the_first_settings_that_fit_are_picked(pipe, monkeypatch):
+    full, smaller = peak(pipe), peak(pipe, vae_chunk_size_x=16, vae_chunk_size_y=16)
+    steps = ({"vae_chunk_size_x": 16, "vae_chunk_size_y": 16}, {"vae_chunk_size_x": 8})
+    monkeypatch.setitem(planner.VAE_SAVERS, "two-pass", steps)
+    patch = LargeResPatch(pipe, 256, 256, memory_limit=(full + smaller) // 2)
+    assert (patch.vae_chunk_size_x, patch.vae_chunk_size_y) == (16, 16)
+    assert patch.estimate().peak == smaller
+    assert "vae_chunk_size_x=16, vae_chunk_size_y=16; estimated peak" in repr(patch)
+    kept = LargeResPatch(pipe, 256, 256, vae_chunk_size_y=64, memory_limit=full - 1)
+    assert (kept.vae_chunk_size_x, kept.vae_chunk_size_y) == (16, 64)
+
+
+def test_where_nothing_fits_the_error_says_what_does(pipe):
+    before = fingerprint(pipe)
+    limit = peak(pipe, vae_chunk_size_x=32, vae_chunk_size_y=32) - MIB
+    with pytest.raises(ValueError, match=r"does not fit 512x256 sample pixels, which need .* MiB") as refused:
+        LargeResPatch(pipe, 512, 256, memory_limit=limit)
+    width, height = map(int, str(refused.value).split()[-1].split("x"))
+    assert width == 2 * height
+    assert LargeResPatch(pipe, width, height, memory_limit=limit).estimate().peak <= limit
+    with pytest.raises(ValueError, match="does not fit"):
+        LargeResPatch(pipe, 2 * (height + 64), height + 64, memory_limit=limit)
+    assert fingerprint(pipe) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GiB", 8 * 2**30),
+        ("8 GB", 8 * 10**9),
+        (" 512MiB ", 512 * MIB),
+        ("1.5gib", 3 * 2**29),
+        (".5 KiB", 512),
+        ("7b", 7),
+        ("8", None),
+        ("-8GiB", None),
+        ("8 parrots", None),
+        ("1e3MB", None),
+        ("nan", None),
+        ("", None),
+    ],
+)
+def test_amounts(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "message"),
+    [
+        ("8", ValueError, "a positive amount such as '8GiB'.*got '8'"),
+        ("0GiB", ValueError, "got '0GiB'"),
+        (0, ValueError, "got 0"),
+        (-(2**33), ValueError, "got -8589934592"),
+        (8.0e9, TypeError, r"whole number of bytes.*got 8000000000\.0"),
+        (float("nan"), TypeError, "got nan"),
+        (True, TypeError, "got True"),
+        ([], TypeError, r"got \[\]"),
+        ("1KiB", ValueError, r"more than the weights on cpu, which take 1\.\d\d MiB; got '1KiB'"),
+        ("auto", ValueError, "'auto' needs a pipeline on a device that reports its free memory, this one is on cpu"),
+    ],
+)
+def test_limits_that_are_none(pipe, limit, error, message):
+    with pytest.raises(error, match=f"memory_limit .*{message}"):
+        LargeResPatch(pipe, 64, 64, memory_limit=limit)
+
+
+def test_auto_is_what_the_device_has_free_less_a_margin(pipe, monkeypatch):
+    monkeypatch.setattr(planner, "free_bytes", lambda device: 100 * MIB)
+    weights = LargeResPatch(pipe, 64, 64).estimate().weights
+    assert LargeResPatch(pipe, 64, 64, memory_limit="auto").memory_limit == 95 * MIB + weights
+
+
+def test_free_bytes_count_what_torch_has_in_its_cache(monkeypatch):
+    class Backend:
+        mem_get_info = staticmethod(lambda device: (1000, 5000))
+        memory_reserved = staticmethod(lambda device: 300)
+        memory_allocated = staticmethod(lambda device: 100)
+
+    monkeypatch.setattr(torch, "cuda", Backend)
+    assert free_bytes(torch.device("cuda")) == 1200
+    assert free_bytes(torch.device("cpu")) is None
+
+
+@pytest.mark.gpu
+def test_the_estimate_is_what_cuda_allocates(pipe):
+    patch = LargeResPatch(pipe.to("cuda", torch.float16), 1024, 1024)
+    estimate = patch.estimate()
+    torch.cuda.reset_peak_memory_stats()
+    with patch:
+        text_to_image(pipe, 1024, 1024)
+    assert estimate.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+
+# --- rehearsals ---------------------------------------------------------------------------------------------------
+
+
+def test_a_rehearsal_visits_the_largest_pieces():
+    sizes = [(4,), (9,), (5,), (9,), (9,), (9,), (2,)]
+    assert pieces(sizes, lambda each: each) is sizes
+    with rehearsal():
+        assert pieces(sizes, lambda each: each) == [(4,), (9,), (9,), (9,), (2,)]
+        assert pieces([(2, 8), (8, 2), (2, 2), (1, 1)], lambda each: each) == [(2, 8), (8, 2), (1, 1)]
+        assert pieces(range(10)) == [0, 1, 2, 9]
+        assert pieces([]) == []
+    assert pieces(sizes) is sizes
+
+
+@pytest.mark.parametrize("mode", ["two-pass", "exact"])
+def test_a_rehearsal_needs_what_the_whole_needs(pipe, monkeypatch, mode):
+    patch = LargeResPatch(pipe, 320, 256, vae_mode=mode, attn_shape="tile", **BLOCKS | TILES)
+    rehearsed = patch.estimate()
+    for name in ("attention", "feedforward", "strips", "vae"):
+        monkeypatch.setattr(sys.modules[f"largerespatch.{name}"], "pieces", lambda every, size=None: every)
+    whole = patch.estimate()
+    for stage in ("unet", "encode", "decode"):
+        assert getattr(rehearsed, stage) == pytest.approx(getattr(whole, stage), rel=0.01)
