@@ -12,6 +12,7 @@ from .attention import COVERS, BlockedAttention, Blocking, MapNote, MapNoting, S
 from .feedforward import ChunkedFeedForward
 from .padding import PADDING_MODES, install_padding
 from .patching import PatchStack
+from .strips import Strips, unet_replacements
 from .unet import StepNoting
 from .vae import VAE_MODES, Cutting, Exact, TwoPass, can_be_tiled, decoder_splits, encoder_splits
 from .validation import one_of, positive_int
@@ -120,6 +121,8 @@ class LargeResPatch:
         attn_full_tokens: maps of at most this many tokens are attended whole.
         vae_mode: "two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map,
             about as fast as untiled, with half of its memory. A strip has `vae_chunk_size_y` rows on every map.
+        unet_strip_rows: run the residual blocks and upsamplers of U-Nets and ControlNets in strips of at most so many
+            rows of the feature map (exact; less memory at about the same time); None runs them whole.
 
     Raises:
         TypeError, ValueError: an option is not what is accepted, or `pipe` has nothing to patch. Nothing is changed.
@@ -142,6 +145,7 @@ class LargeResPatch:
         *,
         attn_full_tokens: int = 16384,
         vae_mode: str = "two-pass",
+        unet_strip_rows: int | None = None,
     ) -> None:
         targets = _discover(pipe)
         vaes = [model for model in targets.values() if _is_vae(model)]
@@ -163,6 +167,9 @@ class LargeResPatch:
         self.vae_chunk_size_x = positive_int("vae_chunk_size_x", vae_chunk_size_x, "latent pixels")
         self.vae_chunk_size_y = positive_int("vae_chunk_size_y", vae_chunk_size_y, "latent pixels")
         self.vae_mode = one_of("vae_mode", vae_mode, VAE_MODES)
+        self.unet_strip_rows = unet_strip_rows
+        if unet_strip_rows is not None:
+            self.unet_strip_rows = positive_int("unet_strip_rows", unet_strip_rows, "rows of the feature map")
         for name, vae in targets.items():
             if _is_vae(vae):
                 self._vae_halves(name, vae)  # what cannot be run in this mode is an error now
@@ -235,6 +242,10 @@ class LargeResPatch:
                 layer += 1
         for path, feed_forward in _modules(model, FeedForward).items():
             stack.wrap(feed_forward, "forward", ChunkedFeedForward(self.ff_chunk_size), f"{name}.{path}.forward")
+        if self.unet_strip_rows is not None:
+            strips = Strips(self.unet_strip_rows, wrap=self.padding_mode == "circular")
+            for path, module, replacement in unet_replacements(model, strips, name):
+                stack.wrap(module, "forward", replacement, f"{path}.forward")
 
     def _install_vae(self, stack: PatchStack, name: str, vae: Any) -> None:
         stack.set(vae, "use_tiling", False, f"{name}.use_tiling")
@@ -277,6 +288,7 @@ class LargeResPatch:
         return (
             f"{attentions} self-attentions in {sizes} tokens on maps of over {self.blocking.full_tokens}, "
             f"{len(_modules(model, FeedForward))} feed-forwards in chunks of {self.ff_chunk_size} tokens"
+            + ("" if self.unet_strip_rows is None else f", convolutions in strips of {self.unet_strip_rows} rows")
         )
 
     def _describe_vae(self) -> str:

@@ -1,18 +1,18 @@
-"""Exact strip-wise execution of the convolutional modules of an encoder or decoder.
+"""Exact strip-wise execution of convolutional modules.
 
 A map is visited in strips (bands of rows at full width), each read with the halo that its convolution needs. Group
 norms get the statistics of the whole map, recorded strip by strip beforehand. So every module returns its unpatched
 result to rounding, while no normalized, activated or upsampled copy of a whole map is ever alive. A map that is one
 strip goes through the original forward.
 
-Modules work *in place*: the memory of an input becomes that of the output wherever it can. This is for encoders and
-decoders, where each map has a single reader; a U-Net keeps its maps for skip connections.
+In an encoder or decoder each map has a single reader, so modules work *in place* there: the memory of an input becomes
+that of the output wherever it can. A U-Net keeps its maps for skip connections; there inputs are left as they are.
 """
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -79,63 +79,128 @@ class Strips:
         return spare if spare is not None and spare.shape == shape else plane.new_empty(shape)
 
 
-def _reach(convolution: nn.Conv2d) -> int:
+def _bare(convolution: Any) -> Any:
+    """The convolution inside an adapter (LoRA), which has the same shape but does not tell it."""
+    return getattr(convolution, "base_layer", convolution)
+
+
+def _reach(convolution: Any) -> int:
+    """Rows that a convolution reads above and below its own."""
+    convolution = _bare(convolution)
     return int(convolution.dilation[0] * (convolution.kernel_size[0] - 1) // 2)
+
+
+def _is_differentiated(module: nn.Module, *tensors: torch.Tensor | None) -> bool:
+    """Whether a call is one that autograd follows; strips are written over each other, which it could not undo."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (*tensors, *module.parameters())
+    )
+
+
+class _Time(NamedTuple):
+    """What a time embedding does around the second norm of a block: a term before it, a factor and a term after it."""
+
+    before: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
+    after: torch.Tensor | None = None
 
 
 class StripResnet:
     """Takes the place of ``ResnetBlock2D.forward``: norm, activation, convolution, twice, plus the shortcut.
 
-    Alive at once are the input and the map between the two convolutions. A block that at least halves its channels
-    needs no more than its input: shortcut and middle map fit into it.
+    Alive at once are the input and the map between the two convolutions, whose memory becomes that of the output. If
+    nobody else reads the input (`consumes`), the output takes the input's memory instead where it fits, and a block
+    that at least halves its channels needs no more than its input: shortcut and middle map fit into it.
+
+    Calls that are differentiated go through the original.
     """
 
-    def __init__(self, module: ResnetBlock2D, strips: Strips) -> None:
+    def __init__(self, module: ResnetBlock2D, strips: Strips, consumes: bool) -> None:
         self.module: Any = module
         self.strips = strips
+        self.consumes = consumes
 
     def __call__(
-        self, original: Forward, input_tensor: torch.Tensor, temb: torch.Tensor | None = None, **kwargs: object
+        self,
+        original: Forward,
+        input_tensor: torch.Tensor,
+        temb: torch.Tensor | None = None,
+        *args: object,
+        **kwargs: object,
     ) -> torch.Tensor:
-        if self.strips.is_one(input_tensor):
-            return original(input_tensor, temb, **kwargs)
-        channels = self.module.conv1.out_channels
-        narrows = self.module.conv_shortcut is not None and 2 * channels <= input_tensor.shape[1]
+        if (
+            self.strips.is_one(input_tensor)
+            or (temb is None) != (self.module.time_emb_proj is None)  # the original knows what to say or do
+            or _is_differentiated(self.module, input_tensor, temb)
+        ):
+            return original(input_tensor, temb, *args, **kwargs)
+        channels = self.module.out_channels
+        narrows = self.consumes and self.module.conv_shortcut is not None and 2 * channels <= input_tensor.shape[1]
         if narrows:
             self.strips.spare = None
             residual, middle = input_tensor[:, :channels], input_tensor[:, channels : 2 * channels]
         else:
             residual, middle = input_tensor, self.strips.take(input_tensor, channels)
-        self._first_half(input_tensor, middle, residual if narrows else None)
-        if narrows or self.module.conv_shortcut is None:
+        time = self._time(temb)
+        statistics = self._first_half(input_tensor, middle, residual if narrows else None, time)
+        if narrows or (self.consumes and self.module.conv_shortcut is None):
             output = residual
             self.strips.spare = middle
         else:
             output = middle
-        self._second_half(middle, residual, output, None if narrows else self.module.conv_shortcut)
+        self._second_half(middle, statistics, residual, output, None if narrows else self.module.conv_shortcut, time)
         return output
 
-    def _first_half(self, source: torch.Tensor, middle: torch.Tensor, shortcut: torch.Tensor | None) -> None:
-        """``conv1(act(norm1(source)))`` into `middle`; meanwhile the shortcut, if given its place."""
+    def _time(self, temb: torch.Tensor | None) -> _Time:
+        if temb is None:
+            return _Time()
+        if not self.module.skip_time_act:
+            temb = self.module.nonlinearity(temb)
+        embedding = self.module.time_emb_proj(temb)[:, :, None, None]
+        if self.module.time_embedding_norm == "default":
+            return _Time(before=embedding)
+        scale, shift = embedding.chunk(2, dim=1)
+        return _Time(factor=1 + scale, after=shift)
+
+    def _first_half(
+        self, source: torch.Tensor, middle: torch.Tensor, shortcut: torch.Tensor | None, time: _Time
+    ) -> GroupStatistics:
+        """``conv1(act(norm1(source)))`` into `middle`; meanwhile the shortcut, if given its place.
+
+        Returns the statistics of `middle`.
+        """
         module, strips = self.module, self.strips
         statistics = strips.statistics(source, module.norm1.num_groups)
+        recorded = []
         for strip, above, block in strips.read(source, strips.cut(source), _reach(module.conv1)):
             own = slice(above, above + strip.height)
             with GivenStatistics(statistics):
                 normalized = module.norm1(block)
-            middle[:, :, strip.rows] = module.conv1(module.nonlinearity(normalized))[:, :, own]
+            result = module.conv1(module.nonlinearity(normalized))[:, :, own]
+            if time.before is not None:
+                result = result + time.before
+            recorded.append(record(result, module.norm2.num_groups))
+            middle[:, :, strip.rows] = result
             if shortcut is not None:
                 shortcut[:, :, strip.rows] = module.conv_shortcut(block[:, :, own])
+        return pool(recorded)
 
     def _second_half(
-        self, middle: torch.Tensor, residual: torch.Tensor, output: torch.Tensor, shortcut: nn.Module | None
+        self,
+        middle: torch.Tensor,
+        statistics: GroupStatistics,
+        residual: torch.Tensor,
+        output: torch.Tensor,
+        shortcut: nn.Module | None,
+        time: _Time,
     ) -> None:
         """``(residual + conv2(act(norm2(middle)))) / scale`` into `output`, which may be either of the two."""
         module, strips = self.module, self.strips
-        statistics = strips.statistics(middle, module.norm2.num_groups)
         for strip, above, block in strips.read(middle, strips.cut(middle), _reach(module.conv2)):
             with GivenStatistics(statistics):
                 block = module.norm2(block)
+            if time.factor is not None:
+                block = block * time.factor + time.after
             block = module.conv2(module.dropout(module.nonlinearity(block)))[:, :, above : above + strip.height]
             own = residual[:, :, strip.rows]
             block = block + (own if shortcut is None else shortcut(own))
@@ -154,7 +219,7 @@ class StripResample:
         self.halo = halo
         self.consumes = consumes
 
-    def __call__(self, original: Forward, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    def __call__(self, original: Forward, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.strips.is_one(hidden_states):
             return original(hidden_states, *args, **kwargs)
         self.strips.spare = None
@@ -171,6 +236,26 @@ class StripResample:
             output[:, :, place.rows] = result[:, :, top : top + place.height]
         assert output is not None  # there is at least one strip
         return output
+
+
+class StripUpsample(StripResample):
+    """Takes the place of the ``forward`` of an ``Upsample2D`` in a U-Net.
+
+    A map that is not just doubled (where the skip connection to come is odd) and a call that is differentiated go
+    through the original.
+    """
+
+    def __init__(self, module: Upsample2D, strips: Strips) -> None:
+        super().__init__(strips, Fraction(2), halo=1, consumes=False)
+        self.module: nn.Module = module
+
+    def __call__(
+        self, original: Forward, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        doubled = [2 * length for length in hidden_states.shape[-2:]]
+        if (output_size is None or list(output_size) == doubled) and not _is_differentiated(self.module, hidden_states):
+            return super().__call__(original, hidden_states, None, *args, **kwargs)
+        return original(hidden_states, output_size, *args, **kwargs)
 
 
 def _compact(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -216,7 +301,7 @@ class StripActivation:
 def _replacement(module: nn.Module, path: str, strips: Strips) -> Forward:
     match module:
         case ResnetBlock2D(upsample=None, downsample=None, time_emb_proj=None):
-            return StripResnet(module, strips)
+            return StripResnet(module, strips, consumes=True)
         case Upsample2D(norm=None, interpolate=True, use_conv_transpose=False):
             return StripResample(strips, Fraction(2), halo=1, consumes=True)
         case Downsample2D(norm=None, use_conv=True, padding=0):
@@ -247,3 +332,15 @@ def replacements(model: nn.Module, strips: Strips, path: str) -> Iterator[tuple[
         elif not isinstance(child, Attention):
             replacement = _replacement(child, where, strips)
             yield where, child, replacement
+
+
+def unet_replacements(model: nn.Module, strips: Strips, path: str) -> Iterator[tuple[str, nn.Module, Forward]]:
+    """Path, module and strip-wise forward for what a U-Net or ControlNet holds; any other module is left alone."""
+    for name, module in model.named_modules(prefix=path):
+        match module:
+            case ResnetBlock2D(upsample=None, downsample=None, norm1=nn.GroupNorm(), norm2=nn.GroupNorm()):
+                # Else the memory of the map between the convolutions is not the output's size.
+                if _bare(module.conv2).out_channels == module.out_channels:
+                    yield name, module, StripResnet(module, strips, consumes=False)
+            case Upsample2D(norm=None, interpolate=True, use_conv_transpose=False):
+                yield name, module, StripUpsample(module, strips)

@@ -169,20 +169,29 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._born: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._older: set[int] = set()
+        self._older: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._older.update(key for key in self._storages((args, kwargs)) if key not in self._born)
+        for key, storage in self._storages((args, kwargs)).items():
+            if key not in self._born:
+                self._note(self._older, key, storage)
         result = func(*args, **kwargs)
         for key, storage in self._storages(result).items():
-            if key not in self._older and key not in self._born:
-                self._born[key] = weakref.ref(storage, lambda _, key=key: self._born.pop(key, None))
+            if key not in self._older:
+                self._note(self._born, key, storage)
         alive = [reference() for reference in list(self._born.values())]
         self.peak = max(self.peak, sum(storage.nbytes() for storage in alive if storage is not None))
         return result
+
+    def _note(
+        self, known: dict[int, weakref.ref[torch.UntypedStorage]], key: int, storage: torch.UntypedStorage
+    ) -> None:
+        """Forgotten when it dies, since another one may then come to life at the same address."""
+        if key not in known:
+            known[key] = weakref.ref(storage, lambda _: known.pop(key, None))
 
     def _storages(self, tree: Any) -> dict[int, torch.UntypedStorage]:
         tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
