@@ -16,6 +16,7 @@ from .feedforward import ChunkedFeedForward
 from .padding import PADDING_MODES, install_padding
 from .patching import PatchStack
 from .planner import Estimator, MemoryEstimate, Plan, Planner, bare, memory_bytes
+from .strips import Strips, unet_replacements
 from .unet import StepNoting
 from .vae import VAE_MODES, WHOLE_BYTES, Cutting, Exact, TwoPass, can_be_tiled, decoder_splits, encoder_splits
 from .validation import noting_given, one_of, positive_int, whole_number
@@ -129,6 +130,8 @@ class LargeResPatch:
         memory_limit: what the pipeline may take on its device, weights included: "8GiB", a number of bytes, or "auto"
             for what the device has free, less a margin. The cheapest settings that fit are picked in the order of
             `largerespatch.planner`; options that you give are kept. `repr` says what was picked.
+        unet_strip_rows: run the residual blocks and upsamplers of U-Nets and ControlNets in strips of at most so many
+            rows of the feature map (exact; less memory at about the same time); None runs them whole.
 
     Raises:
         TypeError, ValueError: an option is not what is accepted, or `pipe` has nothing to patch. Nothing is changed.
@@ -156,6 +159,7 @@ class LargeResPatch:
         attn_context: int = 512,
         vae_mode: str = "two-pass",
         memory_limit: str | int | None = None,
+        unet_strip_rows: int | None = None,
     ) -> None:
         targets = _discover(pipe)
         vaes = [model for model in targets.values() if _is_vae(model)]
@@ -180,6 +184,9 @@ class LargeResPatch:
         self.vae_chunk_size_x = positive_int("vae_chunk_size_x", vae_chunk_size_x, "latent pixels")
         self.vae_chunk_size_y = positive_int("vae_chunk_size_y", vae_chunk_size_y, "latent pixels")
         self.vae_mode = one_of("vae_mode", vae_mode, VAE_MODES)
+        self.unet_strip_rows = unet_strip_rows
+        if unet_strip_rows is not None:
+            self.unet_strip_rows = positive_int("unet_strip_rows", unet_strip_rows, "rows of the feature map")
         for name, vae in targets.items():
             if _is_vae(vae):
                 self._vae_halves(name, vae)  # what cannot be run in this mode is an error now
@@ -285,6 +292,10 @@ class LargeResPatch:
                 layer += 1
         for path, feed_forward in _modules(model, FeedForward).items():
             stack.wrap(feed_forward, "forward", ChunkedFeedForward(self.ff_chunk_size), f"{name}.{path}.forward")
+        if self.unet_strip_rows is not None:
+            strips = Strips(self.unet_strip_rows, wrap=self.padding_mode == "circular")
+            for path, module, replacement in unet_replacements(model, strips, name):
+                stack.wrap(module, "forward", replacement, f"{path}.forward")
 
     def _install_vae(self, stack: PatchStack, name: str, vae: Any) -> None:
         stack.set(vae, "use_tiling", False, f"{name}.use_tiling")
@@ -330,6 +341,7 @@ class LargeResPatch:
         return (
             f"{attentions} self-attentions in {sizes} tokens {context}on maps of over {self.blocking.full_tokens}, "
             f"{len(_modules(model, FeedForward))} feed-forwards in chunks of {self.ff_chunk_size} tokens"
+            + ("" if self.unet_strip_rows is None else f", convolutions in strips of {self.unet_strip_rows} rows")
         )
 
     def _describe_vae(self) -> str:

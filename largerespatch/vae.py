@@ -21,6 +21,7 @@ from torch import nn
 from .groupnorm import SharedGroupNorm
 from .patching import PatchStack
 from .rehearsal import pieces
+from .shuttle import Shuttle
 from .strips import Forward, Strips, replacements
 from .tilings import Window, tiles, window
 
@@ -283,17 +284,31 @@ class Exact(_InPieces):
     Args:
         model: the encoder or decoder, and `path` its name in messages.
         cutting: strips have as many rows, on every map, as a tile has in latent pixels.
+        recompute: at the finest level, where maps are largest, no map exists but the outputs of residual blocks: an
+            upsampler's is computed three times and the one between two convolutions twice, strip by strip.
+        host: where whole maps live, if that is not where the model runs, while their strips visit the device. None:
+            they stay on the device. Attention has its whole map on the device in any case.
 
     Raises:
         ValueError: `model` holds a module that cannot be run strip by strip.
     """
 
-    def __init__(self, model: nn.Module, path: str, cutting: Cutting) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        cutting: Cutting,
+        recompute: bool = False,
+        host: torch.device | None = None,
+    ) -> None:
         super().__init__(cutting)
         self.strips = Strips(cutting.tile_height, cutting.wrap)
         self.replacements = list(replacements(model, self.strips, path))
+        self.recompute = recompute
+        self.host = host
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+        strips = self.strips
         with PatchStack() as stack, self._progress(len(self.replacements)) as bar:
 
             def counted(replacement: Forward) -> Forward:
@@ -306,7 +321,12 @@ class Exact(_InPieces):
 
             for path, module, replacement in self.replacements:
                 stack.wrap(module, "forward", counted(replacement), f"{path}.forward")
+            doublings = sum(isinstance(module, Upsample2D) for _, module, _ in self.replacements)
+            strips.finest = sample.shape[-2] * 2**doublings if self.recompute else None
+            if self.host is not None and self.host != sample.device:
+                strips.shuttle = Shuttle(sample.device, self.host)
             try:
-                return original(sample)
+                result = original(sample)
+                return result if strips.shuttle is None else strips.shuttle.deliver(result)
             finally:
-                self.strips.spare = None
+                strips.spare = strips.shuttle = strips.deferred = None

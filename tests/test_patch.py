@@ -234,6 +234,17 @@ def test_memory_formats_inference_mode_and_attention_slicing_change_nothing(pipe
         torch.testing.assert_close(image(pipe, 96), expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("padding_mode", ["constant", "circular"])
+def test_a_unet_in_strips_gives_the_picture_of_the_whole_one(pipe, padding_mode):
+    with LargeResPatch(pipe, 96, 64, padding_mode=padding_mode):
+        whole = image(pipe, 96)
+    with LargeResPatch(pipe, 96, 64, padding_mode=padding_mode, unet_strip_rows=3) as patch:
+        strips = image(pipe, 96)
+        assert "convolutions in strips of 3 rows" in repr(patch)
+    assert not torch.equal(strips, whole)
+    torch.testing.assert_close(strips, whole, rtol=0, atol=1e-5)
+
+
 def test_a_vae_that_cannot_run_exactly_is_an_error_at_once(pipe):
     pipe.vae.decoder.conv_act = torch.nn.Hardswish()
     before = fingerprint(pipe)
@@ -359,6 +370,7 @@ WHOLE = [
     ("ff_chunk_size", "tokens"),
     ("vae_chunk_size_x", "latent pixels"),
     ("vae_chunk_size_y", "latent pixels"),
+    ("unet_strip_rows", "rows of the feature map"),
 ]
 
 

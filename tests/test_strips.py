@@ -1,10 +1,12 @@
 """Strip-wise execution equals the unpatched modules, and keeps its promise about memory."""
 
 from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +14,7 @@ import tiny
 from _common import LiveBytes
 from largerespatch.padding import PADDING_MODES, install_padding
 from largerespatch.patching import PatchStack
-from largerespatch.strips import Strips, replacements
+from largerespatch.strips import Strips, replacements, unet_replacements
 from largerespatch.vae import Exact
 from test_vae import BOTH, HALVES, INPUTS, Bar, cutting
 
@@ -146,3 +148,194 @@ def test_pieces_have_no_gradients_and_say_so(half):
         ):
             run(vae, x)
         assert not run(vae, x.detach()).requires_grad
+
+
+def install_in_unet(stack, model, rows, wrap=False):
+    """What counts as patched: the number of strips that each module was visited in is noted in the list returned."""
+    strips, visits = Strips(rows, wrap), []
+    cut = strips.cut
+    strips.cut = lambda *args: visits.append(len(cut(*args))) or cut(*args)
+    for path, module, replacement in unet_replacements(model, strips, "unet"):
+        stack.wrap(module, "forward", replacement, f"{path}.forward")
+    return visits
+
+
+UNETS = {
+    "sd": lambda: tiny.unet(layers_per_block=2),
+    "xl": lambda: tiny.unet(**tiny.XL_UNET),
+    "scale_shift": lambda: tiny.unet(resnet_time_scale_shift="scale_shift"),
+    "resnets that resample": lambda: tiny.unet(
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_skip_time_act=True,
+    ),
+}
+
+
+@cache
+def unet_of(kind):
+    return UNETS[kind]()
+
+
+def unet_arguments(batch, height, width, xl=False):
+    generator = torch.Generator().manual_seed(0)
+    arguments = {
+        "sample": slope(batch, 4, height, width, generator),
+        "timestep": torch.linspace(100, 900, batch),
+        "encoder_hidden_states": torch.randn(batch, 5, 64 if xl else 32, generator=generator),
+    }
+    if xl:
+        added = {"text_embeds": torch.randn(batch, 32, generator=generator), "time_ids": torch.ones(batch, 6)}
+        arguments["added_cond_kwargs"] = added
+    return arguments
+
+
+def slope(batch, channels, height, width, generator):
+    """Noise over a slope, so that strips differ in their statistics."""
+    noise = torch.randn(batch, channels, height, width, generator=generator)
+    return noise + torch.linspace(-2, 2, height)[:, None]
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from(sorted(UNETS)),
+    st.sampled_from([1, 3]),
+    st.integers(1, 19),
+    st.integers(1, 7),
+    st.integers(1, 12),
+    st.sampled_from(PADDING_MODES),
+)
+def test_a_unet_in_strips_equals_the_whole_one(kind, batch, height, width, rows, mode):
+    if mode == "reflect":
+        height, width = max(height, 3), max(width, 3)
+    if kind == "resnets that resample":
+        height, width = 2 * height, 2 * width  # odd maps do not fit together there, strips or not
+    unet, arguments = unet_of(kind), unet_arguments(batch, height, width, xl=kind == "xl")
+    given_sample = arguments["sample"].clone()
+    with PatchStack() as stack:
+        install_padding(stack, unet, "unet", mode)
+        expected = unet(**arguments).sample
+        visits = install_in_unet(stack, unet, rows, wrap=mode == "circular")
+        torch.testing.assert_close(unet(**arguments).sample, expected, **ROUNDING)
+    assert (max(visits, default=1) > 1) == (height > rows)
+    assert torch.equal(arguments["sample"], given_sample)
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_a_controlnet_in_strips_and_its_residuals(xl):
+    """The residuals are handed to the U-Net as they are: nothing may have been written over them."""
+    net, unet = tiny.controlnet(xl), tiny.unet(**(tiny.XL_UNET if xl else {}))
+    arguments = unet_arguments(3, 13, 6, xl)
+    control = arguments | {"controlnet_cond": torch.rand(3, 3, 104, 48)}
+
+    def run():
+        down, mid = net(**control, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return *down, mid, unet(**arguments, **residuals).sample
+
+    expected = run()
+    with PatchStack() as stack:
+        visits = [install_in_unet(stack, model, 4) for model in (net, unet)]
+        for result, whole in zip(run(), expected, strict=True):
+            torch.testing.assert_close(result, whole, **ROUNDING)
+    assert all(max(each) > 1 for each in visits)
+
+
+def test_adapters_and_freeu_see_the_strips():
+    from peft import LoraConfig
+
+    unet, arguments = tiny.unet(), unet_arguments(2, 16, 6)
+    bare = unet(**arguments).sample
+    config = LoraConfig(
+        r=2, target_modules=["conv1", "conv2", "conv_shortcut", "time_emb_proj"], init_lora_weights=False
+    )
+    unet.add_adapter(config)
+    unet.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    expected = unet(**arguments).sample
+    assert (expected - bare).abs().max() > 0.01
+    with PatchStack() as stack:
+        visits = install_in_unet(stack, unet, 3)
+        torch.testing.assert_close(unet(**arguments).sample, expected, **ROUNDING)
+    assert max(visits) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_unet_in_half_precision_is_no_further_from_float32(dtype):
+    unet, arguments = tiny.unet(), unet_arguments(1, 16, 6)
+    reference = unet(**arguments).sample
+    for parameter in unet.parameters():
+        parameter.data = parameter.to(dtype)
+    arguments = {key: value if key == "timestep" else value.to(dtype) for key, value in arguments.items()}
+    whole = unet(**arguments).sample
+    with PatchStack() as stack:
+        visits = install_in_unet(stack, unet, 3)
+        strips = unet(**arguments).sample
+    assert max(visits) > 1
+    assert strips.dtype == dtype
+    assert (strips.float() - reference).norm() < 1.1 * (whole.float() - reference).norm()
+
+
+def test_gradients_through_a_unet_are_those_of_the_whole_one():
+    unet, arguments = tiny.unet().requires_grad_(), unet_arguments(1, 16, 6)
+
+    def gradients():
+        unet.zero_grad()
+        unet(**arguments).sample.square().mean().backward()
+        return {name: parameter.grad.clone() for name, parameter in unet.named_parameters()}
+
+    with torch.enable_grad(), PatchStack() as stack:
+        expected = gradients()
+        visits = install_in_unet(stack, unet, 3)
+        assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients().items())
+        assert not visits
+        unet.requires_grad_(False)
+        unet(**arguments)  # nothing to differentiate
+        assert visits
+        visits.clear()
+        arguments["sample"].requires_grad_()
+        unet(**arguments).sample.sum().backward()
+        assert arguments["sample"].grad is not None
+
+
+@pytest.mark.parametrize("narrowing", [False, True])
+def test_a_residual_block_needs_one_map_beside_its_input(narrowing):
+    module = ResnetBlock2D(in_channels=32 if narrowing else 16, out_channels=16, groups=8, temb_channels=4)
+    x, temb = torch.randn(1, 32 if narrowing else 16, 256, 8), torch.randn(1, 4)
+    with LiveBytes() as whole:
+        module(x, temb)
+    with PatchStack() as stack:
+        install_in_unet(stack, module, 8)
+        with LiveBytes() as strips:
+            result = module(x, temb)
+    assert strips.peak < 1.5 * result.nbytes
+    assert whole.peak >= 3 * result.nbytes
+
+
+def test_an_upsampler_needs_its_output_alone():
+    module, x = Upsample2D(8, use_conv=True), torch.randn(1, 8, 128, 8)
+    with PatchStack() as stack:
+        install_in_unet(stack, module, 8)
+        with LiveBytes() as strips:
+            result = module(x)
+    assert strips.peak < 1.3 * result.nbytes
+
+
+def test_strips_lower_the_peak_of_a_unet():
+    unet = tiny.unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type=None)
+    arguments = unet_arguments(1, 256, 8)
+    with LiveBytes() as whole:
+        unet(**arguments)
+    with PatchStack() as stack:
+        install_in_unet(stack, unet, 8)
+        with LiveBytes() as strips:
+            unet(**arguments)
+    assert strips.peak < 0.8 * whole.peak
+
+
+def test_what_a_unet_holds_besides_is_left_alone():
+    unet = tiny.unet()
+    unet.mid_block.resnets[0].norm1 = torch.nn.Identity()
+    paths = [path for path, _, _ in unet_replacements(unet, Strips(4, False), "unet")]
+    assert "unet.mid_block.resnets.1" in paths
+    assert "unet.up_blocks.0.upsamplers.0" in paths
+    assert "unet.mid_block.resnets.0" not in paths
