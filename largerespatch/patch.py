@@ -12,9 +12,9 @@ from .attention import COVERS, BlockedAttention, Blocking, MapNote, MapNoting, S
 from .feedforward import ChunkedFeedForward
 from .padding import PADDING_MODES, install_padding
 from .patching import PatchStack
-from .unet import StepNoting
+from .unet import SerialBatch, StepNoting
 from .vae import VAE_MODES, Cutting, Exact, TwoPass, can_be_tiled, decoder_splits, encoder_splits
-from .validation import one_of, positive_int
+from .validation import boolean, one_of, positive_int
 
 # Which models are patched now, by which patch. Kept here, since the models themselves must carry no mark.
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, "LargeResPatch"] = weakref.WeakKeyDictionary()
@@ -120,6 +120,8 @@ class LargeResPatch:
         attn_full_tokens: maps of at most this many tokens are attended whole.
         vae_mode: "two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map,
             about as fast as untiled, with half of its memory. A strip has `vae_chunk_size_y` rows on every map.
+        unet_serial: whether U-Net and ControlNet run the samples of a batch (guidance makes two of one) one after
+            another. Exact.
 
     Raises:
         TypeError, ValueError: an option is not what is accepted, or `pipe` has nothing to patch. Nothing is changed.
@@ -142,6 +144,7 @@ class LargeResPatch:
         *,
         attn_full_tokens: int = 16384,
         vae_mode: str = "two-pass",
+        unet_serial: bool = False,
     ) -> None:
         targets = _discover(pipe)
         vaes = [model for model in targets.values() if _is_vae(model)]
@@ -163,6 +166,7 @@ class LargeResPatch:
         self.vae_chunk_size_x = positive_int("vae_chunk_size_x", vae_chunk_size_x, "latent pixels")
         self.vae_chunk_size_y = positive_int("vae_chunk_size_y", vae_chunk_size_y, "latent pixels")
         self.vae_mode = one_of("vae_mode", vae_mode, VAE_MODES)
+        self.unet_serial = boolean("unet_serial", unet_serial)
         for name, vae in targets.items():
             if _is_vae(vae):
                 self._vae_halves(name, vae)  # what cannot be run in this mode is an error now
@@ -223,6 +227,8 @@ class LargeResPatch:
 
     def _install_denoiser(self, stack: PatchStack, name: str, model: nn.Module) -> None:
         step_note = StepNote()
+        if self.unet_serial:  # inside the noting, so that all samples see the tilings that the batch would
+            stack.wrap(model, "forward", SerialBatch(model), f"{name}.forward")
         stack.wrap(model, "forward", StepNoting(step_note, lambda: self.pipe.scheduler), f"{name}.forward")
         layer = 0
         for path, transformer in _transformers(model).items():
@@ -277,6 +283,8 @@ class LargeResPatch:
         return (
             f"{attentions} self-attentions in {sizes} tokens on maps of over {self.blocking.full_tokens}, "
             f"{len(_modules(model, FeedForward))} feed-forwards in chunks of {self.ff_chunk_size} tokens"
+            + self.unet_serial
+            * ", one sample at a time"
         )
 
     def _describe_vae(self) -> str:

@@ -1,10 +1,12 @@
-"""What is swapped into a U-Net, a ControlNet or a transformer as a whole: noting the denoising step."""
+"""What is swapped into a U-Net, a ControlNet or a transformer as a whole: the step it notes, its batch in turns."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from .attention import StepNote
 
@@ -37,3 +39,86 @@ class StepNoting:
         if arguments.get("timestep") is not None:
             self.note.step = step_index(arguments["timestep"], self.scheduler())
         return original(*args, **kwargs)
+
+
+class SerialBatch:
+    """Takes the place of a denoiser's ``forward`` and runs the samples of a batch one after another.
+
+    Exact, since nothing in these models looks from one sample at another. The first parameter, ``[B, ...]``, says
+    how many there are. Where an attention processor may look across samples (perturbed-attention guidance does, and
+    one that diffusers' models do not define might), the batch stays whole and a warning names the processor.
+    Pipelines put such processors in while they run, hence the question at each call.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
+        arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        samples = next(iter(arguments.values()), None)
+        if not isinstance(samples, torch.Tensor) or samples.ndim == 0 or len(samples) <= 1:
+            return original(*args, **kwargs)
+        if foreign := sorted({type(each).__name__ for each in _processors(self.model) if not _is_per_sample(each)}):
+            warnings.warn(
+                f"unet_serial: {', '.join(foreign)} may look across the samples of a batch, so {len(samples)} samples "
+                f"go through {type(self.model).__name__} at once and need as much memory",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return original(*args, **kwargs)
+        batch = len(samples)
+        joined = None
+        for index in range(batch):
+            own_args, own_kwargs = take_sample((args, kwargs), index, batch)
+            joined = put_sample(joined, original(*own_args, **own_kwargs), index, batch)
+        return joined
+
+
+def _processors(model: nn.Module) -> list[object]:
+    return [module.processor for module in model.modules() if hasattr(module, "processor")]
+
+
+def _is_per_sample(processor: object) -> bool:
+    kind = type(processor)
+    return kind.__module__.startswith("diffusers.models.") and not kind.__name__.startswith("PAG")
+
+
+def take_sample(value: Any, index: int, batch: int, key: object = None) -> Any:
+    """What concerns sample `index` of `batch` in an argument, however nested.
+
+    Tensors ``[k * batch, ...]`` hold k rows for each sample in order (frames of a video, often k = 1). Any other
+    tensor, like one with a first dimension of 1, concerns all samples. So does a tensor of IP-Adapter masks, which
+    counts adapters (a list of them holds tensors that are read like all others).
+    """
+    match value:
+        case torch.Tensor():
+            if value.ndim == 0 or len(value) % batch or key == "ip_adapter_masks":
+                return value
+            rows = len(value) // batch
+            return value[index * rows : (index + 1) * rows]
+        case dict():
+            return {each: take_sample(value[each], index, batch, each) for each in value}
+        case list() | tuple():
+            return type(value)([take_sample(each, index, batch) for each in value])
+    return value
+
+
+def put_sample(joined: Any, result: Any, index: int, batch: int) -> Any:
+    """The inverse of `take_sample`, one result after another into tensors that are allocated once.
+
+    Returns `joined`, which is None before the first result. What is not a tensor is taken from the first one.
+    """
+    match result:
+        case torch.Tensor() if result.ndim:
+            rows = len(result)
+            if joined is None:
+                joined = result.new_empty(rows * batch, *result.shape[1:])
+            joined[index * rows : (index + 1) * rows] = result
+            return joined
+        case dict():  # a ModelOutput is one
+            parts = {each: put_sample(joined and joined[each], result[each], index, batch) for each in result}
+            return type(result)(**parts)
+        case list() | tuple():
+            before = joined or [None] * len(result)
+            return type(result)(put_sample(*each, index, batch) for each in zip(before, result, strict=True))
+    return result if joined is None else joined

@@ -46,3 +46,14 @@ def one_of(option: str, value: object, accepted: Sequence[str]) -> str:
     if value not in accepted:
         raise ValueError(message)
     return value
+
+
+def boolean(option: str, value: object) -> bool:
+    """`value` where it is True or False.
+
+    Raises:
+        TypeError: where it is anything else, 0 and 1 too.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{option} must be one of True, False; got {value!r}")
+    return value
