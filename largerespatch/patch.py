@@ -10,9 +10,10 @@ from torch import nn
 
 from .attention import COVERS, BlockedAttention, Blocking, MapNote, MapNoting, StepNote
 from .feedforward import ChunkedFeedForward
+from .offload import Link
 from .padding import PADDING_MODES, install_padding
 from .patching import PatchStack
-from .unet import SerialBatch, StepNoting
+from .unet import SerialBatch, StepNoting, offloadings
 from .vae import VAE_MODES, Cutting, Exact, TwoPass, can_be_tiled, decoder_splits, encoder_splits
 from .validation import boolean, one_of, positive_int
 
@@ -122,6 +123,8 @@ class LargeResPatch:
             about as fast as untiled, with half of its memory. A strip has `vae_chunk_size_y` rows on every map.
         unet_serial: whether U-Net and ControlNet run the samples of a batch (guidance makes two of one) one after
             another. Exact.
+        unet_offload: whether skip connections wait for their block in (pinned) host memory. Exact; nothing changes
+            where the models run on the host.
 
     Raises:
         TypeError, ValueError: an option is not what is accepted, or `pipe` has nothing to patch. Nothing is changed.
@@ -145,6 +148,7 @@ class LargeResPatch:
         attn_full_tokens: int = 16384,
         vae_mode: str = "two-pass",
         unet_serial: bool = False,
+        unet_offload: bool = False,
     ) -> None:
         targets = _discover(pipe)
         vaes = [model for model in targets.values() if _is_vae(model)]
@@ -167,6 +171,7 @@ class LargeResPatch:
         self.vae_chunk_size_y = positive_int("vae_chunk_size_y", vae_chunk_size_y, "latent pixels")
         self.vae_mode = one_of("vae_mode", vae_mode, VAE_MODES)
         self.unet_serial = boolean("unet_serial", unet_serial)
+        self.unet_offload = boolean("unet_offload", unet_offload)
         for name, vae in targets.items():
             if _is_vae(vae):
                 self._vae_halves(name, vae)  # what cannot be run in this mode is an error now
@@ -227,6 +232,9 @@ class LargeResPatch:
 
     def _install_denoiser(self, stack: PatchStack, name: str, model: nn.Module) -> None:
         step_note = StepNote()
+        if self.unet_offload:
+            for path, module, offloading in offloadings(model, Link()):
+                stack.wrap(module, "forward", offloading, f"{name}.{path}.forward")
         if self.unet_serial:  # inside the noting, so that all samples see the tilings that the batch would
             stack.wrap(model, "forward", SerialBatch(model), f"{name}.forward")
         stack.wrap(model, "forward", StepNoting(step_note, lambda: self.pipe.scheduler), f"{name}.forward")

@@ -1,14 +1,18 @@
-"""What is swapped into a U-Net, a ControlNet or a transformer as a whole: the step it notes, its batch in turns."""
+"""What is swapped into a U-Net, a ControlNet or a transformer as a whole: the step it notes, its batch in turns, its
+skip connections off the device."""
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from .attention import StepNote
+from .offload import Joined, Link, OffMap, Waiting
 
 
 def step_index(timestep: object, scheduler: Any) -> int:
@@ -109,6 +113,9 @@ def put_sample(joined: Any, result: Any, index: int, batch: int) -> Any:
     Returns `joined`, which is None before the first result. What is not a tensor is taken from the first one.
     """
     match result:
+        case OffMap():
+            before = joined.parts if isinstance(joined, Joined) else [] if joined is None else [joined]
+            return Joined.of([*before, result], 0)
         case torch.Tensor() if result.ndim:
             rows = len(result)
             if joined is None:
@@ -122,3 +129,61 @@ def put_sample(joined: Any, result: Any, index: int, batch: int) -> Any:
             before = joined or [None] * len(result)
             return type(result)(put_sample(*each, index, batch) for each in zip(before, result, strict=True))
     return result if joined is None else joined
+
+
+class Offloading:
+    """Takes the place of the ``forward`` of a module that makes or reads maps which leave the device. Exact.
+
+    Where it `makes` a skip connection, or the input of an up block (which the U-Net holds on to until that block is
+    done), it returns a `Waiting` map. The map leaves when the module that reads it next is done. `at_once` is for
+    what nothing else reads soon: the residuals that a ControlNet makes.
+    """
+
+    def __init__(self, link: Link, makes: bool = False, at_once: bool = False) -> None:
+        self.link = link
+        self.makes = makes
+        self.at_once = at_once
+
+    def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args and isinstance(args[0], OffMap) else None
+        if given is not None and self.at_once:
+            args = (given.fetched(), *args[1:])  # for this reader alone, not to stay
+        result = original(*args, **kwargs)
+        if given is not None:
+            given.leave()
+        if not self.makes:
+            return result
+        if isinstance(result, tuple):  # a transformer's
+            return (self._waiting(result[0]), *result[1:])
+        return self._waiting(result)
+
+    def _waiting(self, plane: Any) -> Any:
+        if not self.link.moves(plane):
+            return plane
+        waiting = Waiting.on_device(plane, self.link)
+        if self.at_once:
+            waiting.leave()
+        return waiting
+
+
+def offloadings(model: nn.Module, link: Link) -> Iterator[tuple[str, nn.Module, Offloading]]:
+    """Path, module and `Offloading` of all that makes or reads a skip connection in a U-Net or a ControlNet."""
+    from diffusers import UNet2DConditionModel  # here, not above: it brings transformers along
+    from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, DownBlock2D
+
+    makers: dict[nn.Module, Offloading] = {}
+    owners: list[Any] = list(model.modules())
+    for owner in owners:
+        match owner:
+            case UNet2DConditionModel():
+                makers |= dict.fromkeys([owner.conv_in, *owner.up_blocks[:-1]], Offloading(link, makes=True))
+            case CrossAttnDownBlock2D() | DownBlock2D():
+                last = owner.resnets if isinstance(owner, DownBlock2D) else owner.attentions
+                makers |= dict.fromkeys([*last, *(owner.downsamplers or ())], Offloading(link, makes=True))
+            case _ if hasattr(owner, "controlnet_down_blocks"):
+                makers |= dict.fromkeys(owner.controlnet_down_blocks, Offloading(link, makes=True, at_once=True))
+    for path, module in model.named_modules():
+        if module in makers:
+            yield path, module, makers[module]
+        elif isinstance(module, ResnetBlock2D | Downsample2D):
+            yield path, module, Offloading(link)
