@@ -13,13 +13,14 @@ from torch import nn
 
 from .attention import COVERS, BlockedAttention, Blocking, MapNote, MapNoting, StepNote
 from .feedforward import ChunkedFeedForward
+from .offload import Link
 from .padding import PADDING_MODES, install_padding
 from .patching import PatchStack
 from .planner import Estimator, MemoryEstimate, Plan, Planner, bare, memory_bytes
 from .strips import Strips, unet_replacements
-from .unet import StepNoting
+from .unet import SerialBatch, StepNoting, offloadings
 from .vae import VAE_MODES, WHOLE_BYTES, Cutting, Exact, TwoPass, can_be_tiled, decoder_splits, encoder_splits
-from .validation import noting_given, one_of, positive_int, whole_number
+from .validation import boolean, noting_given, one_of, positive_int, whole_number
 
 # Which models are patched now, by which patch. Kept here, since the models themselves must carry no mark.
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, "LargeResPatch"] = weakref.WeakKeyDictionary()
@@ -132,6 +133,10 @@ class LargeResPatch:
             `largerespatch.planner`; options that you give are kept. `repr` says what was picked.
         unet_strip_rows: run the residual blocks and upsamplers of U-Nets and ControlNets in strips of at most so many
             rows of the feature map (exact; less memory at about the same time); None runs them whole.
+        unet_serial: whether U-Net and ControlNet run the samples of a batch (guidance makes two of one) one after
+            another. Exact.
+        unet_offload: whether skip connections wait for their block in (pinned) host memory. Exact; nothing changes
+            where the models run on the host.
 
     Raises:
         TypeError, ValueError: an option is not what is accepted, or `pipe` has nothing to patch. Nothing is changed.
@@ -160,6 +165,8 @@ class LargeResPatch:
         vae_mode: str = "two-pass",
         memory_limit: str | int | None = None,
         unet_strip_rows: int | None = None,
+        unet_serial: bool = False,
+        unet_offload: bool = False,
     ) -> None:
         targets = _discover(pipe)
         vaes = [model for model in targets.values() if _is_vae(model)]
@@ -187,6 +194,8 @@ class LargeResPatch:
         self.unet_strip_rows = unet_strip_rows
         if unet_strip_rows is not None:
             self.unet_strip_rows = positive_int("unet_strip_rows", unet_strip_rows, "rows of the feature map")
+        self.unet_serial = boolean("unet_serial", unet_serial)
+        self.unet_offload = boolean("unet_offload", unet_offload)
         for name, vae in targets.items():
             if _is_vae(vae):
                 self._vae_halves(name, vae)  # what cannot be run in this mode is an error now
@@ -280,6 +289,11 @@ class LargeResPatch:
 
     def _install_denoiser(self, stack: PatchStack, name: str, model: nn.Module) -> None:
         step_note = StepNote()
+        if self.unet_offload:
+            for path, module, offloading in offloadings(model, Link()):
+                stack.wrap(module, "forward", offloading, f"{name}.{path}.forward")
+        if self.unet_serial:  # inside the noting, so that all samples see the tilings that the batch would
+            stack.wrap(model, "forward", SerialBatch(model), f"{name}.forward")
         stack.wrap(model, "forward", StepNoting(step_note, lambda: self.pipe.scheduler), f"{name}.forward")
         layer = 0
         for path, transformer in _transformers(model).items():
@@ -342,6 +356,7 @@ class LargeResPatch:
             f"{attentions} self-attentions in {sizes} tokens {context}on maps of over {self.blocking.full_tokens}, "
             f"{len(_modules(model, FeedForward))} feed-forwards in chunks of {self.ff_chunk_size} tokens"
             + ("" if self.unet_strip_rows is None else f", convolutions in strips of {self.unet_strip_rows} rows")
+            + (", one sample at a time" if self.unet_serial else "")
         )
 
     def _describe_vae(self) -> str:

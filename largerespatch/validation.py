@@ -52,6 +52,17 @@ def one_of(option: str, value: object, accepted: Sequence[str]) -> str:
     return value
 
 
+def boolean(option: str, value: object) -> bool:
+    """`value` where it is True or False.
+
+    Raises:
+        TypeError: where it is anything else, 0 and 1 too.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{option} must be one of True, False; got {value!r}")
+    return value
+
+
 def noting_given(init: Init) -> Init:
     """Makes an ``__init__`` note in `_given` which of its options the caller gave, be it with their default values."""
     signature = inspect.signature(init)
