@@ -21,6 +21,8 @@ from diffusers.models.attention_processor import (
 )
 from torch.overrides import TorchFunctionMode
 
+from .groupnorm import GivenStatistics, record
+from .patching import PatchStack
 from .rehearsal import pieces
 from .tilings import PHASES, Tile, bricks, sampled_cells, tiles
 
@@ -262,3 +264,51 @@ class BlockedAttention:
             result = original(keys, **kwargs)[:, : tile.area]
         # An attention that computes its scores in its own way cannot be told the weights.
         return result if weighted.met else original(block, **kwargs)
+
+
+class BlockedMapAttention:
+    """Takes the place of the ``forward`` of an attention that is given a map ``[B, C, H, W]`` (Kandinsky's U-Net).
+
+    Such an attention normalizes the map by groups first; its tiles get the statistics of the whole map. Text that it
+    attends to beside the map is seen by every tile. What is blocked, and in which phase, is as for `BlockedAttention`.
+    """
+
+    def __init__(self, attention: Attention, blocking: Blocking, step_note: StepNote, layer: int) -> None:
+        self.blocking = blocking
+        self.attention: Any = attention
+        self.step_note = step_note
+        self.layer = layer
+
+    def __call__(
+        self,
+        original: Callable[..., torch.Tensor],
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        kwargs["encoder_hidden_states"] = encoder_hidden_states
+        attends_itself = encoder_hidden_states is None or self.attention.added_kv_proj_dim is not None
+        large = hidden_states.ndim == 4 and hidden_states.shape[-2:].numel() > self.blocking.full_tokens
+        if attends_itself and attention_mask is None and large:
+            return self._blocked(original, hidden_states, **kwargs)
+        return original(hidden_states, attention_mask=attention_mask, **kwargs)
+
+    def _blocked(
+        self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, **kwargs: object
+    ) -> torch.Tensor:
+        norm = self.attention.group_norm
+        height, width = hidden_states.shape[-2:]
+        statistics = record(hidden_states, norm.num_groups)
+
+        def normalize(original: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+            with GivenStatistics(statistics):
+                return original(tokens)
+
+        output = torch.empty_like(hidden_states)
+        with PatchStack() as stack:
+            stack.wrap(norm, "forward", normalize, "group_norm.forward")
+            for tile in self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES):
+                block = hidden_states[:, :, tile.rows, tile.columns].contiguous()
+                output[:, :, tile.rows, tile.columns] = original(block, **kwargs)
+        return output

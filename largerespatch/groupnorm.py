@@ -49,18 +49,18 @@ def apply(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """``F.group_norm`` of ``[B, C, H, W]`` with the given statistics in place of the input's own.
+    """``F.group_norm`` of ``[B, C, ...]`` with the given statistics in place of the input's own.
 
     Batch norm in evaluation is just that, per channel: one fused pass, computed in float32 for half precision.
     """
-    batch, channels, height, width = hidden_states.shape
+    batch, channels, *cells = hidden_states.shape
     per_group = channels // groups
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         return values.repeat_interleave(per_group, dim=1).flatten()
 
     normalized = F.batch_norm(
-        hidden_states.reshape(1, batch * channels, height, width),
+        hidden_states.reshape(1, batch * channels, *cells),
         spread(statistics.mean),
         spread(statistics.variance),
         None if weight is None else weight.float().repeat(batch),
@@ -68,7 +68,7 @@ def apply(
         training=False,
         eps=eps,
     )
-    return normalized.view(batch, channels, height, width)
+    return normalized.view(batch, channels, *cells)
 
 
 class GivenStatistics(TorchFunctionMode):

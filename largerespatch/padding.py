@@ -25,6 +25,15 @@ class _AsymmetricPadding:
         return original(F.pad(hidden_states[:, :, :-1, :-1], (0, 1, 0, 1), mode=self.mode))
 
 
+def _padded(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and any(module._reversed_padding_repeated_twice)
+
+
+def pads(model: nn.Module) -> bool:
+    """Whether any 2-D convolution of `model` pads its input."""
+    return any(_padded(module) for module in model.modules())
+
+
 def install_padding(stack: PatchStack, model: nn.Module, name: str, mode: str) -> None:
     """Make every 2-D convolution of `model` pad by `mode`, one of `PADDING_MODES`; "constant" leaves all as it is."""
     if mode == "constant":
@@ -32,5 +41,5 @@ def install_padding(stack: PatchStack, model: nn.Module, name: str, mode: str) -
     for path, module in model.named_modules():
         if isinstance(module, Downsample2D) and module.use_conv and module.padding == 0:
             stack.wrap(module.conv, "forward", _AsymmetricPadding(mode), f"{name}.{path}.conv.forward")
-        elif isinstance(module, nn.Conv2d) and any(module._reversed_padding_repeated_twice):
+        elif _padded(module):
             stack.set(module, "padding_mode", mode, f"{name}.{path}.padding_mode")

@@ -1,20 +1,21 @@
 """LargeResPatch: validate, discover, install, restore."""
 
 import copy
+import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from .attention import COVERS, BlockedAttention, Blocking, MapNote, MapNoting, StepNote
+from .attention import COVERS, BlockedAttention, BlockedMapAttention, Blocking, MapNote, MapNoting, StepNote
 from .feedforward import ChunkedFeedForward
 from .offload import Link
-from .padding import PADDING_MODES, install_padding
+from .padding import PADDING_MODES, install_padding, pads
 from .patching import PatchStack
 from .planner import Estimator, MemoryEstimate, Plan, Planner, bare, memory_bytes
 from .strips import Strips, unet_replacements
@@ -38,29 +39,58 @@ def _self_attentions(transformer: nn.Module) -> dict[str, Attention]:
     return {path: attention for path, attention in attentions.items() if not attention.is_cross_attention}
 
 
-def _transformers(model: nn.Module) -> dict[str, Any]:
-    from diffusers import Transformer2DModel  # here and below, not above: both bring transformers along
+def _attends_cells(module: nn.Module) -> bool:
+    """Whether a module is a transformer whose tokens are the cells of a map that it is given.
 
-    transformers: dict[str, Any] = _modules(model, Transformer2DModel)
-    return {path: each for path, each in transformers.items() if not each.is_input_vectorized}
+    Those have a patch size in their config (None for 1). Temporal ones, whose tokens are frames, and priors have none.
+    """
+    blocks = getattr(module, "transformer_blocks", None)
+    return (
+        isinstance(blocks, nn.ModuleList)
+        and any(isinstance(block, BasicTransformerBlock) for block in blocks)
+        and "patch_size" in getattr(module, "config", ())
+        and not getattr(module, "is_input_vectorized", False)
+    )
+
+
+def _transformers(model: nn.Module) -> dict[str, Any]:
+    return {path: module for path, module in model.named_modules() if _attends_cells(module)}
+
+
+def _map_attentions(model: nn.Module) -> dict[str, Attention]:
+    """Self-attentions that are given a map rather than tokens: those that normalize it by groups themselves."""
+    attentions = _modules(model, Attention)
+    return {path: each for path, each in attentions.items() if each.group_norm and not each.only_cross_attention}
 
 
 def _is_vae(model: nn.Module) -> bool:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL  # here and below, not above: both bring transformers along
 
     return isinstance(model, AutoencoderKL)
 
 
+def _is_denoiser(model: nn.Module) -> bool:
+    return "timestep" in inspect.signature(type(model).forward).parameters
+
+
 def _can_be_patched(model: nn.Module) -> bool:
-    return can_be_tiled(model) if _is_vae(model) else bool(_transformers(model))
+    if _is_vae(model):
+        return can_be_tiled(model)
+    return _is_denoiser(model) and bool(_transformers(model) or _map_attentions(model))
 
 
-def _discover(pipe: Any) -> dict[str, nn.Module]:
-    """The models of a pipeline that can be patched, by component name."""
+def _components(pipe: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline by component name; for one that has been compiled, the model inside."""
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
         raise TypeError(f"pipe must be a diffusers pipeline, with `components`; got {type(pipe).__name__}")
     models = {name: model for name, model in components.items() if isinstance(model, nn.Module)}
+    return {name: getattr(model, "_orig_mod", model) for name, model in models.items()}
+
+
+def _discover(pipe: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline that can be patched, by component name."""
+    models = _components(pipe)
     targets = {name: model for name, model in models.items() if _can_be_patched(model)}
     if not targets:
         held = ", ".join(f"{name} ({type(model).__name__})" for name, model in models.items()) or "no model"
@@ -69,6 +99,22 @@ def _discover(pipe: Any) -> dict[str, nn.Module]:
             f"AutoencoderKL; got {type(pipe).__name__} with {held}"
         )
     return targets
+
+
+def _others(pipe: Any) -> dict[str, nn.Module]:
+    """The other models of diffusers that a pipeline holds: adapters, other autoencoders, unknown transformers."""
+    from diffusers import ModelMixin
+
+    targets = _discover(pipe)
+    models = {name: model for name, model in _components(pipe).items() if isinstance(model, ModelMixin)}
+    return {name: model for name, model in models.items() if name not in targets}
+
+
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """A model and the models that it is made of: several ControlNets are one, and pipelines may share any of them."""
+    from diffusers import ModelMixin
+
+    return (module for module in model.modules() if isinstance(module, ModelMixin))
 
 
 def _vae_factor(vae: Any) -> int:
@@ -209,19 +255,22 @@ class LargeResPatch:
         Raises:
             ValueError: this patch or another one is already on the pipeline. Nothing is changed.
         """
-        targets = _discover(self.pipe)
-        for name, model in targets.items():
-            if model in _PATCHED:
-                which = "this" if _PATCHED[model] is self else "another"
-                raise ValueError(
-                    f"pipe.{name} is patched already, by {which} LargeResPatch; accepted is one at a time: "
-                    "leave its block (or call its `disable`) first"
-                )
+        models = _discover(self.pipe)
+        if self.padding_mode != "constant":
+            models |= {name: model for name, model in _others(self.pipe).items() if pads(model)}
+        for name, model in models.items():
+            for part in _parts(model):
+                if part in _PATCHED:
+                    which = "this" if _PATCHED[part] is self else "another"
+                    raise ValueError(
+                        f"pipe.{name} is patched already, by {which} LargeResPatch; accepted is one at a time: "
+                        "leave its block (or call its `disable`) first"
+                    )
         # Known to `disable` from the start, so that a half-done entry unwinds like a whole one.
         self._stack = PatchStack()
         try:
-            for name, model in targets.items():
-                _PATCHED[model] = self
+            for name, model in models.items():
+                _PATCHED.update(dict.fromkeys(_parts(model), self))
                 self._install(self._stack, name, model)
         except BaseException:
             self.disable()
@@ -281,9 +330,9 @@ class LargeResPatch:
         return other
 
     def _install(self, stack: PatchStack, name: str, model: nn.Module) -> None:
-        if _is_vae(model):
+        if _is_vae(model) and can_be_tiled(model):
             self._install_vae(stack, name, model)
-        else:
+        elif _can_be_patched(model):
             self._install_denoiser(stack, name, model)
         install_padding(stack, model, name, self.padding_mode)
 
@@ -298,12 +347,17 @@ class LargeResPatch:
         layer = 0
         for path, transformer in _transformers(model).items():
             map_note = MapNote()
+            place = f"{name}.{path}" if path else name
             noting = MapNoting(map_note, transformer.config.patch_size or 1)
-            stack.wrap(transformer, "forward", noting, f"{name}.{path}.forward")
+            stack.wrap(transformer, "forward", noting, f"{place}.forward")
             for inner, attention in _self_attentions(transformer).items():
                 blocked = BlockedAttention(attention, self.blocking, map_note, step_note, layer)
-                stack.wrap(attention, "forward", blocked, f"{name}.{path}.{inner}.forward")
+                stack.wrap(attention, "forward", blocked, f"{place}.{inner}.forward")
                 layer += 1
+        for path, attention in _map_attentions(model).items():
+            blocked_map = BlockedMapAttention(attention, self.blocking, step_note, layer)
+            stack.wrap(attention, "forward", blocked_map, f"{name}.{path}.forward")
+            layer += 1
         for path, feed_forward in _modules(model, FeedForward).items():
             stack.wrap(feed_forward, "forward", ChunkedFeedForward(self.ff_chunk_size), f"{name}.{path}.forward")
         if self.unet_strip_rows is not None:
@@ -341,6 +395,8 @@ class LargeResPatch:
         for name, model in _discover(self.pipe).items():
             what = self._describe_vae() if _is_vae(model) else self._describe_denoiser(model)
             lines.append(f"  {name} ({type(model).__name__}): {what}")
+        for name, model in _others(self.pipe).items():
+            lines.append(f"  {name} ({type(model).__name__}): {self._describe_other(model)}")
         if self.padding_mode != "constant":
             lines.append(f"  convolutions pad by {self.padding_mode!r}")
         if self._plan is not None and self.memory_limit is not None:
@@ -349,6 +405,7 @@ class LargeResPatch:
 
     def _describe_denoiser(self, model: nn.Module) -> str:
         attentions = sum(len(_self_attentions(transformer)) for transformer in _transformers(model).values())
+        attentions += len(_map_attentions(model))
         x, y = self.blocking.slice_x, self.blocking.slice_y
         sizes = f"bricks of {2 * x}x{y} and {x}x{2 * y}" if self.blocking.shape == "brick" else f"tiles of {x}x{y}"
         context = f"with {self.blocking.context} of context " if self.blocking.context else ""
@@ -358,6 +415,9 @@ class LargeResPatch:
             + ("" if self.unet_strip_rows is None else f", convolutions in strips of {self.unet_strip_rows} rows")
             + (", one sample at a time" if self.unet_serial else "")
         )
+
+    def _describe_other(self, model: nn.Module) -> str:
+        return "only its convolutions" if self.padding_mode != "constant" and pads(model) else "left as it is"
 
     def _describe_vae(self) -> str:
         if self.vae_mode == "exact":

@@ -7,20 +7,25 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import (
     Attention,
+    AttnAddedKVProcessor,
+    AttnAddedKVProcessor2_0,
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
     PAGCFGIdentitySelfAttnProcessor2_0,
     PAGIdentitySelfAttnProcessor2_0,
+    SlicedAttnAddedKVProcessor,
     SlicedAttnProcessor,
 )
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from largerespatch.attention import (
     COVERS,
     BlockedAttention,
+    BlockedMapAttention,
     Blocking,
     Context,
     MapNote,
@@ -311,3 +316,79 @@ def test_qk_norms_and_gradients_hold_with_context():
         torch.testing.assert_close(result, expected, **ROUNDING)
         gradients = [torch.autograd.grad(each.square().sum(), x)[0] for each in (result, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+class SeeingOwnTile(TorchFunctionMode):
+    """Dense attention over a map's tokens, after `text` others, under the mask of a tiling."""
+
+    def __init__(self, height, width, tiling, text):
+        super().__init__()
+        owner = torch.empty(height, width, dtype=torch.long)
+        for i, tile in enumerate(tiling):
+            owner[tile.rows, tile.columns] = i
+        same = owner.flatten()[:, None] == owner.flatten()[None, :]
+        self.mask = torch.cat([torch.ones(height * width, text, dtype=torch.bool), same], dim=1)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            kwargs = kwargs | {"attn_mask": self.mask}
+        return func(*args, **(kwargs or {}))
+
+
+def map_attention(processor=None, text=False, **options):
+    """As in Kandinsky's U-Net with text, as in a U-Net without text otherwise."""
+    options |= {"added_kv_proj_dim": 12, "cross_attention_dim": 16, "bias": True} if text else {}
+    module = attention(norm_num_groups=4, residual_connection=True, **options)
+    module.set_processor(processor or (AttnAddedKVProcessor2_0 if text else AttnProcessor2_0)())
+    return module
+
+
+def blocked_map(stack, module, blocking, step=0):
+    stack.wrap(module, "forward", BlockedMapAttention(module, blocking, StepNote(step), 0), "attention.forward")
+
+
+@pytest.mark.parametrize("text", [False, True])
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 5), st.integers(0, 3))
+def test_attention_to_a_map_equals_dense_attention_under_its_block_mask(text, height, width, size, phase):
+    """With the group statistics of the whole map, and text for every tile."""
+    blocking, module = Blocking("brick", size, size + 1, full_tokens=3), map_attention(text=text)
+    x = torch.randn(2, 16, height, width) + torch.linspace(-3, 3, width)  # tiles alone would be normalized otherwise
+    prompt = {"encoder_hidden_states": torch.randn(2, 5, 12)} if text else {}
+    with SeeingOwnTile(height, width, blocking.cover(height, width, phase), 5 if text else 0):
+        expected = module(x, **prompt)
+    with PatchStack() as stack:
+        blocked_map(stack, module, blocking, step=phase)
+        torch.testing.assert_close(module(x, **prompt), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "processor", [AttnAddedKVProcessor(), AttnAddedKVProcessor2_0(), SlicedAttnAddedKVProcessor(1)]
+)
+def test_every_processor_of_maps_runs_per_tile(processor):
+    x, prompt = torch.randn(2, 16, 7, 9), torch.randn(2, 5, 12)
+    blocking = Blocking("tile", 3, 3, 9)
+    expected = map_attention(AttnAddedKVProcessor2_0(), text=True)
+    with PatchStack() as stack:
+        blocked_map(stack, expected, blocking)
+        expected = expected(x, encoder_hidden_states=prompt)
+    with PatchStack() as stack:
+        module = map_attention(processor, text=True)
+        assert not torch.allclose(module(x, encoder_hidden_states=prompt), expected, atol=1e-3)
+        blocked_map(stack, module, blocking)
+        torch.testing.assert_close(module(x, encoder_hidden_states=prompt), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        (False, {"encoder_hidden_states": torch.zeros(1, 5, 16)}),
+        (True, {"encoder_hidden_states": torch.zeros(1, 5, 12), "attention_mask": torch.zeros(1, 1, 5)}),
+    ],
+    ids=["cross-attention", "a mask"],
+)
+def test_other_calls_with_a_map_are_passed_on_as_they_are(text, arguments):
+    module, x = map_attention(text=text), torch.randn(1, 16, 7, 9)
+    expected = module(x, **arguments)
+    with PatchStack() as stack:
+        blocked_map(stack, module, Blocking("tile", 3, 3, 9))
+        assert torch.equal(module(x, **arguments), expected)

@@ -5,7 +5,7 @@ from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
 import tiny
-from largerespatch.padding import PADDING_MODES, install_padding
+from largerespatch.padding import PADDING_MODES, install_padding, pads
 from largerespatch.patching import PatchStack
 
 MODES = [mode for mode in PADDING_MODES if mode != "constant"]
@@ -52,3 +52,23 @@ def test_under_circular_padding_a_unet_commutes_with_rolling():
         install_padding(stack, unet, "unet", "circular")
         assert error() < 1e-5
     assert error() > 1e-3
+
+
+def test_under_circular_padding_a_t2i_adapter_commutes_with_rolling():
+    adapter, x = tiny.t2i_adapter(), torch.rand(1, 3, 64, 96)
+
+    def error():
+        whole, rolled = adapter(x), adapter(x.roll((16, 32), (2, 3)))
+        return max(
+            (a.roll((16 // s, 32 // s), (2, 3)) - b).abs().max() for a, b, s in zip(whole, rolled, (8, 16), strict=True)
+        )
+
+    with PatchStack() as stack:
+        install_padding(stack, adapter, "adapter", "circular")
+        assert error() < 1e-5
+    assert error() > 1e-3
+
+
+def test_which_models_pad():
+    assert pads(tiny.t2i_adapter())
+    assert not pads(nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 2, stride=2), nn.Conv1d(2, 2, 3, padding=1)))

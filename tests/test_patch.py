@@ -165,6 +165,22 @@ def test_a_pipeline_that_shares_models_counts_as_the_same(pipe, patch):
         assert "forward" in vars(pipe.unet)
 
 
+def test_a_controlnet_that_is_one_of_several_elsewhere_counts_as_the_same(pipe):
+    from diffusers import StableDiffusionControlNetPipeline
+
+    shared, other = tiny.controlnet(), tiny.controlnet()
+    one, several = (
+        quiet(StableDiffusionControlNetPipeline(**tiny.components(controlnet=controlnet)))
+        for controlnet in (shared, [other, shared])
+    )
+    before = fingerprint(one)
+    with LargeResPatch(several, 64, 64), pytest.raises(ValueError, match="controlnet is patched already"):
+        LargeResPatch(one, 64, 64).enable()
+    assert fingerprint(one) == before
+    with LargeResPatch(one, 64, 64), pytest.raises(ValueError, match="controlnet is patched already"):
+        LargeResPatch(several, 64, 64).enable()
+
+
 def test_what_others_put_over_a_replacement_is_left_and_named(pipe, patch):
     before = fingerprint(pipe)
     with pytest.raises(RuntimeError, match=r"unet\.mid_block\.\S+\.attn1\.forward"), patch:
@@ -343,6 +359,50 @@ def test_repr_says_what_is_replaced_and_with_which_settings(pipe):
         assert "sample pixels, active\n" in repr(patch)
         assert "in tiles of 64x64 tokens" in repr(patch)
         assert "convolutions pad by 'circular'" in repr(patch)
+
+
+def test_an_unknown_transformer_is_left_alone_and_named():
+    pipe = quiet(tiny.flux())
+    before = [(type(module), dict(vars(module))) for module in pipe.transformer.modules()]
+    with LargeResPatch(pipe, 64, 64, **SMALL) as patch:
+        assert before == [(type(module), dict(vars(module))) for module in pipe.transformer.modules()]
+        assert "forward" in vars(pipe.vae.decoder)
+        assert repr(patch).endswith("\n  transformer (FluxTransformer2DModel): left as it is")
+
+
+def test_temporal_attention_is_left_alone():
+    pipe = quiet(tiny.animate_diff())
+    with LargeResPatch(pipe, 64, 64):
+        patched = {name for name, attention in tiny.attentions(pipe.unet) if "forward" in vars(attention)}
+    spatial = {name for name, _ in tiny.attentions(pipe.unet) if "motion_modules" not in name and "attn1" in name}
+    assert patched == spatial != set()
+
+
+def test_a_transformer_without_a_map_is_left_alone():
+    """A prior's tokens are embeddings; patched with a U-Net beside it, it stays as it is."""
+    from diffusers import PriorTransformer
+
+    pipe = Empty()
+    prior = tiny.frozen(
+        PriorTransformer, 16, num_attention_heads=2, attention_head_dim=8, num_layers=1, embedding_dim=8
+    )
+    pipe.components |= {"prior": prior, "unet": tiny.unet()}
+    patch = LargeResPatch(pipe, 64, 64)
+    assert repr(patch).endswith("\n  prior (PriorTransformer): left as it is")
+    with patch:
+        assert not any("forward" in vars(module) for module in prior.modules())
+
+
+def test_padding_reaches_what_is_otherwise_left_alone():
+    from diffusers import StableDiffusionAdapterPipeline
+
+    pipe = quiet(StableDiffusionAdapterPipeline(**tiny.components(adapter=tiny.t2i_adapter())))
+    before = fingerprint(pipe)
+    assert "adapter (T2IAdapter): left as it is" in repr(LargeResPatch(pipe, 64, 64))
+    with LargeResPatch(pipe, 64, 64, padding_mode="circular") as patch:
+        assert pipe.adapter.adapter.conv_in.padding_mode == "circular"
+        assert "adapter (T2IAdapter): only its convolutions" in repr(patch)
+    assert fingerprint(pipe) == before
 
 
 def test_the_2022_call_works_unchanged(pipe):
