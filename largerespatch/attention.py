@@ -6,6 +6,7 @@ whole map. The context makes up for most of what a block cannot see: *heavy* tok
 *sampled* few that stand for all the others, each with the log of how many it stands for.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +80,9 @@ class MapNoting:
         return original(hidden_states, *args, **kwargs)
 
 
-# Queries that say which tokens are heavy.
+# Queries that say which tokens are heavy, and keys that say how much attention there is to get.
 JUDGES = 128
+CROWD = 2048
 
 # Attention scores that are looked at together while heavy tokens are searched: 64 MiB in float32.
 SCORES = 2**24
@@ -90,28 +92,41 @@ SCORES = 2**24
 TAKES_OTHER_KEYS = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
 
-@torch.no_grad()
-def heavy_tokens(attention: Attention, hidden_states: torch.Tensor, judges: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the `count` tokens of one sample ``[N, C]`` that get the most attention.
+Prepare = Callable[[torch.Tensor], torch.Tensor]
 
-    Measured for the queries of the tokens `judges`, per head; a token counts by the head that wants it most.
+
+@torch.no_grad()
+def heavy_tokens(
+    attention: Attention,
+    tokens: torch.Tensor,
+    count: int,
+    judges: torch.Tensor,
+    crowd: torch.Tensor,
+    prepare: Prepare = lambda tokens: tokens,
+) -> torch.Tensor:
+    """Indices ``[B, count]`` of those of the `tokens` ``[B, N, C]`` that get the most attention.
+
+    Measured for the queries of the tokens `judges`; a token counts by the head that wants it most. What all tokens
+    together get is estimated from those of the `crowd`, a sample of them. `prepare` is what the attention does to
+    tokens first. Memory does not grow with N but for one number per token.
     """
 
     def heads(projected: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
-        split = projected.view(1, -1, attention.heads, projected.shape[-1] // attention.heads).transpose(1, 2)
-        return split if norm is None else norm(split)
+        split = projected.view(len(tokens), -1, attention.heads, projected.shape[-1] // attention.heads).transpose(1, 2)
+        return (split if norm is None else norm(split)).float()  # the scores of some checkpoints overflow halves
 
-    query = heads(attention.to_q(hidden_states[None, judges]), attention.norm_q)[0]
-    key = heads(attention.to_k(hidden_states[None]), attention.norm_k)[0]
-    most = hidden_states.new_zeros(len(hidden_states), dtype=torch.float32)
-    for head_query, head_key in zip(query, key, strict=True):
-        # In float32: the products of some checkpoints overflow half precision.
-        head_query, head_key = head_query.float() * attention.scale, head_key.float().T
-        received = torch.zeros_like(most)
-        for some in head_query.split(max(SCORES // len(hidden_states), 1)):
-            received += (some @ head_key).softmax(dim=-1).sum(dim=0)
-        most = torch.maximum(most, received)
-    return most.topk(count).indices
+    query = heads(attention.to_q(prepare(tokens[:, judges])), attention.norm_q) * attention.scale
+
+    def scores(some: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(query, heads(attention.to_k(prepare(some)), attention.norm_k).transpose(-1, -2))
+
+    total = scores(tokens[:, crowd]).logsumexp(dim=-1, keepdim=True) + math.log(tokens.shape[1] / len(crowd))
+    received = torch.zeros(tokens.shape[:2], device=tokens.device)
+    length = max(SCORES // query[..., 0].numel(), 1)
+    for start in pieces(range(0, tokens.shape[1], length)):
+        run = slice(start, start + length)
+        received[:, run] = (scores(tokens[:, run]) - total).clamp(max=0).exp().sum(dim=-2).amax(dim=1)
+    return received.topk(count).indices
 
 
 class Context:
@@ -119,29 +134,39 @@ class Context:
 
     Args:
         attention: whose attention it is for.
-        plane: the map ``[B, height, width, C]``.
+        tokens: of the map, ``[B, height * width, C]``.
+        size: ``(height, width)``.
         heavy: number of heavy tokens, which differ from sample to sample.
         sampled: number of sampled ones, the same for all samples.
         seed: which tokens are sampled, and which ones judge, follows from it.
+        prepare: what the attention does to tokens before it projects them.
     """
 
-    def __init__(self, attention: Attention, plane: torch.Tensor, heavy: int, sampled: int, seed: str) -> None:
-        batch, height, width, channels = plane.shape
-        self.width = width
-        self.total = height * width
+    def __init__(
+        self,
+        attention: Attention,
+        tokens: torch.Tensor,
+        size: tuple[int, int],
+        heavy: int,
+        sampled: int,
+        seed: str,
+        prepare: Prepare = lambda tokens: tokens,
+    ) -> None:
+        height, self.width = size
+        batch, self.total, channels = tokens.shape
         self.heavy = min(heavy, self.total)
 
         def cells(count: int, purpose: str) -> torch.Tensor:
-            return torch.tensor(sampled_cells(height, width, count, f"{seed} {purpose}"), device=plane.device)
+            return torch.tensor(sampled_cells(height, self.width, count, f"{seed} {purpose}"), device=tokens.device)
 
-        tokens = plane.reshape(batch, self.total, channels)
-        judges, some = cells(JUDGES, "judges"), cells(sampled, "sampled").expand(batch, -1)
-        wanted = torch.stack([heavy_tokens(attention, sample, judges, self.heavy) for sample in tokens])
+        judges, crowd, some = cells(JUDGES, "judges"), cells(CROWD, "crowd"), cells(sampled, "sampled")
+        some = some.expand(batch, -1)
+        wanted = heavy_tokens(attention, tokens, self.heavy, judges, crowd, prepare)
         # A sampled token that is heavy as well must not count twice.
         fresh = ~(some[:, :, None] == wanted[:, None, :]).any(dim=-1)
         self.counts = torch.cat([torch.ones_like(wanted, dtype=torch.bool), fresh], dim=1)
         self.places = torch.cat([wanted, some], dim=1)
-        self.tokens = tokens.gather(1, self.places[:, :, None].expand(-1, -1, channels))
+        self.tokens = prepare(tokens.gather(1, self.places[:, :, None].expand(-1, -1, channels)))
 
     def log_weights(self, tile: Tile) -> torch.Tensor:
         """What to add to the attention scores of the context's tokens in a tile, ``[B, 1, S]``.
@@ -156,6 +181,19 @@ class Context:
         stands_for = (unseen / sampled.sum(dim=1, keepdim=True).clamp(min=1)).log()
         weights = torch.cat([torch.zeros_like(heavy, dtype=torch.float32), stands_for.expand_as(sampled)], dim=1)
         return weights.masked_fill(~used, -torch.inf)[:, None]
+
+
+def _context(
+    blocking: Blocking,
+    attention: Attention,
+    tokens: torch.Tensor,
+    size: tuple[int, int],
+    seed: str,
+    prepare: Prepare = lambda tokens: tokens,
+) -> Context | None:
+    heavy = blocking.context // 2
+    sampled = blocking.context - heavy
+    return Context(attention, tokens, size, heavy, sampled, seed, prepare) if sampled else None
 
 
 class WeightedKeys(TorchFunctionMode):
@@ -226,7 +264,7 @@ class BlockedAttention:
         height, width = self.map_note.size
         batch, tokens, channels = hidden_states.shape
         plane = hidden_states.reshape(batch, height, width, channels)
-        context = self._context(plane)
+        context = self._context(hidden_states)
         output = None
         cover = self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES)
         for tile in pieces(cover, Tile.size):
@@ -238,12 +276,10 @@ class BlockedAttention:
         assert output is not None  # a tiling has at least one tile
         return output.view(batch, tokens, -1)
 
-    def _context(self, plane: torch.Tensor) -> Context | None:
-        heavy = self.blocking.context // 2
-        sampled = self.blocking.context - heavy
-        if not sampled:
-            return None
-        return Context(self.attention, plane, heavy, sampled, f"layer {self.layer} step {self.step_note.step}")
+    def _context(self, hidden_states: torch.Tensor) -> Context | None:
+        assert self.map_note.size is not None  # _is_large_map
+        seed = f"layer {self.layer} step {self.step_note.step}"
+        return _context(self.blocking, self.attention, hidden_states, self.map_note.size, seed)
 
     def _attend(
         self,

@@ -181,8 +181,7 @@ def test_blocked_attention_is_differentiable():
 def context_oracle(module, x, height, width, blocking, phase, seed):
     """Dense attention in which a token of another tile counts, for itself or for others, or not at all."""
     heavy = blocking.context // 2
-    plane = x.view(len(x), height, width, -1)
-    context = Context(module, plane, heavy, blocking.context - heavy, seed)
+    context = Context(module, x, (height, width), heavy, blocking.context - heavy, seed)
     mask = torch.full((len(x), height * width, height * width), -torch.inf)
     for tile in blocking.cover(height, width, phase):
         own = {row * width + column for row in range(height)[tile.rows] for column in range(width)[tile.columns]}
@@ -267,7 +266,22 @@ def test_heavy_tokens_are_those_that_queries_want():
     x = everywhere + 0.1 * torch.randn(400, 16)  # so every query points one way
     wanted = [7, 123, 399]
     x[wanted] += 5 * F.normalize(module.to_q(everywhere) @ module.to_k.weight, dim=0)
-    assert sorted(heavy_tokens(module, x, torch.arange(0, 400, 5), 3).tolist()) == wanted
+    judges, crowd = torch.arange(0, 400, 5), torch.arange(0, 400, 3)
+    assert sorted(heavy_tokens(module, x[None], 3, judges, crowd)[0].tolist()) == wanted
+
+
+@pytest.mark.parametrize("qk_norm", [None, "layer_norm"])
+def test_heavy_tokens_are_ranked_by_the_head_that_wants_them_most(qk_norm, monkeypatch):
+    """With everyone in the crowd, the ranking is that of the attention itself, however the map is cut for it."""
+    monkeypatch.setattr("largerespatch.attention.SCORES", 2 * 2 * 40 * 17)
+    module, x, judges = attention(qk_norm=qk_norm), 2 * torch.randn(2, 100, 16), torch.arange(40)
+    if qk_norm:
+        module.norm_q.weight.data = 4 * torch.rand(8)
+    query, key = ((p(x)).unflatten(-1, (2, 8)).transpose(1, 2) for p in (module.to_q, module.to_k))
+    query, key = (query, key) if qk_norm is None else (module.norm_q(query), module.norm_k(key))
+    wants = (query[:, :, :40] @ key.mT / 8**0.5).softmax(-1).mean(2).amax(1)
+    found = heavy_tokens(module, x, 9, judges, torch.arange(100))
+    assert torch.equal(found, wants.topk(9).indices)
 
 
 def test_context_nears_dense_attention():
