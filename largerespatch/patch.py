@@ -14,7 +14,7 @@ from .padding import PADDING_MODES, install_padding
 from .patching import PatchStack
 from .unet import StepNoting
 from .vae import VAE_MODES, Cutting, Exact, TwoPass, can_be_tiled, decoder_splits, encoder_splits
-from .validation import one_of, positive_int
+from .validation import one_of, positive_int, whole_number
 
 # Which models are patched now, by which patch. Kept here, since the models themselves must carry no mark.
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, "LargeResPatch"] = weakref.WeakKeyDictionary()
@@ -120,6 +120,7 @@ class LargeResPatch:
         attn_full_tokens: maps of at most this many tokens are attended whole.
         vae_mode: "two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map,
             about as fast as untiled, with half of its memory. A strip has `vae_chunk_size_y` rows on every map.
+        vae_passes: of "two-pass", at least 2, the last of which makes the result: the more, the closer to exact.
 
     Raises:
         TypeError, ValueError: an option is not what is accepted, or `pipe` has nothing to patch. Nothing is changed.
@@ -142,6 +143,7 @@ class LargeResPatch:
         *,
         attn_full_tokens: int = 16384,
         vae_mode: str = "two-pass",
+        vae_passes: int = 2,
     ) -> None:
         targets = _discover(pipe)
         vaes = [model for model in targets.values() if _is_vae(model)]
@@ -163,6 +165,7 @@ class LargeResPatch:
         self.vae_chunk_size_x = positive_int("vae_chunk_size_x", vae_chunk_size_x, "latent pixels")
         self.vae_chunk_size_y = positive_int("vae_chunk_size_y", vae_chunk_size_y, "latent pixels")
         self.vae_mode = one_of("vae_mode", vae_mode, VAE_MODES)
+        self.vae_passes = whole_number("vae_passes", vae_passes, "", least=2)
         for name, vae in targets.items():
             if _is_vae(vae):
                 self._vae_halves(name, vae)  # what cannot be run in this mode is an error now
@@ -257,7 +260,7 @@ class LargeResPatch:
                 halves[half] = Exact(model, f"{name}.{half}", cutting)
             else:
                 splits = encoder_splits(model) if half == "encoder" else decoder_splits(model)
-                halves[half] = TwoPass(splits, cutting)
+                halves[half] = TwoPass(splits, cutting, self.vae_passes)
         return halves
 
     def __repr__(self) -> str:
@@ -283,4 +286,5 @@ class LargeResPatch:
         if self.vae_mode == "exact":
             return f"encoder and decoder exactly, in strips of {self.vae_chunk_size_y} rows"
         size = f"{self.vae_chunk_size_x}x{self.vae_chunk_size_y}"
-        return f"encoder and decoder in two passes over tiles of {size} latent pixels"
+        passes = "two" if self.vae_passes == 2 else self.vae_passes
+        return f"encoder and decoder in {passes} passes over tiles of {size} latent pixels"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from largerespatch.tilings import PHASES, Tile, bricks, even_cuts, staggered_cuts, tiles, window
+from largerespatch.tilings import PHASES, Tile, bricks, even_cuts, scatter, staggered_cuts, tiles, window
 
 SIZES = st.integers(1, 90)
 SLICES = st.integers(1, 24)
@@ -96,3 +96,18 @@ def test_the_owned_part_of_a_window_is_the_tile_at_any_scale(height, width, slic
         assert (owned.height, owned.width) == (scale * tile.height, scale * tile.width)
         assert owned.top + scale * around.outer.top == scale * tile.top
         assert owned.left + scale * around.outer.left == scale * tile.left
+
+
+@given(SIZES, SIZES, SLICES, SLICES, st.integers(1, 12), st.sampled_from([1, 2, 4]))
+def test_scattered_pieces_are_equal_on_the_grid_and_within_their_budget(height, width, most_y, most_x, side, step):
+    height, width, side = height * step, width * step, side * step
+    pieces = scatter(Tile(0, 0, most_y, most_x), side, height, width, step)
+    assert {(piece.height, piece.width) for piece in pieces} == {(min(side, height), min(side, width))}
+    assert all(edge % step == 0 for piece in pieces for edge in piece)
+    assert all(piece.top >= 0 and piece.bottom <= height and piece.right <= width for piece in pieces)
+    rows, columns = ({piece[axis] for piece in pieces} for axis in (0, 1))
+    assert len(rows) * min(side, height) <= max(most_y, side) and len(columns) * min(side, width) <= max(most_x, side)
+
+
+def test_scattered_pieces_lie_evenly():
+    assert [piece.left for piece in scatter(Tile(0, 0, 4, 12), 4, 4, 100)] == [16, 48, 80]
