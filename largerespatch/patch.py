@@ -183,6 +183,7 @@ class LargeResPatch:
             another. Exact.
         unet_offload: whether skip connections wait for their block in (pinned) host memory. Exact; nothing changes
             where the models run on the host.
+        vae_passes: of "two-pass", at least 2, the last of which makes the result: the more, the closer to exact.
 
     Raises:
         TypeError, ValueError: an option is not what is accepted, or `pipe` has nothing to patch. Nothing is changed.
@@ -213,6 +214,7 @@ class LargeResPatch:
         unet_strip_rows: int | None = None,
         unet_serial: bool = False,
         unet_offload: bool = False,
+        vae_passes: int = 2,
     ) -> None:
         targets = _discover(pipe)
         vaes = [model for model in targets.values() if _is_vae(model)]
@@ -242,6 +244,7 @@ class LargeResPatch:
             self.unet_strip_rows = positive_int("unet_strip_rows", unet_strip_rows, "rows of the feature map")
         self.unet_serial = boolean("unet_serial", unet_serial)
         self.unet_offload = boolean("unet_offload", unet_offload)
+        self.vae_passes = whole_number("vae_passes", vae_passes, "", least=2)
         for name, vae in targets.items():
             if _is_vae(vae):
                 self._vae_halves(name, vae)  # what cannot be run in this mode is an error now
@@ -386,7 +389,7 @@ class LargeResPatch:
                 halves[half] = Exact(model, f"{name}.{half}", cutting)
             else:
                 splits = encoder_splits(model) if half == "encoder" else decoder_splits(model)
-                halves[half] = TwoPass(splits, cutting, self.vae_whole_bytes)
+                halves[half] = TwoPass(splits, cutting, self.vae_passes, self.vae_whole_bytes)
         return halves
 
     def __repr__(self) -> str:
@@ -423,4 +426,5 @@ class LargeResPatch:
         if self.vae_mode == "exact":
             return f"encoder and decoder exactly, in strips of {self.vae_chunk_size_y} rows"
         size = f"{self.vae_chunk_size_x}x{self.vae_chunk_size_y}"
-        return f"encoder and decoder in two passes over tiles of {size} latent pixels"
+        passes = "two" if self.vae_passes == 2 else self.vae_passes
+        return f"encoder and decoder in {passes} passes over tiles of {size} latent pixels"

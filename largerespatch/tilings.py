@@ -178,3 +178,19 @@ def window(tile: Tile, halo: int, height: int, width: int, wrap: bool = False) -
     top, bottom = reach(tile.top, tile.bottom, height)
     left, right = reach(tile.left, tile.right, width)
     return Window(Tile(top, left, bottom, right), tile)
+
+
+def scatter(budget: Tile, side: int, height: int, width: int, step: int = 1) -> list[Tile]:
+    """Small equal pieces of a plane of ``height x width`` cells, evenly over it, in all at most `budget` in area.
+
+    A piece measures `side` cells along each axis (there is at least one, and none larger than the plane); edges lie
+    on multiples of `step`. Pieces overlap where the plane is little larger than the budget.
+    """
+
+    def spread(most: int, length: int) -> tuple[int, list[int]]:
+        size = min(side, length)
+        pieces = max(most // size, 1)
+        return size, [(2 * i + 1) * (length - size) // (2 * pieces * step) * step for i in range(pieces)]
+
+    (size_y, tops), (size_x, lefts) = spread(budget.height, height), spread(budget.width, width)
+    return [Tile(top, left, top + size_y, left + size_x) for top in tops for left in lefts]

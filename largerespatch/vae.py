@@ -2,7 +2,8 @@
 
 Two-pass is approximate: low-resolution stages run whole, the rest in tiles with shared group statistics. The
 convolutions see all they need, so the only difference from the untiled result is in these statistics: pass one records
-what every group norm of every tile sees, tiles normalized by themselves; pass two applies the pooled ones.
+what every group norm sees, normalized by the statistics of a sample of small windows; the sample then corrects what
+was recorded; pass two applies it.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +24,7 @@ from .patching import PatchStack
 from .rehearsal import pieces
 from .shuttle import Shuttle
 from .strips import Forward, Strips, replacements
-from .tilings import Window, tiles, window
+from .tilings import Tile, Window, scatter, tiles, window
 
 # What the stages that run whole may hold in activations. With less, big images would get large halos; with more,
 # the whole part rather than the tiles would decide how much memory a decode takes.
@@ -182,17 +183,21 @@ class _InPieces(ABC):
 class TwoPass(_InPieces):
     """Tiles with shared group statistics; approximate.
 
-    Costs the tiled stages twice, on tiles enlarged by the halo. The original forward runs each part, with the stages
-    outside that part passing their input through.
+    Costs the tiled stages once per pass on tiles enlarged by the halo, and as often on a sample of one such tile's
+    area. The original forward runs each part, with the stages outside that part passing their input through.
 
     Args:
         splits: in order of preference; the first whose whole part fits `whole_bytes` is taken, else the last.
         cutting: the size of a tile, and the rest.
+        passes: at least 2; all but the last record. Each makes one more group norm exact, in the order they run in.
     """
 
-    def __init__(self, splits: Sequence[Split], cutting: Cutting, whole_bytes: int = WHOLE_BYTES) -> None:
+    def __init__(
+        self, splits: Sequence[Split], cutting: Cutting, passes: int = 2, whole_bytes: int = WHOLE_BYTES
+    ) -> None:
         super().__init__(cutting)
         self.splits = splits
+        self.passes = passes
         self.whole_bytes = whole_bytes
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
@@ -207,7 +212,7 @@ class TwoPass(_InPieces):
 
         before, after = range(split.tiled.start), range(split.tiled.stop, len(split.stages))
         hidden_states = run(sample, before) if before else sample
-        hidden_states = self._run_tiled(run, hidden_states, split)
+        hidden_states = self._run_tiled(lambda window: run(window, split.tiled), hidden_states, split)
         return run(hidden_states, after) if after else hidden_states
 
     def choose(self, sample: torch.Tensor) -> Split:
@@ -227,41 +232,60 @@ class TwoPass(_InPieces):
         windows = [window(tile.scaled(step), split.halo, height, width, self.cutting.wrap) for tile in cover]
         return list(pieces(windows, Window.sizes))
 
-    def _run_tiled(
-        self, run: Callable[[torch.Tensor, range], torch.Tensor], plane: torch.Tensor, split: Split
-    ) -> torch.Tensor:
+    def _sample(self, plane: torch.Tensor, split: Split, budget: Tile) -> list[torch.Tensor]:
+        """Small parts of the plane, evenly over it: where smaller than the halo, too much of them would be edge."""
+        height, width = plane.shape[-2:]
+        parts = scatter(budget, split.halo, height, width, ceil(1 / split.scale))
+        return [plane[:, :, part.rows, part.columns] for part in parts]
+
+    def _run_tiled(self, run: Forward, plane: torch.Tensor, split: Split) -> torch.Tensor:
         windows = self._windows(plane, split)
-        with PatchStack() as stack, self._progress(2 * len(windows)) as bar:
-            norms = []
-            for i in split.tiled:
-                for name, norm in split.stages[i].module.named_modules():
-                    if isinstance(norm, nn.GroupNorm):
-                        norms.append(SharedGroupNorm(norm))
-                        stack.wrap(norm, "forward", norms[-1], f"stage {i}.{name}.forward")
+        sample = self._sample(plane, split, budget=windows[0].outer)
+        height, width = plane.shape[-2:]
+        with PatchStack() as stack, self._progress(self.passes * (len(windows) + 1)) as bar:
+            norms = _share_group_norms(stack, (split.stages[i].module for i in split.tiled))
+
+            def run_sample() -> None:
+                for norm in norms:
+                    norm.sample(len(sample))
+                run(torch.cat(sample))
+                bar.update()
 
             def run_window(tile_window: Window) -> torch.Tensor:
-                for shared in norms:
-                    shared.enter(tile_window)
-                result = run(_read(plane, tile_window), split.tiled)
+                result = run(_read(plane, tile_window))
                 bar.update()
                 return result
 
-            for tile_window in windows:
-                run_window(tile_window)
-            for shared in norms:
-                shared.pool_recorded()
+            run_sample()
+            for _ in range(self.passes - 1):
+                for tile_window in windows:
+                    for norm in norms:
+                        norm.record(tile_window, tile_window.tile.area / (height * width))
+                    run_window(tile_window)
+                run_sample()
+            for norm in norms:
+                norm.apply()
 
             output = None
-            height, width = (int(split.scale * length) for length in plane.shape[-2:])
             for tile_window in windows:
                 result = run_window(tile_window)
                 owned = tile_window.owned(*result.shape[-2:])
                 if output is None:
-                    output = result.new_empty(*result.shape[:2], height, width)
+                    output = result.new_empty(*result.shape[:2], int(split.scale * height), int(split.scale * width))
                 place = tile_window.tile.scaled(split.scale)
                 output[:, :, place.rows, place.columns] = result[:, :, owned.rows, owned.columns]
             assert output is not None  # there is at least one window
             return output
+
+
+def _share_group_norms(stack: PatchStack, modules: Iterable[nn.Module]) -> list[SharedGroupNorm]:
+    shared = []
+    for module in modules:
+        for name, norm in module.named_modules():
+            if isinstance(norm, nn.GroupNorm):
+                shared.append(SharedGroupNorm(norm))
+                stack.wrap(norm, "forward", shared[-1], f"{type(module).__name__}.{name}.forward")
+    return shared
 
 
 def _read(plane: torch.Tensor, tile_window: Window) -> torch.Tensor:

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from largerespatch.groupnorm import GroupStatistics, SharedGroupNorm, apply, pool, record
+from largerespatch.groupnorm import GroupStatistics, SharedGroupNorm, apply, correct, pool, record
 from largerespatch.patching import PatchStack
-from largerespatch.tilings import tiles, window
+from largerespatch.tilings import Tile, tiles, window
 
 
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(2, 15), st.integers(2, 15), st.floats(0, 1000))
@@ -47,23 +47,79 @@ def test_applying_a_maps_own_statistics_is_group_norm(dtype, affine):
     torch.testing.assert_close(result.float(), expected, rtol=0, atol=tolerance)
 
 
+def affine(x, factor, offset):
+    return x * factor + offset
+
+
+@given(st.floats(0.1, 2), st.floats(-3, 3))
+def test_the_plane_is_taken_to_change_as_the_sample_did(factor, offset):
+    """Exactly so where the plane is the sample in another scale."""
+    before, now = torch.randn(2, 8, 6, 6), 3 * torch.randn(2, 8, 6, 6) + 1
+    plane = [record(affine(each, factor, offset), 4) for each in (before, now)]
+    corrected = correct(plane[0], record(before, 4), record(now, 4))
+    torch.testing.assert_close(corrected, plane[1], rtol=1e-4, atol=1e-4)
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e6))
+def test_no_variance_becomes_negative_and_a_flat_sample_changes_little(recorded, before, now):
+    recorded, before, now = (
+        GroupStatistics(1, torch.zeros(1, 1), torch.full((1, 1), v)) for v in (recorded, before, now)
+    )
+    corrected = correct(recorded, before, now).variance.item()
+    assert 0 <= corrected <= recorded.variance.item() + 4 * now.variance.item() + 1
+
+
+def run_shared(norm, plane, windows, sample, then):
+    """Sample, record, sample; then what `then` returns inside the block, which applies."""
+    shared = SharedGroupNorm(norm)
+    with PatchStack() as stack:
+        stack.wrap(norm, "forward", shared, "norm.forward")
+        pieces = torch.cat([plane[:, :, tile.rows, tile.columns] for tile in sample])
+        shared.sample(len(sample))
+        norm(pieces)
+        for each in windows:
+            shared.record(each, each.tile.area / plane[0, 0].numel())
+            norm(plane[:, :, each.outer.rows, each.outer.columns])
+        shared.sample(len(sample))
+        norm(pieces)
+        shared.apply()
+        return shared, then()
+
+
 def test_shared_norm_records_owned_cells_alone_and_then_applies_them():
     torch.manual_seed(0)
     norm = nn.GroupNorm(2, 4)
     nn.init.normal_(norm.weight)
     plane = torch.randn(2, 4, 12, 12) * torch.linspace(1, 5, 12)
     windows = [window(tile, 3, 12, 12) for tile in tiles(12, 12, 0, 6, 6)]
-    shared = SharedGroupNorm(norm)
-    with PatchStack() as stack:
-        stack.wrap(norm, "forward", shared, "norm.forward")
-        for each in windows:
-            shared.enter(each)
-            part = plane[:, :, each.outer.rows, each.outer.columns]
-            torch.testing.assert_close(norm(part), F.group_norm(part, 2, norm.weight, norm.bias, norm.eps))
-        shared.pool_recorded()
-        torch.testing.assert_close(shared.pooled.variance, record(plane, 2).variance)
-        applied = norm(plane[:, :, 2:9, 3:])
+    sample = [Tile(1, 2, 4, 5), Tile(8, 7, 11, 10)]
+    shared, applied = run_shared(norm, plane, windows, sample, lambda: norm(plane[:, :, 2:9, 3:]))
+    torch.testing.assert_close(shared.statistics.variance, record(plane, 2).variance)
     torch.testing.assert_close(applied, norm(plane)[:, :, 2:9, 3:])
+
+
+def test_a_sample_is_normalized_by_the_statistics_of_all_its_windows():
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(2, 4)
+    windows = torch.randn(3, 2, 4, 5, 6) * torch.arange(1.0, 4.0).view(3, 1, 1, 1, 1)  # three windows of a batch of two
+    side_by_side = torch.cat(list(windows), dim=-1)
+    shared = SharedGroupNorm(norm)
+    shared.sample(3)
+    result = shared(norm.forward, windows.flatten(0, 1)).unflatten(0, (3, 2))
+    torch.testing.assert_close(torch.cat(list(result), dim=-1), norm(side_by_side))
+
+
+def test_what_a_sample_misses_does_not_overflow():
+    """A light on black that the sample does not see: while recorded it must stay within half precision."""
+    plane = torch.zeros(1, 2, 64, 64)
+    plane[:, :, 40, 40] = 100
+    norm = nn.GroupNorm(1, 2)
+    shared = SharedGroupNorm(norm)
+    shared.sample(2)
+    shared(norm.forward, plane[:, :, :8, :8].repeat(2, 1, 1, 1))
+    shared.record(window(Tile(32, 32, 64, 64), 4, 64, 64), 1 / 4)
+    recorded = shared(norm.forward, plane[:, :, 28:, 28:])
+    assert recorded.abs().max() < 100 < 100 / norm.eps**0.5
 
 
 def test_the_original_forward_still_supplies_the_weights():
@@ -71,7 +127,7 @@ def test_the_original_forward_still_supplies_the_weights():
     norm = nn.GroupNorm(1, 2)
     norm.forward = lambda x: F.group_norm(x, 1, torch.tensor([2.0, 3.0]), torch.tensor([1.0, -1.0]), 0.0)
     shared = SharedGroupNorm(norm)
-    shared.pooled = GroupStatistics(1, torch.tensor([[5.0]]), torch.tensor([[4.0]]))
+    shared.statistics = GroupStatistics(1, torch.tensor([[5.0]]), torch.tensor([[4.0]]))
     with PatchStack() as stack:
         stack.wrap(norm, "forward", shared, "norm.forward")
         result = norm(torch.tensor([9.0, 5.0]).view(1, 2, 1, 1))

@@ -488,6 +488,13 @@ def test_words_must_be_known(pipe, option, accepted, value, error):
         LargeResPatch(pipe, 64, 64, **{option: value})
 
 
+@pytest.mark.parametrize(("value", "error"), [(1, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_two_passes_are_the_least(pipe, value, error):
+    with pytest.raises(error, match=f"vae_passes must be a whole number, at least 2; got {value!r}"):
+        LargeResPatch(pipe, 64, 64, vae_passes=value)
+    assert "decoder in 3 passes over tiles" in repr(LargeResPatch(pipe, 64, 64, vae_passes=3))
+
+
 def test_later_options_are_keyword_only(pipe):
     with pytest.raises(TypeError, match="positional"):
         LargeResPatch(pipe, 64, 64, 64, 64, "brick", 4096, "constant", 64, 64, 16384)

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from largerespatch.tilings import PHASES, Tile, bricks, even_cuts, sampled_cells, staggered_cuts, tiles, window
+from largerespatch.tilings import (
+    PHASES,
+    Tile,
+    bricks,
+    even_cuts,
+    sampled_cells,
+    scatter,
+    staggered_cuts,
+    tiles,
+    window,
+)
 
 SIZES = st.integers(1, 90)
 SLICES = st.integers(1, 24)
@@ -113,3 +123,18 @@ def test_sampled_cells_are_spread_over_the_plane(height, width, count, seed):
 
 def test_another_seed_samples_other_cells():
     assert sampled_cells(64, 64, 64, "a") != sampled_cells(64, 64, 64, "b")
+
+
+@given(SIZES, SIZES, SLICES, SLICES, st.integers(1, 12), st.sampled_from([1, 2, 4]))
+def test_scattered_pieces_are_equal_on_the_grid_and_within_their_budget(height, width, most_y, most_x, side, step):
+    height, width, side = height * step, width * step, side * step
+    pieces = scatter(Tile(0, 0, most_y, most_x), side, height, width, step)
+    assert {(piece.height, piece.width) for piece in pieces} == {(min(side, height), min(side, width))}
+    assert all(edge % step == 0 for piece in pieces for edge in piece)
+    assert all(piece.top >= 0 and piece.bottom <= height and piece.right <= width for piece in pieces)
+    rows, columns = ({piece[axis] for piece in pieces} for axis in (0, 1))
+    assert len(rows) * min(side, height) <= max(most_y, side) and len(columns) * min(side, width) <= max(most_x, side)
+
+
+def test_scattered_pieces_lie_evenly():
+    assert [piece.left for piece in scatter(Tile(0, 0, 4, 12), 4, 4, 100)] == [16, 48, 80]
