@@ -39,7 +39,8 @@ def pool(parts: Sequence[GroupStatistics]) -> GroupStatistics:
     total = sum(part.cells for part in parts)
     means = torch.stack([part.mean for part in parts])
     variances = torch.stack([part.variance for part in parts])
-    weights = means.new_tensor([part.cells / total for part in parts])[:, None, None]
+    # Filled, not copied from a list: that would stop the device for a moment, and fake tensors do not know it.
+    weights = torch.stack([means.new_full((1, 1), part.cells / total) for part in parts])
     mean = (weights * means).sum(dim=0)
     variance = (weights * (variances + (means - mean).square())).sum(dim=0)
     return GroupStatistics(total, mean, variance)

@@ -39,7 +39,7 @@ class Shuttle:
     def fetch(self, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Strips on the device, in turn. Those that come later may not be stored to before they have been yielded."""
         if not self.is_cuda:
-            yield from (piece.to(self.device) for piece in pieces)
+            yield from (piece.to(self.device).contiguous() for piece in pieces)
             return
         compute = torch.cuda.current_stream(self.device)
         self._incoming.wait_stream(self._outgoing)  # what was stored before can be read
@@ -49,7 +49,7 @@ class Shuttle:
                 rows = _by_rows(piece).to(self.device, non_blocking=True)
             compute.wait_stream(self._incoming)
             rows.record_stream(compute)
-            yield rows.permute(1, 2, 0, 3)
+            yield rows.permute(1, 2, 0, 3).contiguous()
             used.append(compute.record_event())
             if len(used) > 1:
                 used.popleft().synchronize()

@@ -9,6 +9,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 import tiny
 from _common import LiveBytes
@@ -22,10 +24,15 @@ from test_vae import BOTH, HALVES, INPUTS, Bar, cutting
 ROUNDING = {"rtol": 0, "atol": 1e-4}
 
 
-def install(stack, vae, size, wrap=False):
+# Not where the model runs, though the same memory: whole maps live here and their strips are copied.
+ELSEWHERE = torch.device("cpu", 0)
+
+
+def install(stack, vae, size, wrap=False, **options):
     for half, latent_scale in (("encoder", 8), ("decoder", 1)):
         model = getattr(vae, half)
-        stack.wrap(model, "forward", Exact(model, f"vae.{half}", cutting(size, latent_scale, wrap)), f"vae.{half}")
+        exact = Exact(model, f"vae.{half}", cutting(size, latent_scale, wrap), **options)
+        stack.wrap(model, "forward", exact, f"vae.{half}")
 
 
 def sd_like():
@@ -41,8 +48,10 @@ def sd_like():
     st.integers(1, 9),
     st.integers(1, 40),
     st.sampled_from(PADDING_MODES),
+    st.booleans(),
+    st.sampled_from([None, ELSEWHERE]),
 )
-def test_exact_equals_untiled(half, batch, height, width, rows, mode):
+def test_exact_equals_untiled(half, batch, height, width, rows, mode, recompute, host):
     if mode == "reflect":
         height, width = max(height, 2), max(width, 2)
     vae, x, run = sd_like(), INPUTS[half](batch, height, width), HALVES[half]
@@ -50,7 +59,7 @@ def test_exact_equals_untiled(half, batch, height, width, rows, mode):
     with PatchStack() as stack:
         install_padding(stack, vae, "vae", mode)
         expected = run(vae, x)
-        install(stack, vae, (rows, 1), wrap=mode == "circular")
+        install(stack, vae, (rows, 1), wrap=mode == "circular", recompute=recompute, host=host)
         torch.testing.assert_close(run(vae, x), expected, **ROUNDING)
     assert torch.equal(x, given_x)  # working in place stops short of the caller's own tensor
 
@@ -126,16 +135,66 @@ def test_strips_are_within_bounds_before_and_after_scaling(scale):
         assert strip.top % scale.denominator == strip.bottom % scale.denominator == 0
 
 
-@BOTH
-def test_half_of_the_untiled_memory_is_enough(half):
-    vae, x, run = sd_like(), INPUTS[half](1, 64, 16), HALVES[half]
+def live_bytes(half, height, **options):
+    """The peaks of the untiled half and of the exact one, for an input of ``height x 8`` latent pixels."""
+    vae, x, run = sd_like(), INPUTS[half](1, height, 8), HALVES[half]
     with LiveBytes() as untiled:
         run(vae, x)
     with PatchStack() as stack:
-        install(stack, vae, (16, 16))
+        install(stack, vae, (16, 16), **options)
         with LiveBytes() as exact:
             run(vae, x)
-    assert exact.peak <= 0.5 * untiled.peak
+    return untiled.peak, exact.peak
+
+
+@BOTH
+def test_half_of_the_untiled_memory_is_enough(half):
+    untiled, exact = live_bytes(half, 64)
+    assert exact <= 0.5 * untiled
+
+
+@BOTH
+def test_recomputing_needs_a_third_of_the_untiled_memory(half):
+    untiled, exact = live_bytes(half, 64, recompute=True)
+    assert exact <= 0.33 * untiled
+
+
+class LiveBytesOn(LiveBytes):
+    """Counts the bytes of one kind of device alone."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def _storages(self, tree):
+        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        return super()._storages([tensor for tensor in tensors if tensor.device.type == self.kind])
+
+
+def bytes_by_device(half, height, recompute):
+    """Peaks on a device and on its host, played by fake tensors on ``meta`` and on ``cpu``: nothing is computed."""
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    with FakeTensorMode():
+        with torch.device("meta"):
+            vae = tiny.vae(block_out_channels=(8, 16), layers_per_block=1, **levels)
+            x = torch.empty(1, 3, 2 * height, 8) if half == "encode" else torch.empty(1, 4, height, 4)
+        model = vae.encoder if half == "encode" else vae.decoder
+        model.mid_block.attentions[0] = None  # attention takes its whole map to the device
+        pieces = cutting((16, 4), 2 if half == "encode" else 1)
+        with PatchStack() as stack, LiveBytesOn("meta") as device, LiveBytesOn("cpu") as host:
+            exact = Exact(model, half, pieces, recompute=recompute, host=torch.device("cpu"))
+            stack.wrap(model, "forward", exact, half)
+            result = model(x)
+    assert result.device.type == "meta"
+    return device.peak, host.peak
+
+
+@pytest.mark.parametrize(("half", "recompute"), [("encode", False), ("decode", True)])
+def test_on_a_device_with_a_host_only_the_host_holds_more_for_a_larger_image(half, recompute):
+    device, host = bytes_by_device(half, 32, recompute)
+    larger_device, larger_host = bytes_by_device(half, 64, recompute)
+    assert larger_device <= 1.05 * device
+    assert larger_host >= 1.8 * host
 
 
 @BOTH
