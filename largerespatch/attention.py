@@ -22,7 +22,7 @@ from diffusers.models.attention_processor import (
 )
 from torch.overrides import TorchFunctionMode
 
-from .groupnorm import GivenStatistics, record
+from .groupnorm import GivenStatistics, record_in_bands
 from .patching import PatchStack
 from .rehearsal import pieces
 from .tilings import PHASES, Tile, bricks, sampled_cells, tiles
@@ -166,7 +166,7 @@ class Context:
         fresh = ~(some[:, :, None] == wanted[:, None, :]).any(dim=-1)
         self.counts = torch.cat([torch.ones_like(wanted, dtype=torch.bool), fresh], dim=1)
         self.places = torch.cat([wanted, some], dim=1)
-        self.tokens = prepare(tokens.gather(1, self.places[:, :, None].expand(-1, -1, channels)))
+        self.tokens = tokens.gather(1, self.places[:, :, None].expand(-1, -1, channels))
 
     def log_weights(self, tile: Tile) -> torch.Tensor:
         """What to add to the attention scores of the context's tokens in a tile, ``[B, 1, S]``.
@@ -303,17 +303,24 @@ class BlockedAttention:
 
 
 class BlockedMapAttention:
-    """Takes the place of the ``forward`` of an attention that is given a map ``[B, C, H, W]`` (Kandinsky's U-Net).
+    """Takes the place of the ``forward`` of an attention that is given a map ``[B, C, H, W]``.
 
-    Such an attention normalizes the map by groups first; its tiles get the statistics of the whole map. Text that it
-    attends to beside the map is seen by every tile. What is blocked, and in which phase, is as for `BlockedAttention`.
+    In Kandinsky's U-Net and in the mid blocks of VAEs. Such an attention normalizes the map by groups first; its tiles
+    get the statistics of the whole map. Text that it attends to beside the map is seen by every tile. What is blocked,
+    with which context and in which phase, is as for `BlockedAttention`.
+
+    Args:
+        in_place: whether the map's memory may become that of the result, where there are no gradients.
     """
 
-    def __init__(self, attention: Attention, blocking: Blocking, step_note: StepNote, layer: int) -> None:
+    def __init__(
+        self, attention: Attention, blocking: Blocking, step_note: StepNote, layer: int, in_place: bool = False
+    ) -> None:
         self.blocking = blocking
         self.attention: Any = attention
         self.step_note = step_note
         self.layer = layer
+        self.in_place = in_place
 
     def __call__(
         self,
@@ -331,20 +338,64 @@ class BlockedMapAttention:
         return original(hidden_states, attention_mask=attention_mask, **kwargs)
 
     def _blocked(
-        self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, **kwargs: object
+        self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         norm = self.attention.group_norm
         height, width = hidden_states.shape[-2:]
-        statistics = record(hidden_states, norm.num_groups)
+        statistics = record_in_bands(hidden_states, norm.num_groups)
 
         def normalize(original: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
             with GivenStatistics(statistics):
                 return original(tokens)
 
-        output = torch.empty_like(hidden_states)
+        output = hidden_states
+        if torch.is_grad_enabled() or not self.in_place:
+            output = torch.empty_like(hidden_states)
         with PatchStack() as stack:
             stack.wrap(norm, "forward", normalize, "group_norm.forward")
-            for tile in self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES):
+            context = _context(
+                self.blocking,
+                self.attention,
+                hidden_states.flatten(2).transpose(1, 2),
+                (height, width),
+                f"layer {self.layer} step {self.step_note.step}",
+                self._prepare,
+            )
+            cover = self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES)
+            for tile in pieces(cover, Tile.size):
                 block = hidden_states[:, :, tile.rows, tile.columns].contiguous()
-                output[:, :, tile.rows, tile.columns] = original(block, **kwargs)
+                result = self._attend(original, block, tile, context, **kwargs)
+                output[:, :, tile.rows, tile.columns] = result
         return output
+
+    def _prepare(self, tokens: torch.Tensor) -> torch.Tensor:
+        normalized: torch.Tensor = self.attention.group_norm(tokens.transpose(1, 2))
+        return normalized.transpose(1, 2)
+
+    def _attend(
+        self,
+        original: Callable[..., torch.Tensor],
+        block: torch.Tensor,
+        tile: Tile,
+        context: Context | None,
+        encoder_hidden_states: torch.Tensor | None,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        """The attention of the cells of a tile, ``[B, C, tile.height, tile.width]``."""
+        if context is None:
+            return original(block, encoder_hidden_states=encoder_hidden_states, **kwargs)
+        cells = block.flatten(2)
+        if encoder_hidden_states is None and type(self.attention.processor) in TAKES_OTHER_KEYS:
+            tokens = cells.transpose(1, 2)
+            keys = self._prepare(torch.cat([tokens, context.tokens], dim=1))
+            mask = F.pad(context.log_weights(tile), (tile.area, 0)).to(block.dtype)
+            result = original(tokens, encoder_hidden_states=keys, attention_mask=mask, **kwargs)
+            return result.transpose(1, 2).reshape(block.shape)
+        text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        mask = F.pad(context.log_weights(tile), (text + tile.area, 0)).to(block.dtype)
+        with WeightedKeys(mask) as weighted:
+            both = torch.cat([cells, context.tokens.transpose(1, 2)], dim=2)[..., None]
+            result = original(both, encoder_hidden_states=encoder_hidden_states, **kwargs)
+        if weighted.met:
+            return result[:, :, : tile.area].reshape(block.shape)
+        return original(block, encoder_hidden_states=encoder_hidden_states, **kwargs)

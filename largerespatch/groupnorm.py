@@ -15,6 +15,10 @@ from .tilings import Window
 MOST_RATIO = 4.0
 
 
+# Values whose statistics are taken together.
+BAND = 2**24
+
+
 class GroupStatistics(NamedTuple):
     """Mean and population variance ``[B, groups]`` in float32, over `cells` cells of a map."""
 
@@ -44,6 +48,12 @@ def pool(parts: Sequence[GroupStatistics]) -> GroupStatistics:
     mean = (weights * means).sum(dim=0)
     variance = (weights * (variances + (means - mean).square())).sum(dim=0)
     return GroupStatistics(total, mean, variance)
+
+
+def record_in_bands(hidden_states: torch.Tensor, groups: int) -> GroupStatistics:
+    """The same as `record`, band of rows by band, so that no float32 copy of a half-precision map is alive."""
+    rows = max(BAND // hidden_states[:, :, 0].numel(), 1)
+    return pool([record(band, groups) for band in torch.split(hidden_states, rows, dim=2)])
 
 
 def apply(

@@ -20,7 +20,17 @@ from .patching import PatchStack
 from .planner import Estimator, MemoryEstimate, Plan, Planner, bare, memory_bytes
 from .strips import Strips, unet_replacements
 from .unet import SerialBatch, StepNoting, offloadings
-from .vae import VAE_MODES, WHOLE_BYTES, Cutting, Exact, TwoPass, can_be_tiled, decoder_splits, encoder_splits
+from .vae import (
+    VAE_ATTENTIONS,
+    VAE_MODES,
+    WHOLE_BYTES,
+    Cutting,
+    Exact,
+    TwoPass,
+    can_be_tiled,
+    decoder_splits,
+    encoder_splits,
+)
 from .validation import boolean, noting_given, one_of, positive_int, whole_number
 
 # Which models are patched now, by which patch. Kept here, since the models themselves must carry no mark.
@@ -185,6 +195,9 @@ class LargeResPatch:
             where the models run on the host.
         vae_passes: of "two-pass", at least 2, the last of which makes the result: the more, the closer to exact.
 
+        vae_attn: "full", or "blocked": the VAE's mid-block attention is blocked like the U-Net's, with the same
+            `attn_` options. Approximate. Beyond about 4096 x 4096 full attention takes most of a decode's time.
+
     Raises:
         TypeError, ValueError: an option is not what is accepted, or `pipe` has nothing to patch. Nothing is changed.
 
@@ -215,6 +228,7 @@ class LargeResPatch:
         unet_serial: bool = False,
         unet_offload: bool = False,
         vae_passes: int = 2,
+        vae_attn: str = "full",
     ) -> None:
         targets = _discover(pipe)
         vaes = [model for model in targets.values() if _is_vae(model)]
@@ -244,6 +258,7 @@ class LargeResPatch:
             self.unet_strip_rows = positive_int("unet_strip_rows", unet_strip_rows, "rows of the feature map")
         self.unet_serial = boolean("unet_serial", unet_serial)
         self.unet_offload = boolean("unet_offload", unet_offload)
+        self.vae_attn = one_of("vae_attn", vae_attn, VAE_ATTENTIONS)
         self.vae_passes = whole_number("vae_passes", vae_passes, "", least=2)
         for name, vae in targets.items():
             if _is_vae(vae):
@@ -372,6 +387,10 @@ class LargeResPatch:
         stack.set(vae, "use_tiling", False, f"{name}.use_tiling")
         for half, replacement in self._vae_halves(name, vae).items():
             stack.wrap(getattr(vae, half), "forward", replacement, f"{name}.{half}.forward")
+            if self.vae_attn == "blocked":
+                for layer, (path, attention) in enumerate(_map_attentions(getattr(vae, half)).items()):
+                    blocked = BlockedMapAttention(attention, self.blocking, StepNote(), layer, in_place=True)
+                    stack.wrap(attention, "forward", blocked, f"{name}.{half}.{path}.forward")
 
     def _vae_halves(self, name: str, vae: Any) -> dict[str, TwoPass | Exact]:
         halves: dict[str, TwoPass | Exact] = {}
@@ -423,6 +442,10 @@ class LargeResPatch:
         return "only its convolutions" if self.padding_mode != "constant" and pads(model) else "left as it is"
 
     def _describe_vae(self) -> str:
+        attention = ", its attention in blocks" if self.vae_attn == "blocked" else ""
+        return self._describe_vae_mode() + attention
+
+    def _describe_vae_mode(self) -> str:
         if self.vae_mode == "exact":
             return f"encoder and decoder exactly, in strips of {self.vae_chunk_size_y} rows"
         size = f"{self.vae_chunk_size_x}x{self.vae_chunk_size_y}"

@@ -31,6 +31,7 @@ from .tilings import Tile, Window, scatter, tiles, window
 WHOLE_BYTES = 2 * 2**30
 
 VAE_MODES = ("two-pass", "exact")
+VAE_ATTENTIONS = ("full", "blocked")
 
 ProgressBar = Callable[..., AbstractContextManager[Any]]
 

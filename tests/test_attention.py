@@ -33,6 +33,7 @@ from largerespatch.attention import (
     StepNote,
     heavy_tokens,
 )
+from largerespatch.groupnorm import GivenStatistics, record
 from largerespatch.patching import PatchStack
 
 # Softmax over the same tokens, summed in another order.
@@ -178,25 +179,30 @@ def test_blocked_attention_is_differentiable():
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-def context_oracle(module, x, height, width, blocking, phase, seed):
-    """Dense attention in which a token of another tile counts, for itself or for others, or not at all."""
-    heavy = blocking.context // 2
-    context = Context(module, x, (height, width), heavy, blocking.context - heavy, seed)
-    mask = torch.full((len(x), height * width, height * width), -torch.inf)
-    for tile in blocking.cover(height, width, phase):
+def context_mask(context, batch, height, width, tiling):
+    """Which token counts for which, ``[B, 1, Q, K]``: for itself or for others, or not at all."""
+    mask = torch.full((batch, 1, height * width, height * width), -torch.inf)
+    for tile in tiling:
         own = {row * width + column for row in range(height)[tile.rows] for column in range(width)[tile.columns]}
         for i, places in enumerate(context.places.tolist()):
             heavies = set(places[: context.heavy]) - own
             others = set(places[context.heavy :]) - own - heavies
             for query in own:
-                mask[i, query, sorted(own | heavies)] = 0
+                mask[i, 0, query, sorted(own | heavies)] = 0
                 if others:
                     unseen = height * width - len(own) - len(heavies)
-                    mask[i, query, sorted(others)] = math.log(unseen / len(others))
+                    mask[i, 0, query, sorted(others)] = math.log(unseen / len(others))
+    return mask
+
+
+def context_oracle(module, x, height, width, blocking, phase, seed):
+    heavy = blocking.context // 2
+    context = Context(module, x, (height, width), heavy, blocking.context - heavy, seed)
+    mask = context_mask(context, len(x), height, width, blocking.cover(height, width, phase))
     heads = (
         projection(x).unflatten(-1, (2, 8)).transpose(1, 2) for projection in (module.to_q, module.to_k, module.to_v)
     )
-    result = F.scaled_dot_product_attention(*heads, attn_mask=mask[:, None])
+    result = F.scaled_dot_product_attention(*heads, attn_mask=mask)
     return module.to_out[0](result.transpose(1, 2).flatten(2))
 
 
@@ -332,21 +338,25 @@ def test_qk_norms_and_gradients_hold_with_context():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-class SeeingOwnTile(TorchFunctionMode):
-    """Dense attention over a map's tokens, after `text` others, under the mask of a tiling."""
+class Masked(TorchFunctionMode):
+    """Dense attention under a mask over a map's tokens, after `text` others that everyone sees."""
 
-    def __init__(self, height, width, tiling, text):
+    def __init__(self, mask, text=0):
         super().__init__()
-        owner = torch.empty(height, width, dtype=torch.long)
-        for i, tile in enumerate(tiling):
-            owner[tile.rows, tile.columns] = i
-        same = owner.flatten()[:, None] == owner.flatten()[None, :]
-        self.mask = torch.cat([torch.ones(height * width, text, dtype=torch.bool), same], dim=1)
+        self.mask = F.pad(mask, (text, 0))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             kwargs = kwargs | {"attn_mask": self.mask}
         return func(*args, **(kwargs or {}))
+
+
+def block_mask(height, width, tiling):
+    owner = torch.empty(height, width, dtype=torch.long)
+    for i, tile in enumerate(tiling):
+        owner[tile.rows, tile.columns] = i
+    same = owner.flatten()[:, None] == owner.flatten()[None, :]
+    return torch.zeros(same.shape).masked_fill(~same, -torch.inf)
 
 
 def map_attention(processor=None, text=False, **options):
@@ -368,11 +378,36 @@ def test_attention_to_a_map_equals_dense_attention_under_its_block_mask(text, he
     blocking, module = Blocking("brick", size, size + 1, full_tokens=3), map_attention(text=text)
     x = torch.randn(2, 16, height, width) + torch.linspace(-3, 3, width)  # tiles alone would be normalized otherwise
     prompt = {"encoder_hidden_states": torch.randn(2, 5, 12)} if text else {}
-    with SeeingOwnTile(height, width, blocking.cover(height, width, phase), 5 if text else 0):
+    with Masked(block_mask(height, width, blocking.cover(height, width, phase)), 5 if text else 0):
         expected = module(x, **prompt)
     with PatchStack() as stack:
         blocked_map(stack, module, blocking, step=phase)
         torch.testing.assert_close(module(x, **prompt), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_context_of_a_map_equals_dense_attention_under_its_weights(text, in_place):
+    """With keys normalized as the whole map is."""
+    blocking, module = Blocking("brick", 3, 4, full_tokens=3, context=20), map_attention(text=text)
+    x = torch.randn(2, 16, 9, 8) + torch.linspace(-3, 3, 8)
+    statistics = record(x, 4)
+
+    def prepare(tokens):
+        with GivenStatistics(statistics):
+            return module.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
+
+    context = Context(module, x.flatten(2).transpose(1, 2), (9, 8), 10, 10, "layer 0 step 1", prepare)
+    prompt = {"encoder_hidden_states": torch.randn(2, 5, 12)} if text else {}
+    with Masked(context_mask(context, 2, 9, 8, blocking.cover(9, 8, 1)), 5 if text else 0):
+        expected = module(x, **prompt)
+    with PatchStack() as stack:
+        blocked = BlockedMapAttention(module, blocking, StepNote(1), 0, in_place)
+        stack.wrap(module, "forward", blocked, "attention.forward")
+        with torch.no_grad():
+            result = module(x, **prompt)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    assert (result.data_ptr() == x.data_ptr()) == in_place
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from largerespatch.groupnorm import GroupStatistics, SharedGroupNorm, apply, correct, pool, record
+from largerespatch.groupnorm import GroupStatistics, SharedGroupNorm, apply, correct, pool, record, record_in_bands
 from largerespatch.patching import PatchStack
 from largerespatch.tilings import Tile, tiles, window
 
@@ -132,3 +132,10 @@ def test_the_original_forward_still_supplies_the_weights():
         stack.wrap(norm, "forward", shared, "norm.forward")
         result = norm(torch.tensor([9.0, 5.0]).view(1, 2, 1, 1))
     torch.testing.assert_close(result.flatten(), torch.tensor([2 * 2.0 + 1, -1.0]))
+
+
+def test_bands_give_the_statistics_of_the_map(monkeypatch):
+    monkeypatch.setattr("largerespatch.groupnorm.BAND", 2 * 8 * 5 * 3)
+    plane = torch.randn(2, 8, 20, 5) + torch.linspace(0, 9, 20)[:, None]
+    for found, expected in zip(record_in_bands(plane, 4)[1:], record(plane, 4)[1:], strict=True):
+        torch.testing.assert_close(found, expected)

@@ -466,6 +466,22 @@ def test_context_brings_blocked_results_nearer_to_dense_ones(pipe):
     assert 0 < errors[1] < errors[0] / 2
 
 
+@pytest.mark.parametrize("mode", ["two-pass", "exact"])
+def test_the_attention_of_a_vae_is_blocked_where_asked_for(pipe, mode):
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def decode(**options):
+        with LargeResPatch(pipe, 128, 128, **SMALL, vae_mode=mode, **options) as patch:
+            assert ("attention in blocks" in repr(patch)) == bool(options)
+            return pipe.vae.decode(latents).sample
+
+    full = decode()
+    errors = [(decode(vae_attn="blocked", attn_context=size) - full).square().mean() for size in (0, 96, 512)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-10  # everything is in the context
+    assert errors[0] > 1e-8
+
+
 @pytest.mark.parametrize(("value", "nearest"), [(1001, "1000 and 1008"), (7, "8"), (1023, "1016 and 1024")])
 @pytest.mark.parametrize("option", ["width", "height"])
 def test_sizes_must_be_multiples_of_the_factor(pipe, option, value, nearest):
@@ -478,6 +494,7 @@ def test_sizes_must_be_multiples_of_the_factor(pipe, option, value, nearest):
     ("option", "accepted"),
     [
         ("vae_mode", "'two-pass', 'exact'"),
+        ("vae_attn", "'full', 'blocked'"),
         ("attn_shape", "'brick', 'tile'"),
         ("padding_mode", "'constant', 'circular', 'reflect', 'replicate'"),
     ],
