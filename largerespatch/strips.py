@@ -440,12 +440,19 @@ def replacements(model: nn.Module, strips: Strips, path: str) -> Iterator[tuple[
     Raises:
         ValueError: there is a module in it that cannot be run strip by strip; `path` and the module's name say which.
     """
+    if type(model).__name__ not in CONTAINERS:
+        yield path, model, _replacement(model, path, strips)
+        return
     for name, child in model.named_children():
-        where = f"{path}.{name}"
-        if type(child).__name__ in CONTAINERS:
-            yield from replacements(child, strips, where)
-        else:
-            yield where, child, _replacement(child, where, strips)
+        yield from replacements(child, strips, f"{path}.{name}")
+
+
+def known_replacements(model: nn.Module, strips: Strips, path: str) -> list[tuple[str, nn.Module, Forward]]:
+    """The same where all modules are known; else none."""
+    try:
+        return list(replacements(model, strips, path))
+    except ValueError:
+        return []
 
 
 def unet_replacements(model: nn.Module, strips: Strips, path: str) -> Iterator[tuple[str, nn.Module, Forward]]:

@@ -23,7 +23,7 @@ from .groupnorm import SharedGroupNorm
 from .patching import PatchStack
 from .rehearsal import pieces
 from .shuttle import Shuttle
-from .strips import Forward, Strips, replacements
+from .strips import Forward, Strips, known_replacements, replacements
 from .tilings import Tile, Window, scatter, tiles, window
 
 # What the stages that run whole may hold in activations. With less, big images would get large halos; with more,
@@ -185,7 +185,8 @@ class TwoPass(_InPieces):
     """Tiles with shared group statistics; approximate.
 
     Costs the tiled stages once per pass on tiles enlarged by the halo, and as often on a sample of one such tile's
-    area. The original forward runs each part, with the stages outside that part passing their input through.
+    area. The original forward runs each part, with the stages outside that part passing their input through. What runs
+    whole does so strip by strip where its modules are known: exact, and smaller in memory.
 
     Args:
         splits: in order of preference; the first whose whole part fits `whole_bytes` is taken, else the last.
@@ -211,10 +212,18 @@ class TwoPass(_InPieces):
                         stack.set(stage.module, "forward", _pass_through, f"stage {i}")
                 return original(hidden_states)
 
+        def run_whole(hidden_states: torch.Tensor, part: range) -> torch.Tensor:
+            strips = Strips(self.cutting.tile_height, self.cutting.wrap)
+            with PatchStack() as stack:
+                for i in part:
+                    for path, module, replacement in known_replacements(split.stages[i].module, strips, f"stage {i}"):
+                        stack.wrap(module, "forward", replacement, f"{path}.forward")
+                return run(hidden_states, part)
+
         before, after = range(split.tiled.start), range(split.tiled.stop, len(split.stages))
-        hidden_states = run(sample, before) if before else sample
+        hidden_states = run_whole(sample, before) if before else sample
         hidden_states = self._run_tiled(lambda window: run(window, split.tiled), hidden_states, split)
-        return run(hidden_states, after) if after else hidden_states
+        return run_whole(hidden_states, after) if after else hidden_states
 
     def choose(self, sample: torch.Tensor) -> Split:
         batch, _, height, width = sample.shape
