@@ -243,9 +243,14 @@ class TwoPass(_InPieces):
         return list(pieces(windows, Window.sizes))
 
     def _sample(self, plane: torch.Tensor, split: Split, budget: Tile) -> list[torch.Tensor]:
-        """Small parts of the plane, evenly over it: where smaller than the halo, too much of them would be edge."""
+        """Small parts of the plane, evenly over it, in all as large as `budget`.
+
+        Where much smaller than the halo, too much of them would be edge; of larger ones there would be too few.
+        """
         height, width = plane.shape[-2:]
-        parts = scatter(budget, split.halo, height, width, ceil(1 / split.scale))
+        step = ceil(1 / split.scale)
+        side = min(split.halo * 3 // 2, max(budget.height, budget.width) // 3)
+        parts = scatter(budget, max(side // step, 2) * step, height, width, step)
         return [plane[:, :, part.rows, part.columns] for part in parts]
 
     def _run_tiled(self, run: Forward, plane: torch.Tensor, split: Split) -> torch.Tensor:

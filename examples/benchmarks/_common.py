@@ -8,8 +8,8 @@ import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent / "results"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+FACTOR = 8  # sample pixels along each axis of a latent pixel
 PACKAGES = ("torch", "diffusers", "transformers", "largerespatch")
 
 
@@ -275,6 +277,36 @@ def seam_error(
     if not near.any() or near.all():
         return {"seam": float("nan"), "elsewhere": float(error.mean())}
     return {"seam": float(error[near].mean()), "elsewhere": float(error[~near].mean())}
+
+
+# --- the VAE ----------------------------------------------------------------------------------------------------
+
+
+def vae_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
+    """A pipeline that holds nothing else."""
+    others = dict.fromkeys(("unet", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    pipe = StableDiffusionPipeline(**others, vae=vae, scheduler=scheduler, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextmanager
+def own_tiling(vae: AutoencoderKL, chunk: int | None) -> Iterator[None]:
+    """diffusers' tiling with tiles of `chunk` latent pixels, or none."""
+    changed = {"use_tiling": chunk is not None}
+    if chunk is not None:
+        changed |= {"tile_latent_min_size": chunk, "tile_sample_min_size": chunk * FACTOR}
+    before = {name: getattr(vae, name) for name in changed}
+    vars(vae).update(changed)
+    try:
+        yield
+    finally:
+        vars(vae).update(before)
+
+
+def run_vae(vae: AutoencoderKL, direction: str, source: torch.Tensor) -> torch.Tensor:
+    return vae.decode(source).sample if direction == "decode" else vae.encode(source).latent_dist.mode()
 
 
 # --- reports ----------------------------------------------------------------------------------------------------

@@ -1,49 +1,38 @@
-"""VAE decode and encode: two passes and exact, against untiled and against diffusers' own tiling.
+"""VAE decode and encode: what two passes and exact cost, against untiled and against diffusers' own tiling.
 
-Cost: time, arithmetic and memory of Stable Diffusion's VAE, at its real size and with random weights. Arithmetic and
-live bytes are counted on torch's meta device, from the shapes of the real calls.
-
-Fidelity: how far each tiled result is from the untiled one, overall and next to the lines where tiles meet. That means
-something on a trained VAE and on photographs only: --model names one, and scikit-image brings some.
+Time, arithmetic and memory of Stable Diffusion's VAE, at its real size and with random weights. Arithmetic and live
+bytes are counted on torch's meta device, from the shapes of the real calls. `fidelity.py` says what they are worth.
 """
 
 import argparse
-import importlib.util
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-from PIL import Image, ImageOps
+from diffusers import AutoencoderKL
 
 from _common import (
+    FACTOR,
     Candidate,
     add_common_options,
     add_device_options,
     cost_on_paper,
     dtype_of,
     interleaved,
-    maximum_error,
     mebibytes,
+    own_tiling,
     positive,
     prepare,
     print_table,
-    psnr,
     ratio_of_medians,
-    seam_error,
+    run_vae,
+    vae_pipeline,
     write_json,
 )
 from largerespatch import LargeResPatch
-from largerespatch.tilings import tiles
 
-DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
-PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
-FACTOR = 8  # sample pixels along each axis of a latent pixel
-OVERLAP = 0.25  # of a tile, in diffusers' own tiling
 UNTILED, TWO_PASS, EXACT, DIFFUSERS = "untiled", "two-pass", "exact", "diffusers' tiling"
 DIRECTIONS = ("decode", "encode")
 
@@ -77,16 +66,6 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="of the four levels of the VAE whose cost is measured (%(default)s, Stable Diffusion's)",
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=DEMO_MODEL if (DEMO_MODEL / "model_index.json").exists() else None,
-        metavar="FOLDER",
-        help="a pipeline in diffusers' format with a trained VAE; without one, fidelity is left out (%(default)s)",
-    )
-    parser.add_argument(
-        "--pictures", type=positive, default=len(PHOTOGRAPHS), metavar="N", help="at most, for fidelity (%(default)s)"
-    )
     add_device_options(parser)
     add_common_options(parser, "vae")
     return parser.parse_args()
@@ -111,10 +90,7 @@ def build_vae(channels: list[int], device: str, dtype: torch.dtype) -> Autoencod
 
 def methods(vae: AutoencoderKL, size: int, chunk: int) -> Methods:
     """Contexts in which the VAE works in one of the four ways."""
-    others = dict.fromkeys(("unet", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
-    pipe = StableDiffusionPipeline(**others, vae=vae, scheduler=scheduler, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = vae_pipeline(vae)
 
     def patch(mode: str) -> LargeResPatch:
         return LargeResPatch(pipe, size, size, vae_chunk_size_x=chunk, vae_chunk_size_y=chunk, vae_mode=mode)
@@ -127,24 +103,6 @@ def methods(vae: AutoencoderKL, size: int, chunk: int) -> Methods:
     }
 
 
-@contextmanager
-def own_tiling(vae: AutoencoderKL, chunk: int | None) -> Iterator[None]:
-    """diffusers' tiling with tiles of `chunk` latent pixels, or none."""
-    changed = {"use_tiling": chunk is not None}
-    if chunk is not None:
-        changed |= {"tile_latent_min_size": chunk, "tile_sample_min_size": chunk * FACTOR}
-    before = {name: getattr(vae, name) for name in changed}
-    vars(vae).update(changed)
-    try:
-        yield
-    finally:
-        vars(vae).update(before)
-
-
-def run(vae: AutoencoderKL, direction: str, source: torch.Tensor) -> torch.Tensor:
-    return vae.decode(source).sample if direction == "decode" else vae.encode(source).latent_dist.mode()
-
-
 def source_shape(direction: str, size: int) -> tuple[int, int, int, int]:
     return (1, 4, size // FACTOR, size // FACTOR) if direction == "decode" else (1, 3, size, size)
 
@@ -152,7 +110,7 @@ def source_shape(direction: str, size: int) -> tuple[int, int, int, int]:
 def candidates(vae: AutoencoderKL, direction: str, size: int, chunk: int) -> dict[str, Candidate]:
     source = torch.randn(source_shape(direction, size), device=vae.device, dtype=vae.dtype)
     return {
-        name: Candidate(lambda: run(vae, direction, source), context)
+        name: Candidate(lambda: run_vae(vae, direction, source), context)
         for name, context in methods(vae, size, chunk).items()
     }
 
@@ -185,62 +143,6 @@ def describe_cost(candidate: Candidate) -> dict[str, int]:
     return {"flops": cost.flops, "peak_live_bytes": cost.peak_live_bytes}
 
 
-def photographs(size: int) -> dict[str, torch.Tensor]:
-    """Square photographs ``[1, 3, size, size]`` in [-1, 1]; without scikit-image one of smooth noise."""
-    found = importlib.util.find_spec("skimage")
-    if found is None or found.origin is None:
-        torch.manual_seed(0)
-        noise = torch.nn.functional.interpolate(torch.randn(1, 3, 16, 16), size=(size, size), mode="bicubic")
-        return {"smooth noise": noise.tanh()}
-    folder = Path(found.origin).parent / "data"
-    return {name: as_tensor(folder / name, size) for name in PHOTOGRAPHS if (folder / name).exists()}
-
-
-def as_tensor(path: Path, size: int) -> torch.Tensor:
-    with Image.open(path) as image:
-        fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def seam_lines(method: str, size: int, chunk: int, unit: int) -> list[int]:
-    """Where tiles meet, in output cells of `unit` per latent pixel; the same along both axes."""
-    side = size // FACTOR
-    if method == EXACT:  # its strips leave no seams; those of the tiles are looked at
-        method = TWO_PASS
-    if method == DIFFUSERS:  # each tile is blended into the one before over its first quarter
-        stride = int(chunk * (1 - OVERLAP))
-        return [unit * start for start in range(stride, side, stride)] if side > chunk else []
-    return [unit * tile.left for tile in tiles(side, side, 0, chunk, chunk) if tile.top == 0 and tile.left > 0]
-
-
-def measure_fidelity(vae: AutoencoderKL, size: int, chunk: int, pictures: int) -> list[dict[str, Any]]:
-    """A row for each photograph, direction and tiled method, against the untiled result."""
-    rows = []
-    for name, image in list(photographs(size).items())[:pictures]:
-        latent = run(vae, "encode", image.to(vae.device, vae.dtype))
-        for direction, source, unit in (("decode", latent, FACTOR), ("encode", image.to(vae.device, vae.dtype), 1)):
-            results = {}
-            for method, context in methods(vae, size, chunk).items():
-                with context():
-                    results[method] = run(vae, direction, source).float().cpu()
-            for method in (TWO_PASS, EXACT, DIFFUSERS):
-                errors = errors_of(results[method], results[UNTILED], seam_lines(method, size, chunk, unit), unit)
-                rows.append({"direction": direction, "size": size, "method": method, "picture": name, **errors})
-    return rows
-
-
-def errors_of(result: torch.Tensor, reference: torch.Tensor, lines: list[int], unit: int) -> dict[str, float]:
-    reach = max(1, unit // 4)
-    span = float(reference.max() - reference.min())
-    seam = seam_error(result, reference, lines, lines, reach)
-    return {
-        "psnr": psnr(result, reference, span),
-        "maximum_error": maximum_error(result, reference) / span,
-        "seam_error": seam["seam"] / span,
-        "error_elsewhere": seam["elsewhere"] / span,
-    }
-
-
 def print_cost(rows: list[dict[str, Any]]) -> None:
     print("Cost (Stable Diffusion's VAE, random weights; time ratio to untiled)")
     print_table(
@@ -261,32 +163,6 @@ def print_cost(rows: list[dict[str, Any]]) -> None:
     )
 
 
-def print_fidelity(rows: list[dict[str, Any]], model: str) -> None:
-    print(f"\nFidelity against the untiled result ({model}; errors in % of its range, means over pictures)")
-    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["direction"], row["size"], row["method"]), []).append(row)
-
-    def mean(group: list[dict[str, Any]], key: str) -> float:
-        return statistics.fmean(row[key] for row in group)
-
-    print_table(
-        ("", "image", "method", "pictures", "PSNR", "worst", "maximum", "at seams", "elsewhere"),
-        [
-            [
-                direction,
-                f"{size}x{size}",
-                method,
-                str(len(group)),
-                f"{mean(group, 'psnr'):.1f} dB",
-                f"{min(row['psnr'] for row in group):.1f} dB",
-                *(f"{mean(group, key):.2%}" for key in ("maximum_error", "seam_error", "error_elsewhere")),
-            ]
-            for (direction, size, method), group in groups.items()
-        ],
-    )
-
-
 def main() -> None:
     options = parse_arguments()
     report: dict[str, Any] = {
@@ -294,27 +170,18 @@ def main() -> None:
         "environment": prepare(options),
         "note": options.note,
         "options": {"vae_chunk": options.vae_chunk, "channels": options.channels},
-        "fidelity_weights": options.model and options.model.name,
         "cost": [],
-        "fidelity": [],
     }
     dtype = dtype_of(options.device)
     vae = build_vae(options.channels, options.device, dtype)
     shadow = build_vae(options.channels, "meta", dtype)
-    trained = None
-    if options.model is not None:
-        trained = AutoencoderKL.from_pretrained(options.model, subfolder="vae").float().to(options.device).eval()
     with torch.no_grad():
-        run(vae, "decode", run(vae, "encode", torch.zeros(1, 3, 64, 64, device=options.device, dtype=dtype)))
+        run_vae(vae, "decode", run_vae(vae, "encode", torch.zeros(1, 3, 64, 64, device=options.device, dtype=dtype)))
         for size in options.sizes:
             for direction in DIRECTIONS:
                 report["cost"] += measure_cost(vae, shadow, direction, size, options)
-            if trained is not None:
-                report["fidelity"] += measure_fidelity(trained, size, options.vae_chunk, options.pictures)
             write_json(options.out, report)  # after every size: the next one may take long
     print_cost(report["cost"])
-    if trained is not None:
-        print_fidelity(report["fidelity"], report["fidelity_weights"])
     print(f"written to {options.out}")
 
 
