@@ -578,7 +578,7 @@ def test_a_concatenation_costs_its_parts_no_second_time():
         skip.leave()
         joined = torch.cat([torch.empty(1, 16, 64, 64, device="meta"), skip], dim=1)
         assert counted.now["meta"] == MAP
-        torch.nn.functional.silu(joined[:, :, 3:9])
+        torch.nn.functional.silu(joined[:, :, 3:5])
         assert counted.peak["meta"] < 1.3 * MAP  # some rows of it
         joined.whole()
         assert counted.peak["meta"] < 3.1 * MAP  # the part on the device is copied
