@@ -23,8 +23,9 @@ import tiny
 from conftest import quiet
 from largerespatch import LargeResPatch
 from largerespatch.attention import StepNote
-from largerespatch.offload import Link, OffMap, Waiting
+from largerespatch.offload import Joined, Link, OffMap, Waiting
 from largerespatch.patching import PatchStack
+from largerespatch.strips import Strips, unet_replacements
 from largerespatch.unet import SerialBatch, StepNoting, offloadings, put_sample, step_index, take_sample
 from test_patch import SMALL
 
@@ -583,3 +584,39 @@ def test_a_concatenation_costs_its_parts_no_second_time():
         joined.whole()
         assert counted.peak["meta"] < 3.1 * MAP  # the part on the device is copied
         assert counted.now["meta"] == 2 * MAP  # and then gone
+
+
+def test_strips_read_what_waits_row_by_row(monkeypatch):
+    model, sample, link, whole = deeper(), noise(2, 4, 17, 6), Link("cpu:0", band_bytes=1500), []
+    expected = model(sample, **text(2)).sample
+    monkeypatch.setattr(Joined, "whole", lambda self, real=Joined.whole: whole.append(self.shape) or real(self))
+    monkeypatch.setattr(
+        Joined, "rows", lambda self, *cut, real=Joined.rows: read.append(self.shape) or real(self, *cut)
+    )
+    read = []
+    with PatchStack() as stack:
+        for path, module, each in unet_replacements(model, Strips(4, wrap=False), "unet"):
+            stack.wrap(module, "forward", each, path)
+        for path, module, each in offloadings(model, link):
+            stack.wrap(module, "forward", each, path)
+        same(model(sample, **text(2)).sample, expected)
+    assert read and not whole
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: copies run on a stream of their own there")
+@pytest.mark.parametrize("serial", [False, True])
+def test_on_cuda_skip_connections_leave_and_return(serial):
+    model = tiny.unet(block_out_channels=(64, 128), layers_per_block=2).cuda()
+    sample, words = noise(2, 4, 256, 192).cuda(), noise(2, 7, 32).cuda()
+    pipe = SimpleNamespace(components={"unet": model}, scheduler=None, vae_scale_factor=8)
+    options = {"attn_full_tokens": 2**20, "unet_serial": serial}
+    results, used = {}, {}
+    for offload in (False, True):
+        with LargeResPatch(pipe, 192 * 8, 256 * 8, unet_offload=offload, **options):
+            for _ in range(3):  # memory of earlier steps is used again, before and after its copies are done
+                torch.cuda.reset_peak_memory_stats()
+                results[offload] = model(sample, 500, words).sample
+                used[offload] = torch.cuda.max_memory_allocated()
+    torch.testing.assert_close(results[True], results[False], rtol=1e-3, atol=1e-4)  # TF32 convolutions
+    assert used[True] < 0.8 * used[False]
