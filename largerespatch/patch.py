@@ -417,6 +417,7 @@ class LargeResPatch:
             f"{len(_modules(model, FeedForward))} feed-forwards in chunks of {self.ff_chunk_size} tokens"
             + ("" if self.unet_strip_rows is None else f", convolutions in strips of {self.unet_strip_rows} rows")
             + (", one sample at a time" if self.unet_serial else "")
+            + (", skip connections off the device" if self.unet_offload else "")
         )
 
     def _describe_other(self, model: nn.Module) -> str:

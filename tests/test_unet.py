@@ -27,7 +27,7 @@ from largerespatch.offload import Joined, Link, OffMap, Waiting
 from largerespatch.patching import PatchStack
 from largerespatch.strips import Strips, unet_replacements
 from largerespatch.unet import SerialBatch, StepNoting, offloadings, put_sample, step_index, take_sample
-from test_patch import SMALL
+from test_patch import SMALL, fingerprint
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler])
@@ -390,11 +390,14 @@ def test_a_pipeline_run_serially_gives_the_picture_of_whole_batches(case):
     latents = {}
     for serial in (False, True):
         sizes |= {"unet": set(), "controlnet": set()}
-        with LargeResPatch(pipe, 56, 72, **SMALL, unet_serial=serial) as patch:
-            assert ("one sample at a time" in repr(patch)) is serial
+        before = fingerprint(pipe)
+        # On the host the second option changes nothing.
+        with LargeResPatch(pipe, 56, 72, **SMALL, unet_serial=serial, unet_offload=serial) as patch:
+            assert ("one sample at a time, skip connections off the device" in repr(patch)) is serial
             given = {"prompt": "a house", "width": 56, "height": 72, "num_inference_steps": 3} | arguments
             latents[serial] = pipe(**given, generator=torch.Generator().manual_seed(0), output_type="latent").images
         assert all(size == {1} for size in sizes.values() if size) is serial
+        assert not serial or fingerprint(pipe) == before  # text encoders change by themselves in the first run
     torch.testing.assert_close(latents[True], latents[False], rtol=1e-3, atol=1e-4)  # three steps, guidance
 
 
@@ -539,7 +542,7 @@ def peaks(build, batch=1, size=64, **options):
         with torch.device("meta"):
             model, sample, words = build(), torch.empty(batch, 4, size, size), torch.empty(batch, 7, 32)
         pipe = SimpleNamespace(components={"unet": model}, scheduler=None, vae_scale_factor=8)
-        options = {"ff_chunk_size": 512, "attn_full_tokens": 4096} | options
+        options = {"ff_chunk_size": 1024, "attn_full_tokens": 4096} | options
         with LargeResPatch(pipe, 8 * size, 8 * size, **options), live.LiveBytes() as counted:
             output = model(sample, 500, words).sample
             assert (type(output), output.device.type, output.shape) == (type(sample), "meta", sample.shape)
@@ -557,9 +560,9 @@ def deeper():
 
 def test_one_sample_at_a_time_needs_the_memory_of_one():
     one, _ = peaks(tiny.unet)
-    four, _ = peaks(tiny.unet, batch=4, unet_serial=True)
-    outputs = 4 * 4 * 64 * 64 * 4
-    assert one < four <= one + outputs
+    three, _ = peaks(tiny.unet, batch=3, unet_serial=True)
+    outputs = 3 * 4 * 64 * 64 * 4
+    assert one < three <= one + outputs
 
 
 def test_skip_connections_are_on_the_host_while_they_wait():
