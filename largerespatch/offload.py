@@ -111,7 +111,9 @@ class _Parked:
     def read(self, top: int, bottom: int) -> torch.Tensor:
         """Rows `top` to `bottom` on the device; the band behind them starts to travel, too."""
         wanted = [i for i, (first, last) in enumerate(self.cuts) if first < bottom and top < last]
-        ahead = [wanted[-1] + 1] if wanted and wanted[-1] + 1 < len(self.cuts) else []
+        if not wanted:
+            return torch.empty_like(self.bands[0][:, :, :0], device=self.device)
+        ahead = [wanted[-1] + 1] if wanted[-1] + 1 < len(self.cuts) else []
         self._near = {i: self._near.get(i) or self.link.fetch(self.bands[i], self.device) for i in (*wanted, *ahead)}
         parts = []
         for i in wanted:

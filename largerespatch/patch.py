@@ -366,9 +366,6 @@ class LargeResPatch:
 
     def _install_denoiser(self, stack: PatchStack, name: str, model: nn.Module) -> None:
         step_note = StepNote()
-        if self.unet_offload:
-            for path, module, offloading in offloadings(model, Link()):
-                stack.wrap(module, "forward", offloading, f"{name}.{path}.forward")
         if self.unet_serial:  # inside the noting, so that all samples see the tilings that the batch would
             stack.wrap(model, "forward", SerialBatch(model), f"{name}.forward")
         stack.wrap(model, "forward", StepNoting(step_note, lambda: self.pipe.scheduler), f"{name}.forward")
@@ -392,6 +389,9 @@ class LargeResPatch:
             strips = Strips(self.unet_strip_rows, wrap=self.padding_mode == "circular")
             for path, module, replacement in unet_replacements(model, strips, name):
                 stack.wrap(module, "forward", replacement, f"{path}.forward")
+        if self.unet_offload:  # around the strips, which do not always call what they replace
+            for path, module, offloading in offloadings(model, Link()):
+                stack.wrap(module, "forward", offloading, f"{name}.{path}.forward")
 
     def _install_vae(self, stack: PatchStack, name: str, vae: Any) -> None:
         stack.set(vae, "use_tiling", False, f"{name}.use_tiling")
@@ -452,6 +452,7 @@ class LargeResPatch:
             f"{len(_modules(model, FeedForward))} feed-forwards in chunks of {self.ff_chunk_size} tokens"
             + ("" if self.unet_strip_rows is None else f", convolutions in strips of {self.unet_strip_rows} rows")
             + (", one sample at a time" if self.unet_serial else "")
+            + (", skip connections off the device" if self.unet_offload else "")
         )
 
     def _describe_other(self, model: nn.Module) -> str:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import (
@@ -16,14 +18,16 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import live
 import tiny
 from conftest import quiet
 from largerespatch import LargeResPatch
 from largerespatch.attention import StepNote
-from largerespatch.offload import Link, OffMap
+from largerespatch.offload import Joined, Link, OffMap, Waiting
 from largerespatch.patching import PatchStack
+from largerespatch.strips import Strips, unet_replacements
 from largerespatch.unet import SerialBatch, StepNoting, offloadings, put_sample, step_index, take_sample
-from test_patch import SMALL
+from test_patch import SMALL, fingerprint
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler])
@@ -386,15 +390,18 @@ def test_a_pipeline_run_serially_gives_the_picture_of_whole_batches(case):
     latents = {}
     for serial in (False, True):
         sizes |= {"unet": set(), "controlnet": set()}
-        with LargeResPatch(pipe, 56, 72, **SMALL, unet_serial=serial) as patch:
-            assert ("one sample at a time" in repr(patch)) is serial
+        before = fingerprint(pipe)
+        # On the host the second option changes nothing.
+        with LargeResPatch(pipe, 56, 72, **SMALL, unet_serial=serial, unet_offload=serial) as patch:
+            assert ("one sample at a time, skip connections off the device" in repr(patch)) is serial
             given = {"prompt": "a house", "width": 56, "height": 72, "num_inference_steps": 3} | arguments
             latents[serial] = pipe(**given, generator=torch.Generator().manual_seed(0), output_type="latent").images
         assert all(size == {1} for size in sizes.values() if size) is serial
+        assert not serial or fingerprint(pipe) == before  # text encoders change by themselves in the first run
     torch.testing.assert_close(latents[True], latents[False], rtol=1e-3, atol=1e-4)  # three steps, guidance
 
 
-@pytest.mark.parametrize("option", ["unet_serial"])
+@pytest.mark.parametrize("option", ["unet_serial", "unet_offload"])
 @pytest.mark.parametrize("value", [1, "yes", None])
 def test_switches_are_true_or_false(pipe, option, value):
     with pytest.raises(TypeError, match=f"{option} must be one of True, False; got {value!r}"):
@@ -527,3 +534,92 @@ def flat_tensors(output):
 
 def _dense(plane):
     return plane.whole() if isinstance(plane, OffMap) else plane
+
+
+def peaks(build, batch=1, size=64, **options):
+    """Most live bytes on accelerator and host during one call of a patched U-Net, weights and arguments aside."""
+    with live.fake():
+        with torch.device("meta"):
+            model, sample, words = build(), torch.empty(batch, 4, size, size), torch.empty(batch, 7, 32)
+        pipe = SimpleNamespace(components={"unet": model}, scheduler=None, vae_scale_factor=8)
+        options = {"ff_chunk_size": 1024, "attn_full_tokens": 4096} | options
+        with LargeResPatch(pipe, 8 * size, 8 * size, **options), live.LiveBytes() as counted:
+            output = model(sample, 500, words).sample
+            assert (type(output), output.device.type, output.shape) == (type(sample), "meta", sample.shape)
+            del output
+    assert counted.now["meta"] == 0  # nothing is kept when the call is over
+    return counted.peak["meta"], counted.peak["cpu"]
+
+
+MAP = 16 * 64 * 64 * 4  # bytes of one map of one sample at the finest level
+
+
+def deeper():
+    return tiny.unet(layers_per_block=2)
+
+
+def test_one_sample_at_a_time_needs_the_memory_of_one():
+    one, _ = peaks(tiny.unet)
+    three, _ = peaks(tiny.unet, batch=3, unet_serial=True)
+    outputs = 3 * 4 * 64 * 64 * 4
+    assert one < three <= one + outputs
+
+
+def test_skip_connections_are_on_the_host_while_they_wait():
+    held, none = peaks(deeper)
+    light, host = peaks(deeper, unet_offload=True)
+    skips = (3 + 1 / 4 + 2 / 2) * MAP  # at the finest level, between the levels, at the level with twice the channels
+    assert none < 100  # the timestep
+    assert skips <= host <= skips + 2 * MAP  # and the input of the finest up block, which the U-Net holds meanwhile
+    # At the peak, in the finest up block, two skip connections wait, one is being read, and that input has left.
+    assert light <= held - (2 + 2) * MAP
+
+
+def test_a_concatenation_costs_its_parts_no_second_time():
+    link = Link(band_bytes=MAP // 64)
+    with live.fake(), live.LiveBytes() as counted:
+        skip = Waiting.on_device(torch.empty(1, 16, 64, 64, device="meta"), link)
+        skip.leave()
+        joined = torch.cat([torch.empty(1, 16, 64, 64, device="meta"), skip], dim=1)
+        assert counted.now["meta"] == MAP
+        torch.nn.functional.silu(joined[:, :, 3:5])
+        assert counted.peak["meta"] < 1.3 * MAP  # some rows of it
+        joined.whole()
+        assert counted.peak["meta"] < 3.1 * MAP  # the part on the device is copied
+        assert counted.now["meta"] == 2 * MAP  # and then gone
+
+
+def test_strips_read_what_waits_row_by_row(monkeypatch):
+    model, sample, link, whole = deeper(), noise(2, 4, 17, 6), Link("cpu:0", band_bytes=1500), []
+    expected = model(sample, **text(2)).sample
+    monkeypatch.setattr(Joined, "whole", lambda self, real=Joined.whole: whole.append(self.shape) or real(self))
+    monkeypatch.setattr(
+        Joined, "rows", lambda self, *cut, real=Joined.rows: read.append(self.shape) or real(self, *cut)
+    )
+    read = []
+    with PatchStack() as stack:
+        for path, module, each in unet_replacements(model, Strips(4, wrap=False), "unet"):
+            stack.wrap(module, "forward", each, path)
+        for path, module, each in offloadings(model, link):
+            stack.wrap(module, "forward", each, path)
+        same(model(sample, **text(2)).sample, expected)
+    assert read and not whole
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: copies run on a stream of their own there")
+@pytest.mark.parametrize("serial", [False, True])
+def test_on_cuda_skip_connections_leave_and_return(serial):
+    model = tiny.unet(block_out_channels=(64, 128), layers_per_block=2).cuda()
+    sample, words = noise(2, 4, 256, 192).cuda(), noise(2, 7, 32).cuda()
+    pipe = SimpleNamespace(components={"unet": model}, scheduler=None, vae_scale_factor=8)
+    options = {"attn_full_tokens": 2**20, "unet_serial": serial}
+    results, used = {}, {}
+    for offload in (False, True):
+        with LargeResPatch(pipe, 192 * 8, 256 * 8, unet_offload=offload, **options):
+            for _ in range(3):  # memory of earlier steps is used again, before and after its copies are done
+                torch.cuda.reset_peak_memory_stats()
+                results[offload] = model(sample, 500, words).sample
+                used[offload] = torch.cuda.max_memory_allocated()
+    torch.testing.assert_close(results[True], results[False], rtol=1e-3, atol=1e-4)  # TF32 convolutions
+    assert used[True] < 0.8 * used[False]
