@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import (
@@ -16,11 +18,12 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import live
 import tiny
 from conftest import quiet
 from largerespatch import LargeResPatch
 from largerespatch.attention import StepNote
-from largerespatch.offload import Link, OffMap
+from largerespatch.offload import Link, OffMap, Waiting
 from largerespatch.patching import PatchStack
 from largerespatch.unet import SerialBatch, StepNoting, offloadings, put_sample, step_index, take_sample
 from test_patch import SMALL
@@ -394,7 +397,7 @@ def test_a_pipeline_run_serially_gives_the_picture_of_whole_batches(case):
     torch.testing.assert_close(latents[True], latents[False], rtol=1e-3, atol=1e-4)  # three steps, guidance
 
 
-@pytest.mark.parametrize("option", ["unet_serial"])
+@pytest.mark.parametrize("option", ["unet_serial", "unet_offload"])
 @pytest.mark.parametrize("value", [1, "yes", None])
 def test_switches_are_true_or_false(pipe, option, value):
     with pytest.raises(TypeError, match=f"{option} must be one of True, False; got {value!r}"):
@@ -527,3 +530,56 @@ def flat_tensors(output):
 
 def _dense(plane):
     return plane.whole() if isinstance(plane, OffMap) else plane
+
+
+def peaks(build, batch=1, size=64, **options):
+    """Most live bytes on accelerator and host during one call of a patched U-Net, weights and arguments aside."""
+    with live.fake():
+        with torch.device("meta"):
+            model, sample, words = build(), torch.empty(batch, 4, size, size), torch.empty(batch, 7, 32)
+        pipe = SimpleNamespace(components={"unet": model}, scheduler=None, vae_scale_factor=8)
+        options = {"ff_chunk_size": 512, "attn_full_tokens": 4096} | options
+        with LargeResPatch(pipe, 8 * size, 8 * size, **options), live.LiveBytes() as counted:
+            output = model(sample, 500, words).sample
+            assert (type(output), output.device.type, output.shape) == (type(sample), "meta", sample.shape)
+            del output
+    assert counted.now["meta"] == 0  # nothing is kept when the call is over
+    return counted.peak["meta"], counted.peak["cpu"]
+
+
+MAP = 16 * 64 * 64 * 4  # bytes of one map of one sample at the finest level
+
+
+def deeper():
+    return tiny.unet(layers_per_block=2)
+
+
+def test_one_sample_at_a_time_needs_the_memory_of_one():
+    one, _ = peaks(tiny.unet)
+    four, _ = peaks(tiny.unet, batch=4, unet_serial=True)
+    outputs = 4 * 4 * 64 * 64 * 4
+    assert one < four <= one + outputs
+
+
+def test_skip_connections_are_on_the_host_while_they_wait():
+    held, none = peaks(deeper)
+    light, host = peaks(deeper, unet_offload=True)
+    skips = (3 + 1 / 4 + 2 / 2) * MAP  # at the finest level, between the levels, at the level with twice the channels
+    assert none < 100  # the timestep
+    assert skips <= host <= skips + 2 * MAP  # and the input of the finest up block, which the U-Net holds meanwhile
+    # At the peak, in the finest up block, two skip connections wait, one is being read, and that input has left.
+    assert light <= held - (2 + 2) * MAP
+
+
+def test_a_concatenation_costs_its_parts_no_second_time():
+    link = Link(band_bytes=MAP // 64)
+    with live.fake(), live.LiveBytes() as counted:
+        skip = Waiting.on_device(torch.empty(1, 16, 64, 64, device="meta"), link)
+        skip.leave()
+        joined = torch.cat([torch.empty(1, 16, 64, 64, device="meta"), skip], dim=1)
+        assert counted.now["meta"] == MAP
+        torch.nn.functional.silu(joined[:, :, 3:9])
+        assert counted.peak["meta"] < 1.3 * MAP  # some rows of it
+        joined.whole()
+        assert counted.peak["meta"] < 3.1 * MAP  # the part on the device is copied
+        assert counted.now["meta"] == 2 * MAP  # and then gone
