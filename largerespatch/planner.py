@@ -86,7 +86,7 @@ class Estimator:
         if key not in self._known:
             pipe = self.shadow.pipe
             with self.patched(pipe, **settings), self.shadow.fake, stages.upcast(pipe, *upcast) as grown:
-                self._known[key] = grown + self.shadow.peak(lambda: stage(pipe, *size))
+                self._known[key] = grown + self.shadow.peak(lambda: (stages.held(pipe, *size[:2]), stage(pipe, *size)))
         return self._known[key]
 
 
