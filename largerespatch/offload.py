@@ -111,6 +111,8 @@ class _Parked:
     def read(self, top: int, bottom: int) -> torch.Tensor:
         """Rows `top` to `bottom` on the device; the band behind them starts to travel, too."""
         wanted = [i for i, (first, last) in enumerate(self.cuts) if first < bottom and top < last]
+        if top >= bottom:  # no rows, as a halo of none asks for
+            return self.bands[0][:, :, :0].to(self.device)
         ahead = [wanted[-1] + 1] if wanted and wanted[-1] + 1 < len(self.cuts) else []
         self._near = {i: self._near.get(i) or self.link.fetch(self.bands[i], self.device) for i in (*wanted, *ahead)}
         parts = []

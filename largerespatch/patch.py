@@ -366,7 +366,11 @@ class LargeResPatch:
 
     def _install_denoiser(self, stack: PatchStack, name: str, model: nn.Module) -> None:
         step_note = StepNote()
-        if self.unet_offload:
+        if self.unet_strip_rows is not None:
+            strips = Strips(self.unet_strip_rows, wrap=self.padding_mode == "circular")
+            for path, module, replacement in unet_replacements(model, strips, name):
+                stack.wrap(module, "forward", replacement, f"{path}.forward")
+        if self.unet_offload:  # around the strips, to know when they have read a map
             for path, module, offloading in offloadings(model, Link()):
                 stack.wrap(module, "forward", offloading, f"{name}.{path}.forward")
         if self.unet_serial:  # inside the noting, so that all samples see the tilings that the batch would
@@ -388,10 +392,6 @@ class LargeResPatch:
             layer += 1
         for path, feed_forward in _modules(model, FeedForward).items():
             stack.wrap(feed_forward, "forward", ChunkedFeedForward(self.ff_chunk_size), f"{name}.{path}.forward")
-        if self.unet_strip_rows is not None:
-            strips = Strips(self.unet_strip_rows, wrap=self.padding_mode == "circular")
-            for path, module, replacement in unet_replacements(model, strips, name):
-                stack.wrap(module, "forward", replacement, f"{path}.forward")
 
     def _install_vae(self, stack: PatchStack, name: str, vae: Any) -> None:
         stack.set(vae, "use_tiling", False, f"{name}.use_tiling")
