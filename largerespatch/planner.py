@@ -82,7 +82,7 @@ class Estimator:
         return self._peak(stages.decode, (height, width, self.factor), settings, torch.float16)
 
     def _peak(self, stage: Callable[..., None], size: tuple[int, ...], settings: Settings, *upcast: torch.dtype) -> int:
-        key = (stage, size, frozenset(settings.items()))
+        key = (self.patched, stage, size, frozenset(settings.items()))
         if key not in self._known:
             pipe = self.shadow.pipe
             with self.patched(pipe, **settings), self.shadow.fake, stages.upcast(pipe, *upcast) as grown:

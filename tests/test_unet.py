@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import live
 import pytest
 import torch
 from diffusers import (
@@ -18,7 +19,6 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import live
 import tiny
 from conftest import quiet
 from largerespatch import LargeResPatch
