@@ -81,12 +81,14 @@ class Estimator:
     def decode(self, height: int, width: int, settings: Settings) -> int:
         return self._peak(stages.decode, (height, width, self.factor), settings, torch.float16)
 
-    def _peak(self, stage: Callable[..., None], size: tuple[int, ...], settings: Settings, *upcast: torch.dtype) -> int:
-        key = (stage, size, frozenset(settings.items()))
+    def _peak(
+        self, stage: Callable[..., object], size: tuple[int, ...], settings: Settings, *upcast: torch.dtype
+    ) -> int:
+        key = (self.patched, stage, size, frozenset(settings.items()))
         if key not in self._known:
             pipe = self.shadow.pipe
             with self.patched(pipe, **settings), self.shadow.fake, stages.upcast(pipe, *upcast) as grown:
-                self._known[key] = grown + self.shadow.peak(lambda: stage(pipe, *size))
+                self._known[key] = grown + self.shadow.peak(lambda: (stages.held(pipe, *size[:2]), stage(pipe, *size)))
         return self._known[key]
 
 

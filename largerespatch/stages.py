@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 # Component names by what they are called for.
 DENOISERS = ("unet", "transformer")
@@ -53,6 +54,30 @@ def encodes(pipe: Any) -> bool:
     return any({"vae", "encode"} <= set(function.__code__.co_names) for function in functions)
 
 
+def held(pipe: Any, height: int, width: int) -> list[torch.Tensor]:
+    """What is on the host all through a call: a picture that was given, as it came and as the models want it."""
+    if not (encodes(pipe) or _sees_image(pipe)):
+        return []
+    picture = torch.empty(1, 3, height, width)
+    tensors = [picture, torch.empty_like(picture)]
+    if "mask_image" in _takes(type(pipe).__call__):
+        tensors += [torch.empty_like(picture), torch.empty_like(picture[:, :1])]
+    return tensors
+
+
+def _sees_image(pipe: Any) -> bool:
+    """Whether something beside the VAE looks at a picture at each step: a ControlNet, a T2I-Adapter."""
+    denoiser = _component(pipe, DENOISERS)
+    within = denoiser is not None and "controlnet_cond" in _takes(denoiser.forward)
+    return within or _component(pipe, RESIDUALS) is not None
+
+
+def _seen_image(pipe: Any, height: int, width: int) -> torch.Tensor | None:
+    if not _sees_image(pipe):
+        return None
+    return _new_like(_component(pipe, DENOISERS))(guidance_batch(pipe), 3, height, width)
+
+
 # --- the VAE ------------------------------------------------------------------------------------------------------
 
 
@@ -65,11 +90,11 @@ def upcast(pipe: Any, *dtypes: torch.dtype) -> Iterator[int]:
         yield 0
         return
     size = sum(parameter.nbytes for parameter in vae.parameters())
-    vae.to(torch.float32)
+    nn.Module.to(vae, torch.float32)  # diffusers' own would say that this is unusual
     try:
         yield sum(parameter.nbytes for parameter in vae.parameters()) - size
     finally:
-        vae.to(before)
+        nn.Module.to(vae, before)
 
 
 def decode(pipe: Any, height: int, width: int, factor: int) -> None:
@@ -77,6 +102,7 @@ def decode(pipe: Any, height: int, width: int, factor: int) -> None:
     vae = _component(pipe, VAES)
     if vae is None:
         return
+    _seen = _seen_image(pipe, height, width)  # still there, as is what else the pipeline's frame holds
     latents = _new_like(vae)(1, vae.config.latent_channels, height // factor, width // factor)
     options = {"force_not_quantize": True} if "force_not_quantize" in _takes(vae.decode) else {}
     image = vae.decode(latents, return_dict=False, **options)[0]
@@ -89,7 +115,8 @@ def encode(pipe: Any, height: int, width: int) -> None:
     vae = _component(pipe, VAES)
     if vae is None:
         return
-    encoded = vae.encode(_new_like(vae)(1, vae.config.in_channels, height, width))
+    image = _new_like(vae)(1, vae.config.in_channels, height, width)
+    encoded = vae.encode(image)
     if hasattr(encoded, "latent_dist"):
         encoded.latent_dist.sample()
 
@@ -137,8 +164,8 @@ class _UNet:
     latent: tuple[int, int]
 
     def predict(self) -> torch.Tensor:
-        image = self.new(self.batch, 3, self.height, self.width) if self._sees_image() else None
-        conditions = self.conditions(self.batch) | {"controlnet_cond": image}
+        conditions = self.conditions(self.batch)
+        conditions["controlnet_cond"] = _seen_image(self.pipe, self.height, self.width)
         return self.call(conditions | self.residuals(conditions))
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -165,9 +192,6 @@ class _UNet:
             "class_labels": self._class_labels(batch),
             "added_cond_kwargs": self._added(batch),
         }
-
-    def _sees_image(self) -> bool:
-        return _component(self.pipe, RESIDUALS) is not None or "controlnet_cond" in _takes(self.model.forward)
 
     def _class_labels(self, batch: int) -> torch.Tensor | None:
         config = self.model.config
@@ -209,7 +233,7 @@ class _UNet:
         """For one IP-Adapter: one image, as one vector or (where a resampler takes them) as one per patch of CLIP's."""
         if hasattr(layer, "proj_in"):
             return self.new(batch, 1, 257, layer.proj_in.in_features)
-        first = next(each for each in layer.modules() if isinstance(each, torch.nn.Linear))
+        first = next(each for each in layer.modules() if isinstance(each, nn.Linear))
         return self.new(batch, 1, first.in_features)
 
     def residuals(self, conditions: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,331 @@
+"""What whole pipelines need in memory, from 1024 to 16384 sample pixels: told beforehand, and measured where CUDA is.
+
+Simulated rows come from the library's own estimate on models that have no data: real architectures, half precision,
+guidance on, every model of the pipeline on the device. On CUDA each way is run under caps on the device's memory, with
+random weights, and timed. On a CPU the estimate and the savers are proved on small models, by counting live bytes.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from _common import (
+    Candidate,
+    add_common_options,
+    add_device_options,
+    mebibytes,
+    peak_live_bytes,
+    positive,
+    prepare,
+    print_table,
+    seconds,
+    write_json,
+)
+from largerespatch import LargeResPatch, stages
+from largerespatch.planner import DENOISER_SAVERS, VAE_SAVERS, Estimator, bare
+
+GIB = 2**30
+FACTOR = 8  # sample pixels along each axis of a latent pixel
+SPARE = 0.05  # of a limit, that the headline cases should leave
+HEADLINES = (("sd15", 8192, 8), ("sdxl", 8192, 12), ("sdxl", 4096, 8))  # model, side, GiB
+
+SD15 = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+TINY = SD15 | {"block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 32, "attention_head_dim": 4}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+CLIP_BIG_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
+TINY_CLIP = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+MODELS = ("sd15", "sdxl", "tiny")
+
+EVERY = {key: value for saver in DENOISER_SAVERS for key, value in saver.items()}
+WAYS: dict[str, dict[str, Any] | None] = {
+    "unpatched": None,
+    "diffusers' tiling": None,
+    "patched": {},
+    "every saver": EVERY | {key: value for saver in VAE_SAVERS["two-pass"] for key, value in saver.items()},
+    "every saver, exact VAE": EVERY
+    | {"vae_mode": "exact"}
+    | {key: value for saver in VAE_SAVERS["exact"] for key, value in saver.items()},
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--sizes",
+        type=positive,
+        nargs="+",
+        default=[1024, 2048, 4096, 8192, 16384],
+        metavar="N",
+        help="sides of square images in sample pixels (%(default)s)",
+    )
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=["sd15", "sdxl"], help="(%(default)s)")
+    parser.add_argument(
+        "--caps", type=positive, nargs="+", default=[8, 12], metavar="GIB", help="for what is measured (%(default)s)"
+    )
+    parser.add_argument(
+        "--proof-size",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="side of the real runs on the CPU, whose live bytes are counted (%(default)s)",
+    )
+    add_device_options(parser)
+    add_common_options(parser, "memory")
+    return parser.parse_args()
+
+
+# --- pipelines ----------------------------------------------------------------------------------------------------
+
+
+def build_pipeline(model: str, device: str, dtype: torch.dtype) -> Any:
+    """Everything that such a pipeline puts on its device, with random weights."""
+    torch.manual_seed(0)
+    tiny = model == "tiny"
+    with torch.device(device):
+        unet = UNet2DConditionModel(**{"sd15": SD15, "sdxl": SDXL, "tiny": TINY}[model])
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(16, 16, 32, 32) if tiny else (128, 256, 512, 512),
+            layers_per_block=2,
+            norm_num_groups=8 if tiny else 32,
+            sample_size=512,
+            force_upcast=model == "sdxl",
+        )
+        encoder = CLIPTextModel(CLIPTextConfig(**(TINY_CLIP if tiny else CLIP_L)))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_BIG_G)) if model == "sdxl" else None
+    for each in (unet, vae, encoder, second):
+        if each is not None:
+            torch.nn.Module.to(each, dtype).eval().requires_grad_(False)
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    common = {"vae": vae, "unet": unet, "text_encoder": encoder, "tokenizer": None, "scheduler": scheduler}
+    if model == "sdxl":
+        pipe = StableDiffusionXLPipeline(**common, text_encoder_2=second, tokenizer_2=None)
+    else:
+        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = StableDiffusionPipeline(**common, **none)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiled_by_diffusers(pipe: Any) -> Any:
+    """With diffusers' own tiling on. Its blending works in place, pixel row by pixel row, and is left out."""
+    pipe.vae.enable_tiling()
+    vars(pipe.vae).update(blend_v=lambda above, tile, extent: tile, blend_h=lambda left, tile, extent: tile)
+    return pipe
+
+
+# --- simulated ----------------------------------------------------------------------------------------------------
+
+
+def simulate(model: str, sizes: list[int]) -> Iterator[dict[str, Any]]:
+    """A row for each size and way."""
+    pipe = build_pipeline(model, "meta", torch.float16)
+    unpatched = Estimator(pipe, FACTOR, [], bare)
+    tiled = Estimator(tiled_by_diffusers(pipe), FACTOR, [], bare)
+    for size in sizes:
+        for way, settings in WAYS.items():
+            estimator = tiled if way == "diffusers' tiling" else unpatched
+            estimator.patched = bare if settings is None else LargeResPatch(pipe, size, size)._on
+            step = (unpatched if settings is None else estimator).step(size, size, settings or {})
+            decode = estimator.decode(size, size, settings or {})
+            yield {
+                "kind": "simulated",
+                "model": model,
+                "size": size,
+                "way": way,
+                "weights": estimator.weights,
+                "unet": step,
+                "decode": decode,
+                "peak": estimator.weights + max(step, decode),
+            }
+
+
+def headline(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Whether a row is one of the headline cases, and how much of its limit it leaves."""
+    for model, size, limit in HEADLINES:
+        if (row["model"], row["size"]) == (model, size) and row["way"].startswith("every saver"):
+            spare = 1 - row["peak"] / (limit * GIB)
+            case = {key: row[key] for key in ("kind", "model", "size", "way", "peak")}
+            return case | {"limit": limit * GIB, "spare": spare, "met": spare >= SPARE}
+    return None
+
+
+# --- measured on CUDA ---------------------------------------------------------------------------------------------
+
+
+def measure(model: str, sizes: list[int], caps: list[int], device: str) -> Iterator[dict[str, Any]]:
+    """A row for each cap, size and way: bytes allocated at most, and seconds, or what did not fit."""
+    pipe = build_pipeline(model, device, torch.float16)
+    total = torch.cuda.get_device_properties(device).total_memory
+    for cap in caps:
+        torch.cuda.set_per_process_memory_fraction(min(cap * GIB / total, 1.0), device)
+        for size in sizes:
+            for way, settings in WAYS.items():
+                if way == "diffusers' tiling":
+                    pipe.vae.enable_tiling()
+                context = nullcontext() if settings is None else LargeResPatch(pipe, size, size)._on(pipe, **settings)
+                row = {"kind": "measured", "model": model, "size": size, "way": way, "cap": cap * GIB}
+                with context:
+                    row |= measure_stage(pipe, "unet", size, device) | measure_stage(pipe, "decode", size, device)
+                pipe.vae.disable_tiling()
+                yield row
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def measure_stage(pipe: Any, stage: str, size: int, device: str) -> dict[str, Any]:
+    """``<stage>`` in bytes allocated at most, weights included, and ``<stage>_seconds``; None for what did not fit."""
+
+    def run() -> None:
+        if stage == "unet":
+            stages.step(pipe, size, size, FACTOR)
+        else:
+            with stages.upcast(pipe, torch.float16):
+                stages.decode(pipe, size, size, FACTOR)
+
+    try:
+        with torch.no_grad():
+            run()  # kernels are chosen at the first sight of a shape
+        torch.cuda.reset_peak_memory_stats(device)
+        took = seconds(Candidate(run), device)
+        return {stage: torch.cuda.max_memory_allocated(device), f"{stage}_seconds": took}
+    except torch.cuda.OutOfMemoryError:
+        return {stage: None, f"{stage}_seconds": None}
+    finally:
+        torch.cuda.empty_cache()
+
+
+def growth(rows: list[dict[str, Any]], small: int = 4096, large: int = 8192) -> list[dict[str, Any]]:
+    """How the seconds of a stage grow when the side doubles, where both sizes were measured."""
+    found = []
+    for row in rows:
+        if row["kind"] == "measured" and row["size"] == large:
+            alike = ("model", "way", "cap")
+            before = next((each for each in rows if each["size"] == small and _agree(each, row, alike)), None)
+            for stage in ("unet_seconds", "decode_seconds"):
+                if before is not None and before[stage] and row[stage]:
+                    found.append({key: row[key] for key in alike} | {"of": stage, "ratio": row[stage] / before[stage]})
+    return found
+
+
+def _agree(first: dict[str, Any], second: dict[str, Any], keys: tuple[str, ...]) -> bool:
+    return all(first.get(key) == second[key] for key in keys)
+
+
+# --- proof on a CPU -----------------------------------------------------------------------------------------------
+
+PROVED: dict[str, dict[str, Any] | None] = {
+    "unpatched": None,
+    "patched": {},
+    "unet_serial": {"unet_serial": True},
+    "unet_serial, unet_strip_rows": {"unet_serial": True, "unet_strip_rows": 8},
+    "vae_mode exact": {"vae_mode": "exact"},
+}
+
+
+def prove(size: int) -> Iterator[dict[str, Any]]:
+    """Live bytes of real runs of a small model on the CPU, in float32, next to what the estimate says."""
+    pipe = build_pipeline("tiny", "cpu", torch.float32)
+    small = {"attn_slice_x": 16, "attn_slice_y": 16, "attn_full_tokens": 512, "attn_context": 64, "ff_chunk_size": 512}
+    small |= {"vae_chunk_size_x": 16, "vae_chunk_size_y": 16}
+    for way, settings in PROVED.items():
+        patch = LargeResPatch(pipe, size, size, **small | (settings or {}))
+        estimator = Estimator(pipe, FACTOR, [], bare if settings is None else patch._on)
+        with nullcontext() if settings is None else patch:
+            yield {
+                "kind": "measured on the CPU",
+                "model": "tiny",
+                "size": size,
+                "way": way,
+                "unet": peak_live_bytes(Candidate(lambda: stages.step(pipe, size, size, FACTOR))),
+                "decode": peak_live_bytes(Candidate(lambda: stages.decode(pipe, size, size, FACTOR))),
+                "unet_estimated": estimator.step(size, size, {}),
+                "decode_estimated": estimator.decode(size, size, {}),
+            }
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    def cell(row: dict[str, Any], key: str) -> str:
+        return mebibytes(row[key]) if row.get(key) is not None else "-"
+
+    print_table(
+        ("model", "image", "way", "kind", "weights", "step", "decode", "peak"),
+        [
+            [row["model"], f"{row['size']}²", row["way"], row["kind"]]
+            + [cell(row, key) for key in ("weights", "unet", "decode", "peak")]
+            for row in rows
+        ],
+    )
+
+
+def main() -> None:
+    options = parse_arguments()
+    report: dict[str, Any] = {
+        "question": __doc__.splitlines()[0],
+        "environment": prepare(options),
+        "note": options.note,
+        "ways": WAYS,
+        "rows": [],
+        "proof": [],
+        "headlines": [],
+        "growth": [],
+    }
+    report["proof"] = list(prove(options.proof_size))
+    for model in options.models:
+        for row in simulate(model, options.sizes):
+            report["rows"].append(row)
+            report["headlines"] += filter(None, [headline(row)])
+            write_json(options.out, report)  # after every row: the next one may take long
+        if torch.device(options.device).type == "cuda":
+            report["rows"] += measure(model, options.sizes, options.caps, options.device)
+    report["growth"] = growth(report["rows"])
+    write_json(options.out, report)
+    print_rows(report["rows"] + report["proof"])
+    for case in report["headlines"]:
+        verdict = "met" if case["met"] else "missed"
+        print(f"{case['model']} {case['size']}² in {case['limit'] // GIB} GiB, {case['way']}: {verdict}")
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
