@@ -2,7 +2,7 @@
 
 Each is compared with itself unpatched where nothing needs blocking (equal), and run at a size where attention, feed-
 forward and VAE are all blocked (the patched path runs, the picture stays the picture, everything is restored).
-The outcomes of the first three tests are the README's table of pipelines: `examples/benchmarks/pipelines.py`.
+The outcomes of the first three tests are the README's table of pipelines: `examples/benchmarks/pipeline_table.py`.
 """
 
 from functools import cache
