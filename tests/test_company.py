@@ -254,10 +254,6 @@ class Pipeline:
         return torch.cat([self.unet(sample, timestep) for timestep in self.scheduler.timesteps])
 
 
-def compiled_in_place(pipe):
-    pipe.unet.compile(backend="eager")
-
-
 def compiled_block(pipe):
     """What `compile_repeated_blocks` does."""
     pipe.unet.transformer.transformer_blocks[0].compile(backend="eager")
@@ -268,11 +264,12 @@ def compiled(pipe):
 
 
 @pytest.mark.filterwarnings("ignore")  # of dynamo's
-@pytest.mark.parametrize("compile_", [compiled_in_place, compiled_block, compiled])
+@pytest.mark.parametrize("compile_", [compiled_block, compiled])
 def test_what_is_compiled_before_or_inside_is_blocked_inside_and_as_before_outside(compile_):
     """Graphs are traced with the replacements or without; what is checked here is that none is used stale."""
     pipe = Pipeline()
-    patch = LargeResPatch(pipe, 4, 8, attn_slice_x=4, attn_slice_y=2, attn_full_tokens=16, ff_chunk_size=20)
+    sizes = {"attn_slice_x": 4, "attn_slice_y": 2, "attn_full_tokens": 16, "attn_context": 0, "ff_chunk_size": 20}
+    patch = LargeResPatch(pipe, 4, 8, **sizes)
     unpatched = pipe()
     with patch:
         patched = pipe()
