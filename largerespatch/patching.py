@@ -3,15 +3,20 @@
 The undo follows `unittest.mock._patch`: was the attribute the instance's own, or inherited from its class? An own
 one is set back in its old place, an inherited one becomes visible again by deleting ours. Depends on no framework:
 anything with a ``__dict__`` can be patched.
+
+Hooks of accelerate and diffusers replace ``forward``, too, and pipelines take accelerate's off and put them on again
+at the end of every call. So a method is wrapped beneath accelerate's hook, and what hooks have come to hold of ours is
+found there.
 """
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 _INHERITED = object()
+_BENEATH_HOOK = "_old_forward"  # where accelerate keeps the forward that its hook replaces
 
 
 class _Replacement(NamedTuple):
@@ -20,6 +25,13 @@ class _Replacement(NamedTuple):
     original: Any  # _INHERITED where the instance had no attribute of its own
     replacement: Any
     label: str
+
+
+def _kept_by_hooks(target: Any, replacement: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a replacement that hooks were put over, or taken off from, is now: a dictionary and the key in it."""
+    references = getattr(vars(target).get("_diffusers_hook"), "_fn_refs", ())
+    for owner in (target, *references):
+        yield from ((owner.__dict__, name) for name, value in vars(owner).items() if value is replacement)
 
 
 class PatchStack:
@@ -48,7 +60,8 @@ class PatchStack:
 
         After `undo` a wrapper that somebody kept only calls the original, so nothing of ours outlives the stack.
         """
-        original = getattr(target, method)
+        attribute = _BENEATH_HOOK if method == "forward" and _BENEATH_HOOK in vars(target) else method
+        original = getattr(target, attribute)
 
         @functools.wraps(original)
         def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +69,7 @@ class PatchStack:
                 return original(*args, **kwargs)
             return around(original, *args, **kwargs)
 
-        self.set(target, method, replacement, label)
+        self.set(target, attribute, replacement, label)
 
     def undo(self) -> None:
         """Take every replacement out again; a second call does nothing.
@@ -74,6 +87,10 @@ class PatchStack:
                     del vars(target)[attribute]
                 else:
                     vars(target)[attribute] = original
+            elif callable(replacement) and (kept := list(_kept_by_hooks(target, replacement))):
+                inherited = original is _INHERITED
+                for holder, name in kept:
+                    holder[name] = getattr(type(target), attribute).__get__(target) if inherited else original
             elif current is not original:
                 overlaid.append(label)
             # Forgotten only once restored: an interrupt in between leaves the rest to a second call.

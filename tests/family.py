@@ -197,19 +197,19 @@ PIXART = TEXT | {"prompt": None, "negative_prompt": None, "use_resolution_binnin
 PIXART |= {"prompt_embeds": noise(1, 5, 16), "prompt_attention_mask": torch.ones(1, 5)}
 PIXART |= {"negative_prompt_embeds": noise(1, 5, 16, seed=6), "negative_prompt_attention_mask": torch.ones(1, 5)}
 OTHERS = {
-    "Kandinsky 2.2": Case(
+    "Kandinsky 2.2 (U-Net alone)": Case(
         tiny.kandinsky,
         {"image_embeds": noise(1, 16), "negative_image_embeds": noise(1, 16, seed=6), "width": SIZE, "height": SIZE},
         frozenset({"attention"}),
     ),
     "PixArt": Case(tiny.pixart, PIXART),
-    "Stable Diffusion 3": Case(
+    "Stable Diffusion 3 (VAE alone)": Case(
         tiny.sd3,
         {"prompt_embeds": noise(1, 5, 32), "pooled_prompt_embeds": noise(1, 64), "width": SIZE, "height": SIZE}
         | {"guidance_scale": 1.0},
         VAE,
     ),
-    "Flux": Case(
+    "Flux (VAE alone)": Case(
         tiny.flux,
         {"prompt_embeds": noise(1, 5, 32), "pooled_prompt_embeds": noise(1, 32), "width": SIZE, "height": SIZE},
         VAE,

@@ -213,6 +213,23 @@ def test_fidelity(run, tmp_path, capsys, size):
     assert "2022 recipe" in capsys.readouterr().out
 
 
+JUNIT = """<testsuites><testsuite>
+<testcase name="test_all_is_blocked_and_restored[Stable Diffusion XL: ControlNet, two]"/>
+<testcase name="test_what_is_exact_gives_the_unpatched_result[others: Flux (VAE alone)]"><failure/></testcase>
+<testcase name="test_tiles_run_under_the_pipelines_progress_bar"/>
+</testsuite></testsuites>"""
+
+
+def test_the_table_of_pipelines_is_made_of_test_results(run, tmp_path):
+    junit, out = tmp_path / "junit.xml", tmp_path / "pipelines.json"
+    junit.write_text(JUNIT)
+    run(BENCHMARKS / "pipeline_table.py", "--junit", junit, "--out", out)
+    assert json.loads(out.read_text())["results"] == {
+        "Stable Diffusion XL": {"ControlNet, two": {"blocked": "passed"}},
+        "others": {"Flux (VAE alone)": {"exact": "failure"}},
+    }
+
+
 def test_import_time(run, tmp_path):
     out = tmp_path / "import.json"
     run(BENCHMARKS / "import_time.py", "--rounds", 1, "--out", out)

@@ -2,7 +2,7 @@
 
 Each is compared with itself unpatched where nothing needs blocking (equal), and run at a size where attention, feed-
 forward and VAE are all blocked (the patched path runs, the picture stays the picture, everything is restored).
-The outcomes of the first three tests are the README's table of pipelines: `examples/benchmarks/pipelines.py`.
+The outcomes of the first three tests are the README's table of pipelines: `examples/benchmarks/pipeline_table.py`.
 """
 
 from functools import cache
@@ -75,12 +75,16 @@ def test_all_is_blocked_and_restored(case, calls):
     assert torch.equal(run(pipe, CASES[case].arguments), expected)
 
 
+EXACT = {"ff_chunk_size": 23, "vae_mode": "exact", "vae_chunk_size_x": 5, "vae_chunk_size_y": 5}
+EXACT |= {"unet_serial": True, "unet_strip_rows": 3, "unet_offload": True}
+
+
+@pytest.mark.filterwarnings("ignore:unet_serial. PAG:RuntimeWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_exact_gives_the_unpatched_result(case, calls):
-    """Feed-forward in chunks and the VAE in strips differ by rounding alone, which steps and tiny models amplify."""
+    """Every exact option at once; they differ by rounding alone, which steps and tiny models amplify."""
     pipe, expected = build(case)
-    exact = {"ff_chunk_size": 23, "vae_mode": "exact", "vae_chunk_size_x": 5, "vae_chunk_size_y": 5}
-    with LargeResPatch(pipe, SIZE, SIZE, **exact):
+    with LargeResPatch(pipe, SIZE, SIZE, **EXACT):
         torch.testing.assert_close(run(pipe, CASES[case].arguments), expected, rtol=0, atol=2e-3)
     assert cut(calls) == CASES[case].cuts - {"attention"}
 

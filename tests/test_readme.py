@@ -10,6 +10,7 @@ from PIL import Image
 import readme_tables
 import tiny
 from conftest import quiet
+from family import CASES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,9 +41,28 @@ def test_the_snippets_run_in_order(monkeypatch, tmp_path, capsys):
     assert "forward" not in vars(pipe.unet)
 
 
-@pytest.mark.parametrize("table", [readme_tables.unet_table, readme_tables.vae_table, readme_tables.vae_fidelity_table])
+TABLES = [
+    readme_tables.unet_table,
+    readme_tables.vae_table,
+    readme_tables.vae_fidelity_table,
+    readme_tables.pipeline_table,
+]
+
+
+@pytest.mark.parametrize("table", TABLES)
 def test_tables_are_made_from_the_committed_results(table):
     assert table() in README
+
+
+def test_the_table_of_pipelines_has_every_pipeline_that_is_tested_and_each_passed():
+    results = readme_tables.load("pipelines")["results"]
+    assert {f"{family}: {name}" for family, pipelines in results.items() for name in pipelines} == set(CASES)
+    answers = [answers for pipelines in results.values() for answers in pipelines.values()]
+    assert all(each == dict.fromkeys(readme_tables.QUESTIONS, "passed") for each in answers)
+
+
+def test_ci_tries_other_versions_of_diffusers():
+    assert "tests/compat.sh" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -87,5 +87,27 @@ def fidelity(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+FAMILIES = {"Stable Diffusion": "SD", "Stable Diffusion XL": "XL", "others": ""}
+QUESTIONS = {"unblocked": "nothing blocked: unpatched result", "blocked": "blocked; restored", "exact": "exact parts"}
+
+
+def pipeline_table() -> str:
+    """One row for a pipeline, in all families that have it."""
+    results = load("pipelines")["results"]
+    names = dict.fromkeys(name for pipelines in results.values() for name in pipelines)
+    rows = [[name, *(_answers(results, name, question) for question in QUESTIONS)] for name in names]
+    return markdown(("pipeline", *QUESTIONS.values()), rows)
+
+
+def _answers(results: dict[str, Any], name: str, question: str) -> str:
+    """ "SD yes, XL yes": what every family's test of this pipeline said."""
+    outcomes = {
+        FAMILIES[family]: pipelines[name][question] for family, pipelines in results.items() if name in pipelines
+    }
+    return ", ".join(
+        f"{family} {'yes' if outcome == 'passed' else 'no'}".strip() for family, outcome in outcomes.items()
+    )
+
+
 if __name__ == "__main__":
-    print(vae_fidelity_table(), unet_table(), vae_table(), sep="\n\n")
+    print(vae_fidelity_table(), unet_table(), vae_table(), pipeline_table(), sep="\n\n")
