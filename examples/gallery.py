@@ -1,8 +1,8 @@
 """Make the README's pictures from scratch: what the patch does to a picture, part by part, as labelled sheets.
 
-    sizes.jpg      one prompt and one seed at the training size, and at a multiple of it with and without the patch
+    sizes.jpg      one prompt and one seed at the training size, and at a multiple of it without and with the patch
     attention.jpg  the ways to block self-attention against attention over the whole image
-    vae.png        the ways to decode in pieces, a crop across their seams and what differs from decoding at once
+    vae.png        the ways to decode in pieces against decoding at once: crops across their seams
 
 Everything but the part shown is as without the patch, so a difference has one cause only. Without --model the small
 pipeline that comes with the examples paints. To be run where the unpatched pipeline still fits into memory.
@@ -24,12 +24,15 @@ from pipelines import PROMPT, load_pipeline, positive, training_size
 
 SHEETS = ("sizes", "attention", "vae")
 ATTENTION = {
-    "bricks": {"attn_shape": "brick"},
-    "tiles": {"attn_shape": "tile"},
+    "bricks with context": {"attn_shape": "brick"},
+    "tiles with context": {"attn_shape": "tile"},
+    "bricks alone": {"attn_shape": "brick", "attn_context": 0},
+    "tiles alone": {"attn_shape": "tile", "attn_context": 0},
 }
+PATCHED = "bricks with context"  # as by default
 LARGEST_FILE = 500_000  # bytes
 ZOOM = 4
-GAIN = 16  # of drawn differences
+ATTENTION_GAIN, VAE_GAIN = 4, 16  # of drawn differences
 GAP, FONT = 12, 20
 PAPER, INK = "white", "#2A2733"
 
@@ -98,46 +101,56 @@ class DiffusersTiling:
         self.vae.disable_tiling()
 
 
-def against(reference: Image.Image, picture: Image.Image) -> str:
-    """PSNR as text."""
-    error = np.mean((np.asarray(picture, float) - np.asarray(reference, float)) ** 2)
-    return f"{10 * np.log10(255**2 / error):.1f} dB" if error else "equal"
-
-
 def sizes(painter: Painter) -> list[Panel]:
     small, large = painter.small, painter.large
     return [
         Panel(f"{small} x {small}, the training size", painter.decoded("small")),
         Panel(f"{large} x {large}, unpatched", painter.decoded("unpatched")),
-        Panel(f"{large} x {large}, patched", painter.decoded(next(iter(ATTENTION)))),
+        Panel(f"{large} x {large}, patched", painter.decoded(PATCHED)),
     ]
 
 
 def attention(painter: Painter) -> list[Panel]:
     whole = painter.decoded("unpatched")
     blocked = {name: painter.decoded(name) for name in ATTENTION}
-    return [
-        Panel("whole image", whole),
-        *(Panel(f"{name}: {against(whole, picture)}", picture) for name, picture in blocked.items()),
-    ]
+    prompt = Panel(f"{painter.small} x {painter.small}", painter.decoded("small"))
+    return [Panel("whole image", whole), *against(whole, blocked), prompt, *differences(whole, blocked, ATTENTION_GAIN)]
 
 
 def vae(painter: Painter) -> list[Panel]:
-    """A row of crops and a row of differences, enlarged; the crop holds a seam of each way that has seams there."""
-    name = next(iter(ATTENTION))
-    whole = painter.decoded(name)
+    """Enlarged crops, which hold a seam of each way that has one."""
+    whole = painter.decoded(PATCHED)
     ways = {
         "two-pass": painter.patch(vae_mode="two-pass"),
         "exact": painter.patch(vae_mode="exact"),
         "diffusers' tiling": DiffusersTiling(painter.pipe.vae, painter.small),
     }
-    decoded = {label: painter.decoded(name, way) for label, way in ways.items()}
+    decoded = {label: painter.decoded(PATCHED, way) for label, way in ways.items()}
     box = seam_box(painter.small, painter.large)
-    crops = [Panel("untiled", zoomed(whole, box))]
-    crops += [Panel(f"{label}: {against(whole, picture)}", zoomed(picture, box)) for label, picture in decoded.items()]
-    apart = [Panel("the whole picture, and the crop", framed(whole, box))]
-    apart += [Panel(f"difference x {GAIN}", zoomed(amplified(whole, picture), box)) for picture in decoded.values()]
-    return crops + apart
+    panels = [*against(whole, decoded), *differences(whole, decoded, VAE_GAIN)]
+    crops = [Panel(label, zoomed(picture, box)) for label, picture in panels]
+    half = len(ways)
+    return [Panel("untiled", zoomed(whole, box)), *crops[:half], Panel("the crop", framed(whole, box)), *crops[half:]]
+
+
+def against(reference: Image.Image, pictures: dict[str, Image.Image]) -> list[Panel]:
+    """The pictures, labelled with the PSNR of each."""
+    return [Panel(f"{label}: {psnr(reference, picture)}", picture) for label, picture in pictures.items()]
+
+
+def differences(reference: Image.Image, pictures: dict[str, Image.Image], gain: int) -> list[Panel]:
+    def amplified(level: int) -> int:
+        return min(255, gain * level)
+
+    return [
+        Panel(f"difference x {gain}", ImageChops.difference(reference, picture).point(amplified))
+        for picture in pictures.values()
+    ]
+
+
+def psnr(reference: Image.Image, picture: Image.Image) -> str:
+    error = np.mean((np.asarray(picture, float) - np.asarray(reference, float)) ** 2)
+    return f"{10 * np.log10(255**2 / error):.1f} dB" if error else "equal"
 
 
 def seam_box(small: int, large: int) -> tuple[int, int, int, int]:
@@ -161,10 +174,6 @@ def framed(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     page = picture.resize((side, side), Image.Resampling.LANCZOS)
     ImageDraw.Draw(page).rectangle([edge * scale for edge in box], outline=PAPER, width=2)
     return page
-
-
-def amplified(reference: Image.Image, picture: Image.Image) -> Image.Image:
-    return ImageChops.difference(reference, picture).point(lambda level: min(255, GAIN * level))
 
 
 def sheet(panels: Sequence[Panel], columns: int, side: int) -> Image.Image:
@@ -202,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", default=PROMPT, help="what to paint (%(default)s)")
     parser.add_argument("--size", type=positive, metavar="N", help="of the small picture (the model's training size)")
     parser.add_argument("--times", type=positive, default=4, metavar="N", help="how much larger (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=8, metavar="N", help="denoising steps (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=6, metavar="N", help="denoising steps (%(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=4.0, metavar="X", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (%(default)s)")
     parser.add_argument(
@@ -218,7 +227,7 @@ def main() -> None:
     crop = painter.small // 2 * ZOOM
     pages = {
         "sizes": lambda: (sheet(sizes(painter), 3, painter.large // 2), "sizes.jpg"),
-        "attention": lambda: (sheet(attention(painter), 3, painter.large // 2), "attention.jpg"),
+        "attention": lambda: (sheet(attention(painter), 5, painter.large * 3 // 8), "attention.jpg"),
         "vae": lambda: (sheet(vae(painter), 4, crop), "vae.png"),
     }
     for name in options.sheets:

@@ -3,7 +3,8 @@
 Stages, each of which resumes where an interrupted run left it: fetch the photographs (four Debian packages, with
 apt-get and dpkg-deb, and the sample pictures of scikit-image and scikit-learn where those are installed), train the
 VAE, train its decoder alone, train U-Net and text encoder on the VAE's latents. Then the pipeline folder is written,
-with half-precision weights. Photographs are used where `captions.json` describes them; those it lists as held out are never trained on.
+with half-precision weights. Photographs are used where `captions.json` describes them; those it lists as held out are
+never trained on.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
         help="pipeline folder to write (%(default)s)",
     )
     parser.add_argument("--vae-steps", type=int, default=600, help="optimizer steps of the VAE (%(default)s)")
-    parser.add_argument("--decoder-steps", type=int, default=900, help="of the decoder alone, then (%(default)s)")
+    parser.add_argument("--decoder-steps", type=int, default=800, help="of the decoder alone, then (%(default)s)")
     parser.add_argument("--unet-steps", type=int, default=940, help="optimizer steps of the U-Net (%(default)s)")
     parser.add_argument("--unet-batch", type=int, default=8, help="latent crops in a step of the U-Net (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise (%(default)s)")

@@ -26,7 +26,7 @@ from .vae import TEST_SIZE, held_out_psnr, rate_factor, reconstruction_sheet
 # (crop size, crops per step, share of the steps) before and while the learning rate falls: group statistics and mid
 # attention of small crops are not those of a picture, so training ends without them.
 HELD = ((128, 1, 0.6), (256, 1, 0.4))
-FALLING = ((256, 1, 0.8), (384, 1, 0.2))
+FALLING = ((256, 1, 1.0),)
 WARM_UP = 100
 FALLS = 0.3
 PEAK_RATE = 3e-4
