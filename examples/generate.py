@@ -14,7 +14,8 @@ from PIL import Image
 
 from pipelines import PROMPT, add_patch_options, beside, build_patch, image_path, load_pipeline, positive
 
-SIZE = 1024  # default width and height, in sample pixels
+SIZE = 2048  # default width and height, in sample pixels
+STEPS_HELP = "denoising steps (%(default)s, enough for the small pipeline; others want 20 to 50)"
 
 Pixels = NDArray[np.float32]  # [H, W, 3] in [0, 1]
 
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--width", type=positive, default=SIZE, metavar="N", help="in sample pixels (%(default)s)")
     parser.add_argument("--height", type=positive, default=SIZE, metavar="N", help="in sample pixels (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=8, metavar="N", help="denoising steps (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=6, metavar="N", help=STEPS_HELP)
     parser.add_argument("--guidance-scale", type=float, default=4.0, metavar="X", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise to start from (%(default)s)")
     parser.add_argument("--out", type=image_path, default="large.png", help="the file to write (%(default)s)")

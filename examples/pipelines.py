@@ -51,6 +51,13 @@ def add_patch_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maps of at most so many tokens are attended whole (four times the square of --attn-slice)",
     )
+    group.add_argument(
+        "--attn-context",
+        type=whole,
+        default=512,
+        metavar="N",
+        help="tokens outside its block that a block attends to as well, 0 for none (%(default)s)",
+    )
     group.add_argument("--attn-shape", choices=("brick", "tile"), default="brick", help="(%(default)s)")
     group.add_argument("--ff-chunk-size", type=positive, default=4096, metavar="N", help="in tokens (%(default)s)")
     group.add_argument("--vae-chunk", type=positive, default=64, metavar="N", help="in latent pixels (%(default)s)")
@@ -86,6 +93,7 @@ def build_patch(
             vae_chunk_size_x=options.vae_chunk,
             vae_chunk_size_y=options.vae_chunk,
             attn_full_tokens=options.attn_full_tokens or 4 * attn_slice**2,
+            attn_context=options.attn_context,
             vae_mode=options.vae_mode,
         )
     except ValueError as error:
@@ -94,8 +102,13 @@ def build_patch(
 
 def positive(text: str) -> int:
     """A whole number of at least 1, as an argparse type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text!r}")
+    return whole(text, least=1)
+
+
+def whole(text: str, least: int = 0) -> int:
+    """A whole number of at least `least`, as an argparse type."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}; got {text!r}")
     return int(text)
 
 

@@ -1,9 +1,10 @@
 """Train the demo model in `examples/demo_model` from freely licensed photographs.
 
-Three steps, each of which resumes where an interrupted run left it: fetch the photographs (four Debian packages, with
+Stages, each of which resumes where an interrupted run left it: fetch the photographs (four Debian packages, with
 apt-get and dpkg-deb, and the sample pictures of scikit-image and scikit-learn where those are installed), train the
-VAE, train U-Net and text encoder on the VAE's latents. Then the pipeline folder is written, with half-precision
-weights. Photographs are used where `captions.json` describes them; those it lists as held out are never trained on.
+VAE, train its decoder alone, train U-Net and text encoder on the VAE's latents. Then the pipeline folder is written,
+with half-precision weights. Photographs are used where `captions.json` describes them; those it lists as held out are
+never trained on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from demo_training.data import fetch_packages, load_photos, sample_image_folders
+from demo_training.decoder import train_decoder
 from demo_training.export import export
 from demo_training.text import fetch_vocabulary, write_tokenizer
 from demo_training.text_to_image import TextToImage, prepare_latents, train_text_to_image
@@ -36,12 +38,13 @@ def parse_arguments() -> argparse.Namespace:
         help="pipeline folder to write (%(default)s)",
     )
     parser.add_argument("--vae-steps", type=int, default=600, help="optimizer steps of the VAE (%(default)s)")
+    parser.add_argument("--decoder-steps", type=int, default=800, help="of the decoder alone, then (%(default)s)")
     parser.add_argument("--unet-steps", type=int, default=940, help="optimizer steps of the U-Net (%(default)s)")
     parser.add_argument("--unet-batch", type=int, default=8, help="latent crops in a step of the U-Net (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice where not given")
-    parser.add_argument("--until", choices=("vae", "all"), default="all", help="where to stop (%(default)s)")
+    parser.add_argument("--until", choices=("vae", "decoder", "all"), default="all", help="where to stop (%(default)s)")
     parser.add_argument(
         "--export-now",
         action="store_true",
@@ -70,6 +73,10 @@ def main() -> None:
     vae, vae_seconds = train_vae(photos, held_out, work, steps=vae_steps, **shared)
     if options.until == "vae":
         return
+    decoder_steps = 0 if options.export_now else options.decoder_steps
+    vae, decoder_seconds = train_decoder(vae, photos, held_out, work, steps=decoder_steps, **shared)
+    if options.until == "decoder":
+        return
     both, both_seconds = TextToImage(), 0.0
     if not options.export_now or (work / "text_to_image.pt").exists():
         both, both_seconds = train_text_to_image(
@@ -85,6 +92,7 @@ def main() -> None:
         **shared,
         "photographs": len(photos),
         "vae": {"seconds": round(vae_seconds), "last": last_row(work / "vae.jsonl")},
+        "decoder": {"seconds": round(decoder_seconds), "last": last_row(work / "decoder.jsonl")},
         "text_to_image": {"seconds": round(both_seconds), "last": last_row(work / "text_to_image.jsonl")},
     }
     size = export(vae, both, vocabulary, options.out, training)

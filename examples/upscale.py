@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="share of the steps that refine: 0.2 sharpens, 0.6 repaints (%(default)s)",
     )
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="denoising steps (%(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, metavar="X", help="(%(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, metavar="X", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of both noises (%(default)s)")
     parser.add_argument("--out", type=image_path, default="upscaled.png", help="the file to write (%(default)s)")
     parser.add_argument("--stages", action="store_true", help="also write the small and the enlarged image")

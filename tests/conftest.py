@@ -2,11 +2,19 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: nothing here may touch a network
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from hypothesis import settings
 
 import tiny
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+DEMO_MODEL = EXAMPLES / "demo_model"
 
 torch.set_num_threads(1)  # toy models gain nothing from more, and threads that wait for each other cost a lot
 
@@ -29,3 +37,24 @@ def quiet(pipe):
 def pipe():
     """A tiny Stable Diffusion text-to-image pipeline."""
     return quiet(tiny.text_to_image())
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The trained pipeline that comes with the examples; not to be changed."""
+    return quiet(StableDiffusionPipeline.from_pretrained(DEMO_MODEL))
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run a script as from the command line, in an empty folder; returns its globals."""
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+
+    def run_script(script, *arguments):
+        monkeypatch.syspath_prepend(script.parent)
+        monkeypatch.setattr(sys, "argv", [script.name, *map(str, arguments)])
+        return runpy.run_path(str(script), run_name="__main__")
+
+    yield run_script
+    torch.set_num_threads(threads)

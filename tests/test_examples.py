@@ -3,7 +3,6 @@
 import json
 import math
 import runpy
-import sys
 from pathlib import Path
 
 import nbformat
@@ -14,28 +13,13 @@ from nbclient import NotebookClient
 from PIL import Image
 
 import tiny as tiny_models
+from conftest import EXAMPLES
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARKS = EXAMPLES / "benchmarks"
 # 32x32 tokens at the finest level: small enough to be quick, larger than what is attended whole here.
 SMALL = ("--attn-slice", "8", "--attn-full-tokens", "256", "--vae-chunk", "16")
 HELD_OUT = list(json.loads((EXAMPLES / "captions.json").read_text())["held_out"])
-SCRIPTS = ("generate.py", "upscale.py", "view_bricks.py")
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path):
-    """Run a script as from the command line, in an empty folder; returns its globals."""
-    threads = torch.get_num_threads()
-    monkeypatch.chdir(tmp_path)
-
-    def run_script(script, *arguments):
-        monkeypatch.syspath_prepend(script.parent)
-        monkeypatch.setattr(sys, "argv", [script.name, *map(str, arguments)])
-        return runpy.run_path(str(script), run_name="__main__")
-
-    yield run_script
-    torch.set_num_threads(threads)
+SCRIPTS = ("gallery.py", "generate.py", "upscale.py", "view_bricks.py")
 
 
 def pixels(path):
@@ -92,12 +76,22 @@ def test_upscale_takes_a_picture_of_any_size(run):
     assert pixels("upscaled.png").shape == (64, 104, 3)  # 67.5 x 105, to the nearest multiples of 8
 
 
+def test_gallery(run, capsys):
+    """Three sheets; at this size one map is blocked, and every way to decode has seams."""
+    run(EXAMPLES / "gallery.py", "--size", 64, "--times", 3, "--steps", 1, "--out", "sheets")
+    sizes = {"sizes.jpg": (3, 1), "attention.jpg": (5, 2), "vae.png": (4, 2)}
+    for name, (columns, rows) in sizes.items():
+        sheet = pixels(f"sheets/{name}")
+        assert sheet.std() > 1 and sheet.shape[1] // columns > 64 and sheet.shape[0] // rows > 64
+    assert capsys.readouterr().out.count("written to") == 3
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(run, capsys, script):
     with pytest.raises(SystemExit) as ended:
         run(EXAMPLES / script, "--help")
     assert ended.value.code == 0
-    assert "--attn-shape" in capsys.readouterr().out
+    assert "(%" not in capsys.readouterr().out, "a default is not filled in"
 
 
 @pytest.mark.parametrize(
@@ -105,6 +99,7 @@ def test_help(run, capsys, script):
     [
         ("generate.py", ("--width", "1001"), "width must be a multiple of 8 sample pixels; got 1001"),
         ("generate.py", ("--width", "0"), "must be a whole number, at least 1; got '0'"),
+        ("generate.py", ("--attn-context", "-1"), "must be a whole number, at least 0; got '-1'"),
         ("generate.py", ("--out", "nowhere/large.png"), "must lie in an existing folder; got 'nowhere/large.png'"),
         ("generate.py", ("--out", "large"), "must end in the suffix of an image, as in .png; got 'large'"),
         ("upscale.py", ("--factor", "1"), "must be more than 1 and at most 64; got '1'"),

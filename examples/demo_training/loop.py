@@ -55,6 +55,7 @@ def train(
     folder: Path,
     steps: int,
     peak_rate: float,
+    schedule: Callable[[int, int, float], float] = learning_rate,
     rate_factor: Callable[[str, nn.Parameter], float] = lambda name, parameter: 1.0,
     decay: float,
     report: Callable[[int], dict[str, float]],
@@ -84,7 +85,7 @@ def train(
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate(step, steps, peak_rate)
+            group["lr"] = group["factor"] * schedule(step, steps, peak_rate)
         loss, parts = loss_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

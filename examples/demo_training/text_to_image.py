@@ -26,7 +26,7 @@ ENCODED_SIZES = ((256, True), (384, False))
 SIZE_WEIGHTS = {256: 1.0, 384: 0.8}
 CAPTION_DROPOUT = 0.1
 MIN_SNR = 5.0
-SHEET_PROMPTS = 10
+SHEET_PROMPTS, SHEET_STEPS, SHEET_COLUMNS = 10, 16, 5
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def normalise_latents(vae: AutoencoderKL, latents: list[torch.Tensor]) -> None:
 def prepare_latents(vae: AutoencoderKL, photos: list[Photo], folder: Path) -> list[Encoded]:
     """Encode the photos once, normalise the VAE's latents in place, return the scaled latents."""
     cache = folder / "latents.pt"
-    fingerprint = sum(parameter.double().abs().sum().item() for parameter in vae.parameters())
+    makers = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]
+    fingerprint = sum(parameter.double().abs().sum().item() for parameter in makers)
     state = torch.load(cache, weights_only=True) if cache.exists() else {}
     if state.get("fingerprint") != fingerprint:
         state = {"fingerprint": fingerprint, "rows": encode_photos(vae, photos)}
@@ -171,15 +172,15 @@ def random_latents(
 
 @torch.inference_mode()
 def prompt_sheet(pipeline: StableDiffusionPipeline, prompts: list[str], path: Path) -> None:
-    """One picture per prompt, in rows of five."""
+    """One picture per prompt, in rows."""
     pipeline.set_progress_bar_config(disable=True)
-    pictures = []
+    side, rows = SAMPLE_SIZE * pipeline.vae_scale_factor, -(-len(prompts) // SHEET_COLUMNS)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * side, rows * side))
     for seed, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(seed)
-        picture = pipeline(prompt, num_inference_steps=16, guidance_scale=4.0, generator=generator).images[0]
-        pictures.append(np.asarray(picture))
-    rows = [np.hstack(pictures[i : i + 5]) for i in range(0, len(pictures) - 4, 5)]
-    Image.fromarray(np.vstack(rows)).save(path)
+        result = pipeline(prompt, num_inference_steps=SHEET_STEPS, guidance_scale=4.0, generator=generator)
+        sheet.paste(result.images[0], (seed % SHEET_COLUMNS * side, seed // SHEET_COLUMNS * side))
+    sheet.save(path)
 
 
 def train_text_to_image(

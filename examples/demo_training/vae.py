@@ -50,15 +50,13 @@ def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def held_out_psnr(
-    vae: AutoencoderKL, photos: list[Photo], scales: tuple[int, ...] = SCALES, size: int = TEST_SIZE
-) -> dict[str, float]:
-    """PSNR in dB of the reconstruction of the central `size` x `size` crop, for each photo and scale."""
+def held_out_psnr(vae: AutoencoderKL, photos: list[Photo], scales: tuple[int, ...] = SCALES) -> dict[str, float]:
+    """PSNR in dB of the reconstruction of the central square of `TEST_SIZE`, for each photo and scale."""
     device = next(vae.parameters()).device
     table = {}
     for photo in photos:
         for scale in scales:
-            crop = center_crop(photo.levels[SCALES.index(scale)], size)[None]
+            crop = center_crop(photo.levels[SCALES.index(scale)], TEST_SIZE)[None]
             table[f"{photo.name} 1/{scale}"] = psnr(crop, to_array(reconstruct(vae, to_tensor(crop).to(device))))
     return table
 
