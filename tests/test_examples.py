@@ -187,11 +187,12 @@ def test_vae(run, tmp_path, capsys):
 @pytest.mark.parametrize("size", [64, 128], ids=["one tile", "four tiles"])
 def test_fidelity(run, tmp_path, capsys, size):
     out, photograph = tmp_path / "fidelity.json", tmp_path / HELD_OUT[0]
-    tiny_models.vae().save_pretrained(tmp_path / "model" / "vae")
+    tiny_models.text_to_image().save_pretrained(tmp_path / "model")
     photograph.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
     Image.fromarray(noise).resize((200, 160), Image.Resampling.BICUBIC).save(photograph)
     few = ("--size", size, "--vae-chunk", 8, "--passes", 2, 4, "--threads", 1)
+    few += ("--generated", size, "--attn-slice", 4, "--contexts", 0, 64, "--steps", 1, 2, "--prompts", 1)
     run(BENCHMARKS / "fidelity.py", "--model", tmp_path / "model", "--images", tmp_path, *few, "--out", out)
     report = json.loads(out.read_text())
     check_environment(report)
@@ -205,6 +206,10 @@ def test_fidelity(run, tmp_path, capsys, size):
         for direction in ("decode", "encode"):
             errors = [rows[direction, method]["maximum_error"] for method in ("2022 recipe", "4 passes", "exact")]
             assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-4
+    blocked = {(row["steps"], row["shape"], row["context"]): row["psnr"] for row in report["attention"]}
+    assert len(blocked) == len(report["attention"]) == 2 * 2 * 2
+    if size == 128:
+        assert all(blocked[steps, shape, 64] > blocked[steps, shape, 0] for steps, shape, _ in blocked)
     assert "2022 recipe" in capsys.readouterr().out
 
 

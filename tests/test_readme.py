@@ -45,6 +45,7 @@ TABLES = [
     readme_tables.unet_table,
     readme_tables.vae_table,
     readme_tables.vae_fidelity_table,
+    readme_tables.attention_fidelity_table,
     readme_tables.pipeline_table,
 ]
 

@@ -4,10 +4,14 @@ The VAE: encode and decode of photographs, in tiles as diffusers does it, by the
 more passes, and exactly, against the untiled result of the same weights. It means something on trained weights and on
 photographs only. With --images these are the demo model's held-out ones, which it was never trained on, without it
 some of scikit-image's, which it was.
+
+Self-attention: whole pictures, generated with attention in blocks alone and with contexts of several sizes, against the
+picture that dense attention gives from the same noise. Both are decoded by the untiled VAE.
 """
 
 import argparse
 import importlib.util
+import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageOps
 from torch import nn
 
@@ -76,6 +80,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vae-chunk", type=positive, default=32, metavar="N", help="in latent pixels (%(default)s)")
     parser.add_argument(
         "--passes", type=positive, nargs="+", default=[2, 3, 4], metavar="N", help="over the VAE's tiles (%(default)s)"
+    )
+    parser.add_argument(
+        "--generated", type=positive, default=640, metavar="N", help="size of generated pictures (%(default)s)"
+    )
+    parser.add_argument("--prompts", type=positive, default=2, metavar="N", help="generated pictures (%(default)s)")
+    parser.add_argument("--steps", type=positive, nargs="+", default=[4, 20], metavar="N", help="(%(default)s)")
+    parser.add_argument("--attn-slice", type=positive, default=16, metavar="N", help="in tokens (%(default)s)")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[0, 128, 512, 2048], metavar="N", help="in tokens (%(default)s)"
     )
     add_device_options(parser)
     add_common_options(parser, "fidelity")
@@ -239,6 +252,65 @@ def print_vae(rows: list[dict[str, Any]]) -> None:
     )
 
 
+# --- self-attention ---------------------------------------------------------------------------------------------
+
+
+def measure_attention(pipe: StableDiffusionPipeline, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each number of steps, prompt, shape of blocks and size of context, against dense attention."""
+    size, side = options.generated, options.attn_slice
+    prompts = list(json.loads((EXAMPLES / "captions.json").read_text(encoding="utf-8"))["photos"].values())
+
+    def latents(prompt: str, steps: int, seed: int) -> torch.Tensor:
+        return pipe(
+            prompt,
+            width=size,
+            height=size,
+            num_inference_steps=steps,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+        ).images
+
+    def picture(latent: torch.Tensor) -> torch.Tensor:
+        return pipe.vae.decode(latent / pipe.vae.config.scaling_factor).sample.clamp(-1, 1).cpu()
+
+    for steps in options.steps:
+        for seed in range(options.prompts):
+            prompt = prompts[seed * len(prompts) // options.prompts]
+            dense = picture(latents(prompt, steps, seed))
+            for shape in ("brick", "tile"):
+                for context in options.contexts:
+                    blocks = {"attn_slice_x": side, "attn_slice_y": side, "attn_full_tokens": 4 * side**2}
+                    with LargeResPatch(pipe, size, size, attn_shape=shape, attn_context=context, **blocks):
+                        latent = latents(prompt, steps, seed)
+                    result = picture(latent)
+                    yield {
+                        "steps": steps,
+                        "prompt": prompt,
+                        "shape": shape,
+                        "context": context,
+                        "psnr": psnr(result, dense, 2.0),
+                        "maximum_error": maximum_error(result, dense) / 2.0,
+                    }
+
+
+def print_attention(rows: list[dict[str, Any]]) -> None:
+    groups: dict[tuple[int, str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["steps"], row["shape"], row["context"]), []).append(row)
+    print_table(
+        ("steps", "shape", "context", "PSNR of each picture", "max. error"),
+        [
+            [
+                *map(str, key),
+                ", ".join(f"{row['psnr']:.1f}" for row in group),
+                f"{max(row['maximum_error'] for row in group):.1e}",
+            ]
+            for key, group in groups.items()
+        ],
+    )
+
+
 def main() -> None:
     options = parse_arguments()
     pictures = dict(list(photographs(options.images, options.size).items())[: options.pictures])
@@ -246,16 +318,20 @@ def main() -> None:
         "question": __doc__.splitlines()[0],
         "environment": prepare(options) | {"dtype": "float32"},
         "note": options.note,
-        "options": {"size": options.size, "vae_chunk": options.vae_chunk},
+        "options": {name: getattr(options, name) for name in ("size", "vae_chunk", "generated", "attn_slice", "steps")},
         "weights": options.model.resolve().name,
         "photographs": "held out" if options.images else "scikit-image's",
     }
-    vae = AutoencoderKL.from_pretrained(options.model, subfolder="vae").float().to(options.device).eval()
+    pipe = StableDiffusionPipeline.from_pretrained(options.model, torch_dtype=torch.float32).to(options.device)
+    pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        report["vae"] = list(measure_vae(vae, pictures, options))
+        report["vae"] = list(measure_vae(pipe.vae, pictures, options))
+        report["attention"] = list(measure_attention(pipe, options))
     write_json(options.out, report)
     print(f"The VAE of {report['weights']}: {report['photographs']} photographs, {options.size}x{options.size}")
     print_vae(report["vae"])
+    print(f"Self-attention in blocks: {options.generated}x{options.generated} pictures, against dense attention")
+    print_attention(report["attention"])
     print(f"written to {options.out}")
 
 

@@ -74,6 +74,22 @@ def vae_fidelity_table() -> str:
     return markdown(headings, [[*names, *fidelity(rows)] for names, rows in groups.items()])
 
 
+def attention_fidelity_table() -> str:
+    """A row for each size of context; the mean over the pictures, the least in brackets."""
+    report = load("fidelity")
+    ways = [(shape, steps) for shape in ("brick", "tile") for steps in report["options"]["steps"]]
+    headings = ("context", *(f"{shape}, {steps} steps" for shape, steps in ways))
+    rows = []
+    for context in dict.fromkeys(row["context"] for row in report["attention"]):
+        cells = []
+        for shape, steps in ways:
+            asked = {"context": context, "shape": shape, "steps": steps}
+            decibels = [row["psnr"] for row in report["attention"] if asked.items() <= row.items()]
+            cells.append(f"{statistics.fmean(decibels):.0f} dB ({min(decibels):.0f})")
+        rows.append([f"{context} tokens" if context else "none: blocks alone", *cells])
+    return markdown(headings, rows)
+
+
 def fidelity(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Mean and least PSNR, largest error, and how much larger the mean error is next to seams than elsewhere."""
     decibels = [row["psnr"] for row in rows]
@@ -110,4 +126,4 @@ def _answers(results: dict[str, Any], name: str, question: str) -> str:
 
 
 if __name__ == "__main__":
-    print(vae_fidelity_table(), unet_table(), vae_table(), pipeline_table(), sep="\n\n")
+    print(vae_fidelity_table(), attention_fidelity_table(), unet_table(), vae_table(), pipeline_table(), sep="\n\n")
