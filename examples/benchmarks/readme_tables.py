@@ -98,7 +98,7 @@ def fidelity(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"{statistics.fmean(decibels):.0f} dB",
         f"{min(decibels):.0f} dB",
-        f"{largest:.3%}",
+        f"{largest:.0e}",
         f"{seam / elsewhere:.1f} x elsewhere",
     ]
 
