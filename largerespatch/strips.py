@@ -78,18 +78,23 @@ class Strips:
             return
         height, width = plane.shape[-2:]
         outers = [window(strip, halo, height, width, self.wrap).outer for strip in strips]
-        first = self.on_device(plane[:, :, :halo]).clone()
-        above = self.on_device(plane[:, :, height - halo :]).clone() if self.wrap else first[:, :, :0]
-        needed = (
+        around = self.wrap and halo > 0
+        first = self.on_device(plane[:, :, :halo]).clone() if around else None
+        above = self.on_device(plane[:, :, height - halo :]).clone() if around else None
+        pieces = (
             plane[:, :, strip.top : min(outer.bottom, height)] for strip, outer in zip(strips, outers, strict=True)
         )
-        for strip, outer, piece in zip(strips, outers, self._fetched(needed), strict=True):
-            rows_above = strip.top - outer.top
-            before, after = above[:, :, above.shape[2] - rows_above :], first[:, :, : max(outer.bottom - height, 0)]
-            above = torch.cat([above, piece[:, :, : strip.height]], dim=2)
-            above = above[:, :, max(above.shape[2] - halo, 0) :].clone()
-            parts = [part for part in (before, piece, after) if part.shape[2]]
-            yield strip, rows_above, torch.cat(parts, dim=2) if len(parts) > 1 else piece
+        for strip, outer, piece in zip(strips, outers, self._fetched(pieces), strict=True):
+            parts = [piece]
+            if above is not None and strip.top > outer.top:
+                parts.insert(0, above[:, :, outer.top - strip.top :])
+            if first is not None and outer.bottom > height:
+                parts.append(first[:, :, : outer.bottom - height])
+            block = torch.cat(parts, dim=2) if len(parts) > 1 else piece
+            if halo:
+                end = strip.bottom - outer.top
+                above = block[:, :, max(end - halo, 0) : end].clone()
+            yield strip, strip.top - outer.top, block
 
     def _read_upsampled(
         self, plane: Upsampled, strips: Sequence[Tile], halo: int

@@ -223,31 +223,23 @@ def test_circular_padding_makes_pictures_that_tile(pipe, vae_mode):
     assert (picture - rolled).abs().max() > 0.01
 
 
+SAVERS = [
+    ({}, ""),
+    ({"vae_recompute": True, "vae_offload": True}, ", largest maps recomputed, whole maps on the host"),
+]
+
+
 @pytest.mark.parametrize("padding_mode", ["constant", "circular"])
-def test_an_exact_vae_gives_the_picture_of_the_whole_one(pipe, padding_mode):
+@pytest.mark.parametrize(("savers", "said"), SAVERS, ids=["plain", "saving"])
+def test_an_exact_vae_gives_the_picture_of_the_whole_one(pipe, padding_mode, savers, said):
     options = {"padding_mode": padding_mode, "vae_mode": "exact"}
     with LargeResPatch(pipe, 96, 64, **options):
         whole = image(pipe, 96)
-    with LargeResPatch(pipe, 96, 64, vae_chunk_size_y=5, vae_chunk_size_x=1, **options) as patch:
+    with LargeResPatch(pipe, 96, 64, vae_chunk_size_y=5, vae_chunk_size_x=1, **options, **savers) as patch:
         strips = image(pipe, 96)
-        assert "encoder and decoder exactly, in strips of 5 rows" in repr(patch)
+        assert f"encoder and decoder exactly, in strips of 5 rows{said}\n" in repr(patch) + "\n"
     assert not torch.equal(strips, whole)
     torch.testing.assert_close(strips, whole, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("vae_mode", ["two-pass", "exact"])
-def test_memory_formats_inference_mode_and_attention_slicing_change_nothing(pipe, vae_mode):
-    patch = LargeResPatch(pipe, 96, 64, vae_mode=vae_mode, **SMALL)
-    with patch:
-        expected = image(pipe, 96)
-        with torch.inference_mode():
-            assert torch.equal(image(pipe, 96), expected)
-        for model in (pipe.unet, pipe.vae):
-            model.to(memory_format=torch.channels_last)
-        torch.testing.assert_close(image(pipe, 96), expected, rtol=0, atol=5e-5)
-    pipe.enable_attention_slicing()
-    with patch:
-        torch.testing.assert_close(image(pipe, 96), expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("padding_mode", ["constant", "circular"])
@@ -510,6 +502,16 @@ def test_two_passes_are_the_least(pipe, value, error):
     with pytest.raises(error, match=f"vae_passes must be a whole number, at least 2; got {value!r}"):
         LargeResPatch(pipe, 64, 64, vae_passes=value)
     assert "decoder in 3 passes over tiles" in repr(LargeResPatch(pipe, 64, 64, vae_passes=3))
+
+
+@pytest.mark.parametrize("option", ["vae_recompute", "vae_offload"])
+def test_what_only_an_exact_vae_can_do_says_so(pipe, option):
+    before = fingerprint(pipe)
+    with pytest.raises(ValueError, match=f"{option}=True needs vae_mode 'exact'; got vae_mode 'two-pass'"):
+        LargeResPatch(pipe, 64, 64, **{option: True})
+    with pytest.raises(TypeError, match=f"{option} must be one of True, False; got 1"):
+        LargeResPatch(pipe, 64, 64, vae_mode="exact", **{option: 1})
+    assert fingerprint(pipe) == before
 
 
 def test_later_options_are_keyword_only(pipe):
