@@ -41,16 +41,7 @@ def test_the_snippets_run_in_order(monkeypatch, tmp_path, capsys):
     assert "forward" not in vars(pipe.unet)
 
 
-TABLES = [
-    readme_tables.unet_table,
-    readme_tables.vae_table,
-    readme_tables.vae_fidelity_table,
-    readme_tables.attention_fidelity_table,
-    readme_tables.pipeline_table,
-]
-
-
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", readme_tables.TABLES)
 def test_tables_are_made_from_the_committed_results(table):
     assert table() in README
 

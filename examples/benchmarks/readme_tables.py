@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+MODEL_NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 GIB, TERA = 2**30, 1e12
 
 
@@ -125,5 +126,29 @@ def _answers(results: dict[str, Any], name: str, question: str) -> str:
     )
 
 
+def memory_table() -> str:
+    """Simulated peaks of whole pipelines: a row for each model and size, a column for each way."""
+    report = load("memory")
+    peaks: dict[tuple[str, int], dict[str, float]] = {}
+    for row in report["rows"]:
+        if row["kind"] == "simulated":
+            peaks.setdefault((row["model"], row["size"]), {})[row["way"]] = row["peak"] / GIB
+    ways = list(dict.fromkeys(way for each in peaks.values() for way in each))
+    rows = [
+        [MODEL_NAMES[model], f"{size}²", *(f"{each[way]:.1f}" if way in each else "" for way in ways)]
+        for (model, size), each in peaks.items()
+    ]
+    return markdown(("GiB, simulated", "image", *ways), rows)
+
+
+TABLES = (
+    vae_fidelity_table,
+    attention_fidelity_table,
+    memory_table,
+    unet_table,
+    vae_table,
+    pipeline_table,
+)
+
 if __name__ == "__main__":
-    print(vae_fidelity_table(), attention_fidelity_table(), unet_table(), vae_table(), pipeline_table(), sep="\n\n")
+    print(*(table() for table in TABLES), sep="\n\n")
