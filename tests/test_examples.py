@@ -204,8 +204,11 @@ def test_fidelity(run, tmp_path, capsys, size):
         assert (row["seam_error"] is None) == (size == 64), "one tile has no seam"
     if size == 128:
         for direction in ("decode", "encode"):
-            errors = [rows[direction, method]["maximum_error"] for method in ("2022 recipe", "4 passes", "exact")]
-            assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-4
+            errors = {
+                method: rows[direction, method]["maximum_error"] for method in ("2022 recipe", "4 passes", "exact")
+            }
+            assert errors["2022 recipe"] > 10 * errors["4 passes"]
+            assert errors["exact"] < 1e-4
     blocked = {(row["steps"], row["shape"], row["context"]): row["psnr"] for row in report["attention"]}
     assert len(blocked) == len(report["attention"]) == 2 * 2 * 2
     if size == 128:
