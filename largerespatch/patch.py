@@ -196,8 +196,8 @@ class LargeResPatch:
             where the models run on the host.
         vae_passes: of "two-pass", at least 2, the last of which makes the result: the more, the closer to exact.
         vae_recompute: whether an exact VAE computes its largest maps strip by strip each time they are read, the
-            last upsampler's output among them, rather than keep them: about 27 % of the untiled memory, for a decode 30 %
-            more time. Exact.
+            last upsampler's output among them, rather than keep them: about 27 % of the untiled memory, and
+            30 % more time for a decode. Exact.
         vae_offload: whether an exact VAE keeps whole maps in (pinned) host memory while their strips visit the
             device: what it takes there hardly grows with the image, but for the mid-block attention. An image that
             the device has no room for is given back on the host. Exact; nothing changes where the VAE runs on the host.
