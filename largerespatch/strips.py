@@ -263,7 +263,7 @@ class StripResnet:
     def _at_once(self, plane: torch.Tensor, time: _Time) -> None:
         """The block in place: the middle map is computed once for its statistics and once more to be used."""
         module, strips = self.module, self.strips
-        cuts, reach = strips.cut(plane), _reach(module.conv2)
+        cuts, reach = strips.cut(plane), _reach(module.conv1) + _reach(module.conv2)
         outer = strips.statistics(plane, module.norm1.num_groups)
         inner = pool(
             [
@@ -271,13 +271,10 @@ class StripResnet:
                 for strip, above, block in strips.read(plane, cuts, _reach(module.conv1))
             ]
         )
-        for strip, above, block in strips.read(plane, cuts, _reach(module.conv1) + reach):
+        for strip, above, block in strips.read(plane, cuts, reach):
             own = block[:, :, above : above + strip.height]
-            # What lies further out was convolved with padding in place of its neighbours.
-            kept = slice(max(above - reach, 0), above + strip.height + reach)
-            above = min(above, reach)
-            result = self._conv2(self._conv1(block, outer, time)[:, :, kept], inner, time)
-            result = result[:, :, above : above + strip.height]
+            # The outermost rows saw padding in place of their neighbours, but no row of the strip's own sees them.
+            result = self._conv2(self._conv1(block, outer, time), inner, time)[:, :, above : above + strip.height]
             strips.write(plane, strip, (own + result) / module.output_scale_factor)
 
     def _conv1(self, block: torch.Tensor, statistics: GroupStatistics, time: _Time) -> torch.Tensor:
