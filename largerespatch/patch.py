@@ -125,7 +125,7 @@ def _parts(model: nn.Module) -> Iterator[nn.Module]:
     """A model and the models that it is made of: several ControlNets are one, and pipelines may share any of them."""
     from diffusers import ModelMixin
 
-    return (module for module in model.modules() if isinstance(module, ModelMixin))
+    return (module for module in model.modules() if module is model or isinstance(module, ModelMixin))
 
 
 def _vae_factor(vae: Any) -> int:

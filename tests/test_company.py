@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import Transformer2DModel
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_processor import Attention
 
 import tiny
 from conftest import quiet
@@ -252,6 +253,23 @@ class Pipeline:
     def __call__(self):
         sample = torch.randn(1, 8, 8, 4, generator=torch.Generator().manual_seed(0))
         return torch.cat([self.unet(sample, timestep) for timestep in self.scheduler.timesteps])
+
+
+class AttendingMaps(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention(8, heads=2, dim_head=4, norm_num_groups=4)
+
+    def forward(self, sample, timestep):
+        return self.attention(sample)
+
+
+def test_a_model_that_is_not_one_of_diffusers_is_patched_once_at_a_time():
+    pipe = Pipeline()
+    pipe.unet = AttendingMaps()
+    with LargeResPatch(pipe, 4, 8), pytest.raises(ValueError, match="unet is patched already"):
+        LargeResPatch(pipe, 4, 8).enable()
+    assert "forward" not in vars(pipe.unet.attention)
 
 
 def compiled_block(pipe):
