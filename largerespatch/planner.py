@@ -88,8 +88,13 @@ class Estimator:
         if key not in self._known:
             pipe = self.shadow.pipe
             with self.patched(pipe, **settings), self.shadow.fake, stages.upcast(pipe, *upcast) as grown:
-                self._known[key] = grown + self.shadow.peak(lambda: (stages.held(pipe, *size[:2]), stage(pipe, *size)))
+                self._known[key] = grown + self.shadow.peak(lambda: _run(stage, pipe, size))
         return self._known[key]
+
+
+def _run(stage: Callable[..., None], pipe: Any, size: tuple[int, ...]) -> None:
+    _held = stages.held(pipe, *size[:2])
+    stage(pipe, *size)
 
 
 def bare(pipe: Any, **settings: object) -> AbstractContextManager[Any]:

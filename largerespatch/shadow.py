@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from .memory import KernelsInOne, LiveBytes
 from .patching import PatchStack
 from .rehearsal import rehearsal
+from .stages import COMPONENTS
 from .tilings import PHASES
 
 # Fake tensors on these stand for all accelerators and for the host. (Fake ones on "cuda" need a torch built with CUDA.)
@@ -72,10 +73,10 @@ def _place(device: torch.device) -> str:
 
 
 def execution_device(pipe: Any) -> torch.device:
-    device = getattr(pipe, "_execution_device", None)
-    if device is None or device.type == ACCELERATOR:  # diffusers says meta where weights are offloaded
-        device = next((each for each in map(device_of, models_of(pipe).values()) if each.type != HOST), device)
-    return torch.device(HOST) if device is None else device
+    """Where the denoiser runs, else the VAE. (What diffusers says depends on where text encoders wait.)"""
+    models = models_of(pipe)
+    names = [name for name in COMPONENTS if name in models] or list(models)
+    return device_of(models[names[0]]) if names else torch.device(HOST)
 
 
 def _bytes(tensors: Iterator[torch.Tensor]) -> int:

@@ -89,12 +89,18 @@ def upcast(pipe: Any, *dtypes: torch.dtype) -> Iterator[int]:
     if before not in dtypes or not (hasattr(pipe, "upcast_vae") and vae.config.force_upcast):
         yield 0
         return
-    size = sum(parameter.nbytes for parameter in vae.parameters())
-    nn.Module.to(vae, torch.float32)  # diffusers' own would say that this is unusual
+    # Not by `Module.to`, which cannot exchange tensors that hold no data.
+    replaced = []
+    for module in vae.modules():
+        for name, weight in list(module._parameters.items()):
+            if weight is not None and weight.is_floating_point():
+                replaced.append((module, name, weight))
+                module._parameters[name] = nn.Parameter(weight.detach().float(), requires_grad=False)
     try:
-        yield sum(parameter.nbytes for parameter in vae.parameters()) - size
+        yield sum(module._parameters[name].nbytes - weight.nbytes for module, name, weight in replaced)
     finally:
-        nn.Module.to(vae, before)
+        for module, name, weight in replaced:
+            module._parameters[name] = weight
 
 
 def decode(pipe: Any, height: int, width: int, factor: int) -> None:

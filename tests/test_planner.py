@@ -108,7 +108,8 @@ def test_weights_count_where_they_are_on_the_device(pipe):
 
     patch = LargeResPatch(pipe, 64, 64)
     assert patch.estimate().weights == size(pipe.unet, pipe.vae, pipe.text_encoder)
-    pipe.unet.to("meta"), pipe.vae.to("meta")
+    for model in (pipe.unet, pipe.vae):
+        model.to("meta")
     assert patch.estimate().weights == size(pipe.unet, pipe.vae), "the text encoder is on the host"
 
 

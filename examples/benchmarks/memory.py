@@ -7,7 +7,7 @@ random weights, and timed. On a CPU the estimate and the savers are proved on sm
 
 import argparse
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -217,7 +217,7 @@ def measure_stage(pipe: Any, stage: str, size: int, device: str) -> dict[str, An
         if stage == "unet":
             stages.step(pipe, size, size, FACTOR)
         else:
-            with stages.upcast(pipe, torch.float16):
+            with upcast(pipe):
                 stages.decode(pipe, size, size, FACTOR)
 
     try:
@@ -230,6 +230,15 @@ def measure_stage(pipe: Any, stage: str, size: int, device: str) -> dict[str, An
         return {stage: None, f"{stage}_seconds": None}
     finally:
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def upcast(pipe: Any) -> Iterator[None]:
+    """As SDXL's pipelines decode: with the VAE in float32."""
+    dtype = pipe.vae.dtype
+    torch.nn.Module.to(pipe.vae, torch.float32 if pipe.vae.config.force_upcast else dtype)
+    yield
+    torch.nn.Module.to(pipe.vae, dtype)
 
 
 def growth(rows: list[dict[str, Any]], small: int = 4096, large: int = 8192) -> list[dict[str, Any]]:
