@@ -92,7 +92,7 @@ class Estimator:
         return self._known[key]
 
 
-def _run(stage: Callable[..., None], pipe: Any, size: tuple[int, ...]) -> None:
+def _run(stage: Callable[..., object], pipe: Any, size: tuple[int, ...]) -> None:
     _held = stages.held(pipe, *size[:2])
     stage(pipe, *size)
 
