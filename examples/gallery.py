@@ -2,7 +2,7 @@
 
     sizes.jpg      one prompt and one seed at the training size, and at a multiple of it without and with the patch
     attention.jpg  the ways to block self-attention against attention over the whole image
-    vae.png        the ways to decode in pieces against decoding at once: crops across their seams
+    vae.jpg        the ways to decode in pieces against decoding at once: crops across their seams
 
 Everything but the part shown is as without the patch, so a difference has one cause only. Without --model the small
 pipeline that comes with the examples paints. To be run where the unpatched pipeline still fits into memory.
@@ -32,7 +32,7 @@ ATTENTION = {
 PATCHED = "bricks with context"  # as by default
 LARGEST_FILE = 500_000  # bytes
 ZOOM = 4
-ATTENTION_GAIN, VAE_GAIN = 4, 16  # of drawn differences
+ATTENTION_GAIN, VAE_GAIN = 4, 64  # of drawn differences
 GAP, FONT = 12, 20
 PAPER, INK = "white", "#2A2733"
 
@@ -228,7 +228,7 @@ def main() -> None:
     pages = {
         "sizes": lambda: (sheet(sizes(painter), 3, painter.large // 2), "sizes.jpg"),
         "attention": lambda: (sheet(attention(painter), 5, painter.large * 3 // 8), "attention.jpg"),
-        "vae": lambda: (sheet(vae(painter), 4, crop), "vae.png"),
+        "vae": lambda: (sheet(vae(painter), 4, crop), "vae.jpg"),
     }
     for name in options.sheets:
         page, file = pages[name]()

@@ -79,7 +79,7 @@ def test_upscale_takes_a_picture_of_any_size(run):
 def test_gallery(run, capsys):
     """Three sheets; at this size one map is blocked, and every way to decode has seams."""
     run(EXAMPLES / "gallery.py", "--size", 64, "--times", 3, "--steps", 1, "--out", "sheets")
-    sizes = {"sizes.jpg": (3, 1), "attention.jpg": (5, 2), "vae.png": (4, 2)}
+    sizes = {"sizes.jpg": (3, 1), "attention.jpg": (5, 2), "vae.jpg": (4, 2)}
     for name, (columns, rows) in sizes.items():
         sheet = pixels(f"sheets/{name}")
         assert sheet.std() > 1 and sheet.shape[1] // columns > 64 and sheet.shape[0] // rows > 64

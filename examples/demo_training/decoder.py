@@ -1,7 +1,7 @@
 """The decoder, trained on alone while the rest of the VAE is frozen, so that latents stay what they are.
 
-After its first stage the VAE still is little more than the linear codec that it started from. Here the residual
-branches of the decoder grow until they carry much of the picture, as in any VAE trained at length.
+After its first stage the VAE still is little more than the linear codec that it started from, and what the decoder can
+add to it takes many small steps.
 """
 
 from __future__ import annotations
