@@ -163,10 +163,10 @@ class LargeResPatch:
         with LargeResPatch(pipe, width=4096, height=4096):
             image = pipe(prompt, width=4096, height=4096).images[0]
 
-    Inside the block self-attention is blocked (approximate), feed-forwards are chunked (exact) and the VAE runs in
-    two passes over tiles (approximate). What is small enough to need none of it gives the unpatched result. On exit
-    the pipeline is as it was before. A patch can be entered again later; `enable` and `disable` are the same two
-    steps for notebooks.
+    Inside the block self-attention is blocked, with a context that stands for the rest of the map (approximate),
+    feed-forwards are chunked (exact) and the VAE runs in two passes over tiles (approximate). What is small enough to
+    need none of it gives the unpatched result. On exit the pipeline is as it was before. A patch can be entered again
+    later; `enable` and `disable` are the same two steps for notebooks.
 
     Args:
         pipe: a diffusers pipeline.
@@ -185,24 +185,24 @@ class LargeResPatch:
             want, half *sampled* ones that stand for the rest of the map. 0 for none.
         vae_mode: "two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map,
             about as fast as untiled, with half of its memory. A strip has `vae_chunk_size_y` rows on every map.
-        memory_limit: what the pipeline may take on its device, weights included: "8GiB", a number of bytes, or "auto"
-            for what the device has free, less a margin. The cheapest settings that fit are picked in the order of
-            `largerespatch.planner`; options that you give are kept. `repr` says what was picked.
-        unet_strip_rows: run the residual blocks and upsamplers of U-Nets and ControlNets in strips of at most so many
-            rows of the feature map (exact; less memory at about the same time); None runs them whole.
-        unet_serial: whether U-Net and ControlNet run the samples of a batch (guidance makes two of one) one after
-            another. Exact.
-        unet_offload: whether skip connections wait for their block in (pinned) host memory. Exact; nothing changes
-            where the models run on the host.
         vae_passes: of "two-pass", at least 2, the last of which makes the result: the more, the closer to exact.
+        vae_attn: "full", or "blocked": the VAE's mid-block attention is blocked like the U-Net's, with the same
+            `attn_` options. Approximate. Beyond about 4096 x 4096 full attention takes most of a decode's time.
         vae_recompute: whether an exact VAE computes its largest maps strip by strip each time they are read, the
             last upsampler's output among them, rather than keep them: about 27 % of the untiled memory, 30 % more time
             for a decode. Exact.
         vae_offload: whether an exact VAE keeps whole maps in (pinned) host memory while their strips visit the
             device: what it takes there hardly grows with the image, but for the mid-block attention. An image that
             the device has no room for is given back on the host. Exact; nothing changes where the VAE runs on the host.
-        vae_attn: "full", or "blocked": the VAE's mid-block attention is blocked like the U-Net's, with the same
-            `attn_` options. Approximate. Beyond about 4096 x 4096 full attention takes most of a decode's time.
+        unet_serial: whether U-Net and ControlNet run the samples of a batch (guidance makes two of one) one after
+            another. Exact.
+        unet_strip_rows: run the residual blocks and upsamplers of U-Nets and ControlNets in strips of at most so many
+            rows of the feature map (exact; less memory at about the same time); None runs them whole.
+        unet_offload: whether skip connections wait for their block in (pinned) host memory. Exact; nothing changes
+            where the models run on the host.
+        memory_limit: what the pipeline may take on its device, weights included: "8GiB", a number of bytes, or "auto"
+            for what the device has free, less a margin. The cheapest settings that fit are picked in the order of
+            `largerespatch.planner`; options that you give are kept. `repr` says what was picked.
 
     Raises:
         TypeError, ValueError: an option is not what is accepted, or `pipe` has nothing to patch. Nothing is changed.
@@ -229,14 +229,14 @@ class LargeResPatch:
         attn_full_tokens: int = 16384,
         attn_context: int = 512,
         vae_mode: str = "two-pass",
-        memory_limit: str | int | None = None,
-        unet_strip_rows: int | None = None,
-        unet_serial: bool = False,
-        unet_offload: bool = False,
         vae_passes: int = 2,
         vae_attn: str = "full",
         vae_recompute: bool = False,
         vae_offload: bool = False,
+        unet_serial: bool = False,
+        unet_strip_rows: int | None = None,
+        unet_offload: bool = False,
+        memory_limit: str | int | None = None,
     ) -> None:
         targets = _discover(pipe)
         vaes = [model for model in targets.values() if _is_vae(model)]
