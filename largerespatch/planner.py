@@ -102,8 +102,6 @@ def bare(pipe: Any, **settings: object) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-# --- budgets ------------------------------------------------------------------------------------------------------
-
 # What is tried, in this order, from the cheapest: each line added to those before it. All of the denoiser's are exact.
 DENOISER_SAVERS: tuple[Settings, ...] = (
     {"unet_serial": True},

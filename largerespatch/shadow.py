@@ -39,9 +39,6 @@ def models_of(pipe: Any) -> dict[str, nn.Module]:
     return {name: model for name, model in models.items() if isinstance(model, nn.Module)}
 
 
-# --- where weights are --------------------------------------------------------------------------------------------
-
-
 def _offload_hooks(module: nn.Module) -> Iterator[Any]:
     """accelerate's and diffusers' hooks that bring weights to a device for a call of `module`."""
     hook = getattr(module, "_hf_hook", None)
@@ -126,9 +123,6 @@ def weights_on(pipe: Any, device: torch.device) -> int:
         if not visitors.get(model)
     )
     return _bytes(staying) + max(chain.from_iterable(visitors.values()), default=0)
-
-
-# --- copies -------------------------------------------------------------------------------------------------------
 
 
 class _WithoutData(TorchFunctionMode):

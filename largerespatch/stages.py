@@ -78,9 +78,6 @@ def _seen_image(pipe: Any, height: int, width: int) -> torch.Tensor | None:
     return _new_like(_component(pipe, DENOISERS))(guidance_batch(pipe), 3, height, width)
 
 
-# --- the VAE ------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def upcast(pipe: Any, *dtypes: torch.dtype) -> Iterator[int]:
     """What a pipeline does that runs its VAE in float32 where it has one of `dtypes`; yields how much weights grow."""
@@ -125,9 +122,6 @@ def encode(pipe: Any, height: int, width: int) -> None:
     encoded = vae.encode(image)
     if hasattr(encoded, "latent_dist"):
         encoded.latent_dist.sample()
-
-
-# --- the denoiser -------------------------------------------------------------------------------------------------
 
 
 def step(pipe: Any, height: int, width: int, factor: int) -> None:
