@@ -203,7 +203,7 @@ def test_gradients_flow_through_chunks_exactly_and_through_blocks(pipe, checkpoi
         pipe.unet.train().enable_gradient_checkpointing()
     with LargeResPatch(pipe, 64, 64, ff_chunk_size=10):
         torch.testing.assert_close(gradient(pipe), expected, rtol=1e-3, atol=1e-5)
-    with LargeResPatch(pipe, 64, 64, **SMALL):
+    with LargeResPatch(pipe, 64, 64, **SMALL, attn_context=0):
         blocked = gradient(pipe)
         if checkpointing:
             pipe.unet.disable_gradient_checkpointing()
@@ -341,6 +341,6 @@ def test_two_threads_with_a_pipeline_each_give_what_they_give_alone():
     for thread in threads:
         thread.join()
     assert len(set(meetings)) == 2
-    assert len(meetings) == 2 * (2 + 2 * 4)  # two steps, two passes over four tiles
+    assert len(meetings) == 2 * (2 + 2 * 5)  # two steps, two passes over four tiles and a sample of them
     assert all(torch.equal(results[i], alone[i]) for i in range(2))
     assert not torch.allclose(alone[0], alone[1], atol=1e-2)
