@@ -166,6 +166,7 @@ def test_a_limit_that_fits_changes_nothing(pipe):
 
 def test_the_first_settings_that_fit_are_picked(pipe, monkeypatch):
     full, smaller = peak(pipe), peak(pipe, vae_chunk_size_x=16, vae_chunk_size_y=16)
+    monkeypatch.setattr(planner, "DENOISER_SAVERS", ())
     steps = ({"vae_chunk_size_x": 16, "vae_chunk_size_y": 16}, {"vae_chunk_size_x": 8})
     monkeypatch.setitem(planner.VAE_SAVERS, "two-pass", steps)
     patch = LargeResPatch(pipe, 256, 256, memory_limit=(full + smaller) // 2)
@@ -176,7 +177,9 @@ def test_the_first_settings_that_fit_are_picked(pipe, monkeypatch):
     assert (kept.vae_chunk_size_x, kept.vae_chunk_size_y) == (16, 64)
 
 
-def test_where_nothing_fits_the_error_says_what_does(pipe):
+def test_where_nothing_fits_the_error_says_what_does(pipe, monkeypatch):
+    monkeypatch.setattr(planner, "DENOISER_SAVERS", ())
+    monkeypatch.setitem(planner.VAE_SAVERS, "two-pass", ({"vae_chunk_size_x": 32, "vae_chunk_size_y": 32},))
     before = fingerprint(pipe)
     limit = peak(pipe, vae_chunk_size_x=32, vae_chunk_size_y=32) - MIB
     with pytest.raises(ValueError, match=r"does not fit 512x256 sample pixels, which need .* MiB") as refused:
