@@ -61,7 +61,7 @@ class Estimator:
         self.shadow = Shadow(pipe, names, stacks)
         self.weights = weights_on(pipe, self.device)
         self.encodes = stages.encodes(pipe)
-        self.factor = factor
+        self.factor = getattr(pipe, "movq_scale_factor", factor)  # Kandinsky's
         self.patched = patched
         self._known: dict[Any, int] = {}
 

@@ -137,7 +137,6 @@ def step(pipe: Any, height: int, width: int, factor: int) -> None:
         "UNet2DConditionModel": _UNet,
         "UNetControlNetXSModel": _UNet,
         "UNetMotionModel": _MotionUNet,
-        "PixArtTransformer2DModel": _PixArt,
     }
     name = type(denoiser).__name__
     if name not in known:
@@ -145,8 +144,8 @@ def step(pipe: Any, height: int, width: int, factor: int) -> None:
             f"pipe must have a denoiser whose memory can be estimated ({', '.join(known)}) or none; got {name}"
         )
     latent = (height // factor, width // factor)
-    kept = _new_like(denoiser)(1, denoiser.config.in_channels, *latent)  # what the scheduler works on
     call = known[name](pipe, denoiser, guidance_batch(pipe), height, width, latent)
+    kept = call.sample()[:1].clone()  # what the scheduler works on
     parts = call.predict().chunk(call.batch)
     guided = parts[0] + 7.5 * (parts[-1] - parts[0])
     kept[:, : guided.shape[1]] - guided[:, : kept.shape[1]]
@@ -272,20 +271,3 @@ class _MotionUNet(_UNet):
 
     def sample(self) -> torch.Tensor:
         return self.new(self.batch, self.model.config.in_channels, FRAMES, *self.latent)
-
-
-class _PixArt(_UNet):
-    """A transformer, called by keywords."""
-
-    def predict(self) -> torch.Tensor:
-        config = self.model.config
-        conditions = {"resolution": self.new(self.batch, 2), "aspect_ratio": self.new(self.batch, 1)}
-        result: torch.Tensor = self.model(
-            self.sample(),
-            encoder_hidden_states=self.new(self.batch, 300, config.caption_channels),
-            encoder_attention_mask=self.new(self.batch, 300),
-            timestep=self.new(self.batch),
-            added_cond_kwargs=conditions if self.model.use_additional_conditions else dict.fromkeys(conditions),
-            return_dict=False,
-        )[0]
-        return result.chunk(2, dim=1)[0]
