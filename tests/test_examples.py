@@ -151,6 +151,7 @@ def check_environment(report):
 def test_unet_step(run, tmp_path, capsys):
     out = tmp_path / "unet.json"
     sizes, few = ("--sizes", 64, 256), ("--rounds", 2, "--threads", 1, "--attn-slice", 8, "--attn-full-tokens", 256)
+    few += ("--attn-context", 0)
     run(BENCHMARKS / "unet_step.py", "--architecture", "tiny", *sizes, *few, "--clock", "cpu", "--out", out)
     report = json.loads(out.read_text())
     check_environment(report)

@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--attn-slice", type=positive, default=64, metavar="N", help="in tokens (%(default)s)")
     parser.add_argument("--attn-full-tokens", type=positive, default=16384, metavar="N", help="(%(default)s)")
+    parser.add_argument("--attn-context", type=int, default=512, metavar="N", help="in tokens (%(default)s)")
     parser.add_argument(
         "--architecture", choices=ARCHITECTURES, default="sd15", help="tiny is for trying the script out (%(default)s)"
     )
@@ -99,6 +100,7 @@ def candidates(pipe: StableDiffusionPipeline, size: int, options: argparse.Names
             attn_slice_x=options.attn_slice,
             attn_slice_y=options.attn_slice,
             attn_full_tokens=options.attn_full_tokens,
+            attn_context=options.attn_context,
         )
 
     return {"unpatched": Candidate(step), "patched": Candidate(step, patch)}
@@ -153,7 +155,7 @@ def main() -> None:
         "question": __doc__.splitlines()[0],
         "environment": described,
         "note": options.note,
-        "options": {name: getattr(options, name) for name in ("architecture", "attn_slice", "attn_full_tokens")},
+        "options": {name: getattr(options, name) for name in ("architecture", "attn_slice", "attn_full_tokens", "attn_context")},
         "batch": 1,
         "results": [],
     }
