@@ -84,8 +84,8 @@ class MapNoting:
 JUDGES = 128
 CROWD = 2048
 
-# Attention scores that are looked at together while heavy tokens are searched: 64 MiB in float32.
-SCORES = 2**24
+# Attention scores that are looked at together while heavy tokens are searched: 32 MiB in float32.
+SCORES = 2**23
 
 # Processors that take the keys of self-attention from ``encoder_hidden_states`` too, where these are given. Others
 # (fused projections, perturbed-attention guidance, what users write) need not.
@@ -125,7 +125,7 @@ def heavy_tokens(
     length = max(SCORES // query[..., 0].numel(), 1)
     for start in pieces(range(0, tokens.shape[1], length)):
         run = slice(start, start + length)
-        received[:, run] = (scores(tokens[:, run]) - total).clamp(max=0).exp().sum(dim=-2).amax(dim=1)
+        received[:, run] = scores(tokens[:, run]).sub_(total).clamp_(max=0).exp_().sum(dim=-2).amax(dim=1)
     return received.topk(count).indices
 
 
