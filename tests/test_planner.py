@@ -151,9 +151,6 @@ def test_the_xl_vae_counts_in_float32_where_it_is_upcast():
     assert half.weights < whole.weights
 
 
-# --- budgets ------------------------------------------------------------------------------------------------------
-
-
 def peak(pipe, **options):
     return LargeResPatch(pipe, 256, 256, **options).estimate().peak
 
@@ -251,6 +248,7 @@ def test_free_bytes_count_what_torch_has_in_its_cache(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, whose allocator it asks")
 def test_the_estimate_is_what_cuda_allocates(pipe):
     patch = LargeResPatch(pipe.to("cuda", torch.float16), 1024, 1024)
     estimate = patch.estimate()
@@ -258,9 +256,6 @@ def test_the_estimate_is_what_cuda_allocates(pipe):
     with patch:
         text_to_image(pipe, 1024, 1024)
     assert estimate.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
-
-
-# --- rehearsals ---------------------------------------------------------------------------------------------------
 
 
 def test_a_rehearsal_visits_the_largest_pieces():

@@ -155,7 +155,9 @@ def main() -> None:
         "question": __doc__.splitlines()[0],
         "environment": described,
         "note": options.note,
-        "options": {name: getattr(options, name) for name in ("architecture", "attn_slice", "attn_full_tokens", "attn_context")},
+        "options": {
+            name: getattr(options, name) for name in ("architecture", "attn_slice", "attn_full_tokens", "attn_context")
+        },
         "batch": 1,
         "results": [],
     }
