@@ -10,6 +10,7 @@ On CUDA copies run on a stream of their own, to and from pinned memory, a band o
 memory comes from torch's own pool, which uses it again from step to step.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
@@ -139,24 +140,25 @@ class OffMap(torch.Tensor):
         return made
 
     @property
+    @abstractmethod
     def away(self) -> bool:
         """Whether a part of the map is not on the device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leave(self) -> None:
         """Free what the map holds on the device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole(self) -> torch.Tensor:
         """The map on its device, where it stays until it is told to leave."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self, top: int, bottom: int) -> torch.Tensor:
-        raise NotImplementedError
+        """Rows `top` to `bottom` on the device."""
 
+    @abstractmethod
     def samples(self, which: slice) -> torch.Tensor:
         """``map[which]``; of a map that is away, another one that is."""
-        raise NotImplementedError
 
     def copy_into(self, target: torch.Tensor) -> None:
         for top, bottom in self.link.cuts(self):
