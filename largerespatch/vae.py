@@ -30,6 +30,9 @@ from .tilings import Tile, Window, scatter, tiles, window
 # the whole part rather than the tiles would decide how much memory a decode takes.
 WHOLE_BYTES = 2 * 2**30
 
+# Sides of what is sampled before each pass, in those of a tile's window. All of it would cost more than it gains.
+SAMPLE = Fraction(2, 3)
+
 VAE_MODES = ("two-pass", "exact")
 VAE_ATTENTIONS = ("full", "blocked")
 
@@ -184,7 +187,7 @@ class _InPieces(ABC):
 class TwoPass(_InPieces):
     """Tiles with shared group statistics; approximate.
 
-    Costs the tiled stages once per pass on tiles enlarged by the halo, and as often on a sample of one such tile's
+    Costs the tiled stages once per pass on tiles enlarged by the halo, and as often on a sample of half such a tile's
     area. The original forward runs each part, with the stages outside that part passing their input through. What runs
     whole does so strip by strip where its modules are known: exact, and smaller in memory.
 
@@ -242,20 +245,20 @@ class TwoPass(_InPieces):
         windows = [window(tile.scaled(step), split.halo, height, width, self.cutting.wrap) for tile in cover]
         return list(pieces(windows, Window.sizes))
 
-    def _sample(self, plane: torch.Tensor, split: Split, budget: Tile) -> list[torch.Tensor]:
-        """Small parts of the plane, evenly over it, in all as large as `budget`.
+    def _sample(self, plane: torch.Tensor, split: Split, outer: Tile) -> list[torch.Tensor]:
+        """Small parts of the plane, evenly over it, in all smaller than a tile's window, `outer`.
 
         Where much smaller than the halo, too much of them would be edge; of larger ones there would be too few.
         """
         height, width = plane.shape[-2:]
         step = ceil(1 / split.scale)
-        side = min(split.halo * 3 // 2, max(budget.height, budget.width) // 3)
-        parts = scatter(budget, max(side // step, 2) * step, height, width, step)
+        side = min(split.halo * 3 // 2, max(outer.height, outer.width) // 3)
+        parts = scatter(outer.scaled(SAMPLE), max(side // step, 2) * step, height, width, step)
         return [plane[:, :, part.rows, part.columns] for part in parts]
 
     def _run_tiled(self, run: Forward, plane: torch.Tensor, split: Split) -> torch.Tensor:
         windows = self._windows(plane, split)
-        sample = self._sample(plane, split, budget=windows[0].outer)
+        sample = self._sample(plane, split, windows[0].outer)
         height, width = plane.shape[-2:]
         with PatchStack() as stack, self._progress(self.passes * (len(windows) + 1)) as bar:
             norms = _share_group_norms(stack, (split.stages[i].module for i in split.tiled))
