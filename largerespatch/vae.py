@@ -252,8 +252,9 @@ class TwoPass(_InPieces):
         """
         height, width = plane.shape[-2:]
         step = ceil(1 / split.scale)
-        side = min(split.halo * 3 // 2, max(outer.height, outer.width) // 3)
-        parts = scatter(outer.scaled(SAMPLE), max(side // step, 2) * step, height, width, step)
+        budget = outer.scaled(SAMPLE)
+        side = min(split.halo * 3 // 2, max(budget.height, budget.width) // 3)
+        parts = scatter(budget, max(side // step, 2) * step, height, width, step)
         return [plane[:, :, part.rows, part.columns] for part in parts]
 
     def _run_tiled(self, run: Forward, plane: torch.Tensor, split: Split) -> torch.Tensor:
