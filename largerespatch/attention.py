@@ -4,11 +4,15 @@ Approximate. Without context it equals dense attention under a block mask, to ro
 single tokens. What one step separates another one joins (see `largerespatch.tilings`), so information crosses the
 whole map. The context makes up for most of what a block cannot see: *heavy* tokens, which every query wants, and a
 *sampled* few that stand for all the others, each with the log of how many it stands for.
+
+A VAE's attention to its whole map runs in chunks of its queries, which is exact.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .groupnorm import GivenStatistics, record_in_bands
@@ -83,6 +88,9 @@ class MapNoting:
 # Queries that say which tokens are heavy, and keys that say how much attention there is to get.
 JUDGES = 128
 CROWD = 2048
+
+# Queries of a chunk: enough to keep a device busy, and to make the projection of the keys for each chunk a small part.
+QUERIES = 2**14
 
 # Attention scores that are looked at together while heavy tokens are searched: 32 MiB in float32.
 SCORES = 2**23
@@ -302,6 +310,55 @@ class BlockedAttention:
         return result if weighted.met else original(block, **kwargs)
 
 
+@contextmanager
+def _statistics_of(plane: torch.Tensor, norm: nn.GroupNorm) -> Iterator[None]:
+    """Inside, `norm` gives whatever part of a map it sees the statistics of the whole `plane`."""
+    statistics = record_in_bands(plane, norm.num_groups)
+
+    def normalize(original: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        with GivenStatistics(statistics):
+            return original(tokens)
+
+    with PatchStack() as stack:
+        stack.wrap(norm, "forward", normalize, "group_norm.forward")
+        yield
+
+
+def _normalized(attention: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """What an attention with a group norm makes of tokens ``[B, N, C]`` before it projects them."""
+    normalized: torch.Tensor = attention.group_norm(tokens.transpose(1, 2))
+    return normalized.transpose(1, 2)
+
+
+class ChunkedMapAttention:
+    """Takes the place of the ``forward`` of a self-attention that is given a map ``[B, C, H, W]``: exact, to rounding.
+
+    In the mid blocks of VAEs. Chunks of `QUERIES` attend to the whole map, and the result takes its memory. Keys and
+    values are projected anew for each chunk rather than kept; that is little work beside the attention to them.
+    Smaller maps and calls that are differentiated or that bring something else along go through the original.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        self.attention: Any = attention
+
+    def __call__(
+        self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> torch.Tensor:
+        cells = hidden_states.shape[2:].numel()
+        alone = not any(each is not None for each in (*args, *kwargs.values()))
+        known = type(self.attention.processor) in TAKES_OTHER_KEYS
+        if hidden_states.ndim != 4 or cells <= QUERIES or not alone or not known or torch.is_grad_enabled():
+            return original(hidden_states, *args, **kwargs)
+        plane = hidden_states.flatten(2)
+        with _statistics_of(hidden_states, self.attention.group_norm):
+            keys = _normalized(self.attention, plane.transpose(1, 2)).contiguous()
+            for start in pieces(range(0, cells, QUERIES)):
+                chunk = slice(start, start + QUERIES)
+                result = original(plane[:, :, chunk].transpose(1, 2), encoder_hidden_states=keys)
+                plane[:, :, chunk] = result.transpose(1, 2)
+        return plane.view(hidden_states.shape)
+
+
 class BlockedMapAttention:
     """Takes the place of the ``forward`` of an attention that is given a map ``[B, C, H, W]``.
 
@@ -340,26 +397,18 @@ class BlockedMapAttention:
     def _blocked(
         self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        norm = self.attention.group_norm
         height, width = hidden_states.shape[-2:]
-        statistics = record_in_bands(hidden_states, norm.num_groups)
-
-        def normalize(original: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-            with GivenStatistics(statistics):
-                return original(tokens)
-
         output = hidden_states
         if torch.is_grad_enabled() or not self.in_place:
             output = torch.empty_like(hidden_states)
-        with PatchStack() as stack:
-            stack.wrap(norm, "forward", normalize, "group_norm.forward")
+        with _statistics_of(hidden_states, self.attention.group_norm):
             context = _context(
                 self.blocking,
                 self.attention,
                 hidden_states.flatten(2).transpose(1, 2),
                 (height, width),
                 f"layer {self.layer} step {self.step_note.step}",
-                self._prepare,
+                partial(_normalized, self.attention),
             )
             cover = self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES)
             for tile in pieces(cover, Tile.size):
@@ -367,10 +416,6 @@ class BlockedMapAttention:
                 result = self._attend(original, block, tile, context, **kwargs)
                 output[:, :, tile.rows, tile.columns] = result
         return output
-
-    def _prepare(self, tokens: torch.Tensor) -> torch.Tensor:
-        normalized: torch.Tensor = self.attention.group_norm(tokens.transpose(1, 2))
-        return normalized.transpose(1, 2)
 
     def _attend(
         self,
@@ -387,7 +432,7 @@ class BlockedMapAttention:
         cells = block.flatten(2)
         if encoder_hidden_states is None and type(self.attention.processor) in TAKES_OTHER_KEYS:
             tokens = cells.transpose(1, 2)
-            keys = self._prepare(torch.cat([tokens, context.tokens], dim=1))
+            keys = _normalized(self.attention, torch.cat([tokens, context.tokens], dim=1))
             mask = F.pad(context.log_weights(tile), (tile.area, 0)).to(block.dtype)
             result = original(tokens, encoder_hidden_states=keys, attention_mask=mask, **kwargs)
             return result.transpose(1, 2).reshape(block.shape)

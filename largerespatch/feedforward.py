@@ -1,8 +1,14 @@
-"""Chunked feed-forward: exact, with memory that does not grow with the map."""
+"""What follows self-attention in a transformer block, in chunks of tokens: exact, since it sees one token at a time.
+
+A feed-forward holds four to eight times its input, and a block, beside input and result, three maps that it needs no
+more. In chunks neither grows with the map.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 
 from .rehearsal import pieces
 
@@ -35,3 +41,69 @@ class ChunkedFeedForward:
             output[:, chunk] = result
         assert output is not None  # there is at least one chunk
         return output.view(*hidden_states.shape[:-1], -1)
+
+
+class Attended:
+    """Takes the place of a self-attention's ``forward``, and gives `result` in its place while there is one."""
+
+    result: torch.Tensor | None = None
+
+    def __call__(self, original: Callable[..., torch.Tensor], *args: object, **kwargs: object) -> torch.Tensor:
+        return original(*args, **kwargs) if self.result is None else self.result
+
+
+def can_be_chunked(block: BasicTransformerBlock) -> bool:
+    """Whether a block is a layer norm and self-attention, followed by what looks at tokens one by one."""
+    crosses = block.attn2 is None or block.attn2.is_cross_attention
+    return block.norm_type == "layer_norm" and block.pos_embed is None and not block.only_cross_attention and crosses
+
+
+class ChunkedBlock:
+    """Takes the place of ``BasicTransformerBlock.forward`` for hidden states ``[B, N, C]``: exact, to rounding.
+
+    Self-attention comes first, for all tokens. Then the original runs for a chunk of them at a time, where `attended`
+    tells it the chunk's part of that; its result takes the same memory. Passed on as they are: calls whose other
+    arguments concern single tokens (masks, boxes of GLIGEN), calls to be differentiated or compiled, and all where a
+    hook of diffusers or a processor that is not its own may count tokens or calls.
+    """
+
+    def __init__(self, block: BasicTransformerBlock, attended: Attended, chunk_size: int) -> None:
+        self.block: Any = block
+        self.attended = attended
+        self.chunk_size = chunk_size
+
+    def __call__(
+        self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: object, **kwargs: Any
+    ) -> torch.Tensor:
+        batch, tokens, _ = hidden_states.shape
+        length = max(self.chunk_size // batch, 1)
+        if tokens <= length or args or not self._sees_single_tokens(kwargs):
+            return original(hidden_states, *args, **kwargs)
+        attended = self.block.attn1(self.block.norm1(hidden_states), **(kwargs.get("cross_attention_kwargs") or {}))
+        output = None
+        for start in pieces(range(0, tokens, length)):
+            chunk = slice(start, start + length)
+            self.attended.result = attended[:, chunk]
+            try:
+                result = original(hidden_states[:, chunk], **kwargs)
+            finally:
+                self.attended.result = None
+            if output is None:  # another dtype where autocast has chosen one for attention
+                output = attended if result.dtype == attended.dtype else torch.empty_like(attended, dtype=result.dtype)
+            output[:, chunk] = result
+        assert output is not None  # there is at least one chunk
+        return output
+
+    def _sees_single_tokens(self, arguments: dict[str, Any]) -> bool:
+        block, mask = self.block, arguments.get("encoder_attention_mask")
+        return (
+            arguments.get("attention_mask") is None
+            and (mask is None or (mask.ndim == 3 and mask.shape[1] == 1))
+            and not {"gligen", "ip_adapter_masks"} & set(arguments.get("cross_attention_kwargs") or ())
+            and (block.attn2 is None or arguments.get("encoder_hidden_states") is not None)
+            and (block.attn2 is None or type(block.attn2.processor).__module__.startswith("diffusers.models."))
+            and block._chunk_size is None
+            and not hasattr(block, "_diffusers_hook")
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )

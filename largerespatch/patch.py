@@ -13,8 +13,17 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from .attention import COVERS, BlockedAttention, BlockedMapAttention, Blocking, MapNote, MapNoting, StepNote
-from .feedforward import ChunkedFeedForward
+from .attention import (
+    COVERS,
+    BlockedAttention,
+    BlockedMapAttention,
+    Blocking,
+    ChunkedMapAttention,
+    MapNote,
+    MapNoting,
+    StepNote,
+)
+from .feedforward import Attended, ChunkedBlock, ChunkedFeedForward, can_be_chunked
 from .offload import Link
 from .padding import PADDING_MODES, install_padding, pads
 from .patching import PatchStack
@@ -24,7 +33,6 @@ from .unet import SerialBatch, StepNoting, offloadings
 from .vae import (
     VAE_ATTENTIONS,
     VAE_MODES,
-    WHOLE_BYTES,
     Cutting,
     Exact,
     TwoPass,
@@ -175,7 +183,8 @@ class LargeResPatch:
         attn_slice_x: width of a tile, half the width of a wide brick, in tokens of the attended map.
         attn_slice_y: height of a tile, half the height of a tall brick, in tokens of the attended map.
         attn_shape: "brick" for the four running-bond tilings, "tile" for four shifted grids.
-        ff_chunk_size: tokens that pass through a feed-forward at once.
+        ff_chunk_size: tokens that pass at once through a feed-forward, and through all else that follows self-attention
+            in a transformer block.
         padding_mode: what convolutions of U-Net and VAE see beyond the image's edge: "constant" (as trained),
             "circular" (the image continues at its opposite edge), "reflect" or "replicate".
         vae_chunk_size_x: width of a VAE tile in latent pixels.
@@ -191,9 +200,10 @@ class LargeResPatch:
         vae_recompute: whether an exact VAE computes its largest maps strip by strip each time they are read, the
             last upsampler's output among them, rather than keep them: about 27 % of the untiled memory, 30 % more time
             for a decode. Exact.
-        vae_offload: whether an exact VAE keeps whole maps in (pinned) host memory while their strips visit the
-            device: what it takes there hardly grows with the image, but for the mid-block attention. An image that
-            the device has no room for is given back on the host. Exact; nothing changes where the VAE runs on the host.
+        vae_offload: whether whole maps of the VAE are kept in (pinned) host memory while their strips or tiles visit
+            the device: what it takes there hardly grows with the image, but for the mid-block attention. An image that
+            the device has no room for is given back on the host by an exact VAE. Changes no result; and nothing at all
+            where the VAE runs on the host.
         unet_serial: whether U-Net and ControlNet run the samples of a batch (guidance makes two of one) one after
             another. Exact.
         unet_strip_rows: run the residual blocks and upsamplers of U-Nets and ControlNets in strips of at most so many
@@ -243,7 +253,6 @@ class LargeResPatch:
         factor = max((_vae_factor(vae) for vae in vaes), default=getattr(pipe, "vae_scale_factor", 1))
         self.pipe = pipe
         self._factor = factor
-        self.vae_whole_bytes = WHOLE_BYTES
         self.width = _image_size("width", width, factor)
         self.height = _image_size("height", height, factor)
         self.blocking = Blocking(
@@ -261,8 +270,10 @@ class LargeResPatch:
         self.vae_chunk_size_x = positive_int("vae_chunk_size_x", vae_chunk_size_x, "latent pixels")
         self.vae_chunk_size_y = positive_int("vae_chunk_size_y", vae_chunk_size_y, "latent pixels")
         self.vae_mode = one_of("vae_mode", vae_mode, VAE_MODES)
-        self.vae_recompute = self._for_exact("vae_recompute", vae_recompute)
-        self.vae_offload = self._for_exact("vae_offload", vae_offload)
+        self.vae_recompute = boolean("vae_recompute", vae_recompute)
+        if vae_recompute and vae_mode != "exact":
+            raise ValueError(f"vae_recompute=True needs vae_mode 'exact'; got vae_mode {vae_mode!r}")
+        self.vae_offload = boolean("vae_offload", vae_offload)
         self.unet_strip_rows = unet_strip_rows
         if unet_strip_rows is not None:
             self.unet_strip_rows = positive_int("unet_strip_rows", unet_strip_rows, "rows of the feature map")
@@ -385,6 +396,12 @@ class LargeResPatch:
             layer += 1
         for path, feed_forward in _modules(model, FeedForward).items():
             stack.wrap(feed_forward, "forward", ChunkedFeedForward(self.ff_chunk_size), f"{name}.{path}.forward")
+        for path, block in _modules(model, BasicTransformerBlock).items():
+            if can_be_chunked(block):  # over what its parts have by now
+                attended = Attended()
+                stack.wrap(block.attn1, "forward", attended, f"{name}.{path}.attn1.forward")
+                chunked = ChunkedBlock(block, attended, self.ff_chunk_size)
+                stack.wrap(block, "forward", chunked, f"{name}.{path}.forward")
         if self.unet_strip_rows is not None:
             strips = Strips(self.unet_strip_rows, wrap=self.padding_mode == "circular")
             for path, module, replacement in unet_replacements(model, strips, name):
@@ -397,15 +414,11 @@ class LargeResPatch:
         stack.set(vae, "use_tiling", False, f"{name}.use_tiling")
         for half, replacement in self._vae_halves(name, vae).items():
             stack.wrap(getattr(vae, half), "forward", replacement, f"{name}.{half}.forward")
-            if self.vae_attn == "blocked":
-                for layer, (path, attention) in enumerate(_map_attentions(getattr(vae, half)).items()):
-                    blocked = BlockedMapAttention(attention, self.blocking, StepNote(), layer, in_place=True)
-                    stack.wrap(attention, "forward", blocked, f"{name}.{half}.{path}.forward")
-
-    def _for_exact(self, option: str, value: bool) -> bool:
-        if boolean(option, value) and self.vae_mode != "exact":
-            raise ValueError(f"{option}=True needs vae_mode 'exact'; got vae_mode {self.vae_mode!r}")
-        return value
+            for layer, (path, attention) in enumerate(_map_attentions(getattr(vae, half)).items()):
+                attended: BlockedMapAttention | ChunkedMapAttention = ChunkedMapAttention(attention)
+                if self.vae_attn == "blocked":
+                    attended = BlockedMapAttention(attention, self.blocking, StepNote(), layer, in_place=True)
+                stack.wrap(attention, "forward", attended, f"{name}.{half}.{path}.forward")
 
     def _vae_halves(self, name: str, vae: Any) -> dict[str, TwoPass | Exact]:
         halves: dict[str, TwoPass | Exact] = {}
@@ -419,12 +432,12 @@ class LargeResPatch:
                 title=f"VAE {half}",
             )
             model = getattr(vae, half)
+            host = torch.device("cpu") if self.vae_offload else None
             if self.vae_mode == "exact":
-                host = torch.device("cpu") if self.vae_offload else None
                 halves[half] = Exact(model, f"{name}.{half}", cutting, self.vae_recompute, host)
             else:
                 splits = encoder_splits(model) if half == "encoder" else decoder_splits(model)
-                halves[half] = TwoPass(splits, cutting, self.vae_passes, self.vae_whole_bytes)
+                halves[half] = TwoPass(splits, cutting, self.vae_passes, host)
         return halves
 
     def __repr__(self) -> str:
@@ -460,14 +473,12 @@ class LargeResPatch:
 
     def _describe_vae(self) -> str:
         attention = ", its attention in blocks" if self.vae_attn == "blocked" else ""
-        return self._describe_vae_mode() + attention
+        return self._describe_vae_mode() + attention + (", whole maps on the host" if self.vae_offload else "")
 
     def _describe_vae_mode(self) -> str:
         if self.vae_mode == "exact":
-            return (
-                f"encoder and decoder exactly, in strips of {self.vae_chunk_size_y} rows"
-                + (", largest maps recomputed" if self.vae_recompute else "")
-                + (", whole maps on the host" if self.vae_offload else "")
+            return f"encoder and decoder exactly, in strips of {self.vae_chunk_size_y} rows" + (
+                ", largest maps recomputed" if self.vae_recompute else ""
             )
         size = f"{self.vae_chunk_size_x}x{self.vae_chunk_size_y}"
         passes = "two" if self.vae_passes == 2 else self.vae_passes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import stages
-from .memory import GIB, gibibytes, parse_bytes
+from .memory import gibibytes, parse_bytes
 from .patching import PatchStack
 from .shadow import HOST, Shadow, execution_device, models_of, weights_now, weights_on
 
@@ -111,8 +111,7 @@ DENOISER_SAVERS: tuple[Settings, ...] = (
 )
 VAE_SAVERS: Mapping[str, tuple[Settings, ...]] = {
     "two-pass": (
-        {"vae_whole_bytes": GIB},
-        {"vae_whole_bytes": GIB // 4},
+        {"vae_offload": True},
         {"vae_attn": "blocked"},
         {"vae_chunk_size_x": 32, "vae_chunk_size_y": 32},
     ),

@@ -28,13 +28,18 @@ def rehearsal() -> Iterator[None]:
         _rehearsing.reset(token)
 
 
+def rehearsing() -> bool:
+    """Whether values are meaningless and only shapes count."""
+    return _rehearsing.get()
+
+
 def _exceeded(size: Size, sizes: set[Size]) -> bool:
     return any(size != other and all(a <= b for a, b in zip(size, other, strict=True)) for other in sizes)
 
 
 def pieces(every: Sequence[P], size: Callable[[P], Size] = lambda _: ()) -> Sequence[P]:
     """All of them; in a rehearsal the first, the last, and three of each `size` that no other one contains."""
-    if not _rehearsing.get():
+    if not rehearsing():
         return every
     sizes = set(map(size, every))
     needed = Counter({each: _ENOUGH for each in sizes if not _exceeded(each, sizes)})

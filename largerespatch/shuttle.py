@@ -68,10 +68,14 @@ class Shuttle:
         if len(self._stored) > 2:
             self._stored.popleft().synchronize()
 
-    def deliver(self, plane: torch.Tensor) -> torch.Tensor:
-        """A finished map: on the device, or on the host where the device has no room for it."""
+    def settle(self) -> None:
+        """Wait until all that was stored has arrived, so that the host may read any part of it."""
         if self.is_cuda:
             self._outgoing.synchronize()
+
+    def deliver(self, plane: torch.Tensor) -> torch.Tensor:
+        """A finished map: on the device, or on the host where the device has no room for it."""
+        self.settle()
         return (plane.to(self.device) if self._has_room(plane) else plane).contiguous()
 
     def _has_room(self, plane: torch.Tensor) -> bool:

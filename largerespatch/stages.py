@@ -1,9 +1,11 @@
 """The calls that a pipeline makes to its models, on empty inputs of the right shapes."""
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -43,7 +45,8 @@ def _new_like(model: Any) -> New:
 def guidance_batch(pipe: Any) -> int:
     """Samples that the denoiser sees for one image with guidance on."""
     scales = {"guidance_scale", "image_guidance_scale", "pag_scale"} & _takes(type(pipe).__call__)
-    if getattr(_component(pipe, DENOISERS).config, "time_cond_proj_dim", None) is not None:
+    denoiser = _component(pipe, DENOISERS)
+    if getattr(denoiser.config, "time_cond_proj_dim", None) is not None or "guidance" in _takes(denoiser.forward):
         scales.discard("guidance_scale")  # a number that the model is told, not another sample
     return 1 + len(scales)
 
@@ -56,8 +59,8 @@ def encodes(pipe: Any) -> bool:
 
 def held(pipe: Any, height: int, width: int) -> list[torch.Tensor]:
     """What is on the host all through a call: a picture that was given, as it came and as the models want it."""
-    if not (encodes(pipe) or _sees_image(pipe)):
-        return []
+    if getattr(pipe, "adapter", None) is not None or not (encodes(pipe) or _sees_image(pipe)):
+        return []  # an adapter's picture is not copied
     picture = torch.empty(1, 3, height, width)
     tensors = [picture, torch.empty_like(picture)]
     if "mask_image" in _takes(type(pipe).__call__):
@@ -75,7 +78,14 @@ def _sees_image(pipe: Any) -> bool:
 def _seen_image(pipe: Any, height: int, width: int) -> torch.Tensor | None:
     if not _sees_image(pipe):
         return None
-    return _new_like(_component(pipe, DENOISERS))(guidance_batch(pipe), 3, height, width)
+    batch = 1 if getattr(pipe, "adapter", None) is not None else guidance_batch(pipe)
+    return _new_like(_component(pipe, DENOISERS))(batch, 3, height, width)
+
+
+def _latent_size(pipe: Any, height: int, width: int, factor: int) -> tuple[int, int]:
+    if hasattr(pipe, "movq_scale_factor"):  # Kandinsky's pipelines round up to whole cells of the coarsest map
+        return ceil(height / factor**2) * factor, ceil(width / factor**2) * factor
+    return height // factor, width // factor
 
 
 @contextmanager
@@ -106,7 +116,7 @@ def decode(pipe: Any, height: int, width: int, factor: int) -> None:
     if vae is None:
         return
     _seen = _seen_image(pipe, height, width)  # still there, as is what else the pipeline's frame holds
-    latents = _new_like(vae)(1, vae.config.latent_channels, height // factor, width // factor)
+    latents = _new_like(vae)(1, vae.config.latent_channels, *_latent_size(pipe, height, width, factor))
     options = {"force_not_quantize": True} if "force_not_quantize" in _takes(vae.decode) else {}
     image = vae.decode(latents, return_dict=False, **options)[0]
     if hasattr(pipe, "image_processor"):
@@ -133,17 +143,20 @@ def step(pipe: Any, height: int, width: int, factor: int) -> None:
     denoiser = _component(pipe, DENOISERS)
     if denoiser is None:
         return
-    known = {
+    known: dict[str, Callable[..., _Call]] = {
         "UNet2DConditionModel": _UNet,
         "UNetControlNetXSModel": _UNet,
         "UNetMotionModel": _MotionUNet,
+        "PixArtTransformer2DModel": _PixArt,
+        "SD3Transformer2DModel": _SD3,
+        "FluxTransformer2DModel": _Flux,
     }
     name = type(denoiser).__name__
     if name not in known:
         raise ValueError(
             f"pipe must have a denoiser whose memory can be estimated ({', '.join(known)}) or none; got {name}"
         )
-    latent = (height // factor, width // factor)
+    latent = _latent_size(pipe, height, width, factor)
     call = known[name](pipe, denoiser, guidance_batch(pipe), height, width, latent)
     kept = call.sample()[:1].clone()  # what the scheduler works on
     parts = call.predict().chunk(call.batch)
@@ -152,8 +165,8 @@ def step(pipe: Any, height: int, width: int, factor: int) -> None:
 
 
 @dataclass
-class _UNet:
-    """A call of a U-Net for `batch` samples, with what its configuration and the pipeline's other models ask for."""
+class _Call(ABC):
+    """A call of a denoiser for `batch` samples, with what its configuration and the pipeline's other models ask for."""
 
     pipe: Any
     model: Any
@@ -162,10 +175,9 @@ class _UNet:
     width: int
     latent: tuple[int, int]
 
+    @abstractmethod
     def predict(self) -> torch.Tensor:
-        conditions = self.conditions(self.batch)
-        conditions["controlnet_cond"] = _seen_image(self.pipe, self.height, self.width)
-        return self.call(conditions | self.residuals(conditions))
+        """What the denoiser makes of `sample`."""
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         new = _new_like(self.model)
@@ -173,6 +185,17 @@ class _UNet:
 
     def sample(self) -> torch.Tensor:
         return self.new(self.batch, self.model.config.in_channels, *self.latent)
+
+    def prompt_tokens(self) -> int:
+        parameter = inspect.signature(type(self.pipe).__call__).parameters.get("max_sequence_length")
+        return PROMPT_TOKENS if parameter is None else int(parameter.default)
+
+
+class _UNet(_Call):
+    def predict(self) -> torch.Tensor:
+        conditions = self.conditions(self.batch)
+        conditions["controlnet_cond"] = _seen_image(self.pipe, self.height, self.width)
+        return self.call(conditions | self.residuals(conditions))
 
     def call(self, conditions: dict[str, Any]) -> torch.Tensor:
         result: torch.Tensor = self.model(self.sample(), TIMESTEP, return_dict=False, **_taken(self.model, conditions))[
@@ -271,3 +294,53 @@ class _MotionUNet(_UNet):
 
     def sample(self) -> torch.Tensor:
         return self.new(self.batch, self.model.config.in_channels, FRAMES, *self.latent)
+
+
+class _PixArt(_Call):
+    def predict(self) -> torch.Tensor:
+        config, tokens = self.model.config, self.prompt_tokens()
+        sizes = {"resolution": self.new(self.batch, 2), "aspect_ratio": self.new(self.batch, 1)}
+        result: torch.Tensor = self.model(
+            self.sample(),
+            self.new(self.batch, tokens, config.caption_channels or config.cross_attention_dim),
+            timestep=self.new(self.batch),
+            added_cond_kwargs=sizes if self.model.use_additional_conditions else None,
+            encoder_attention_mask=self.new(self.batch, tokens),
+            return_dict=False,
+        )[0]
+        return result
+
+
+class _SD3(_Call):
+    def predict(self) -> torch.Tensor:
+        config = self.model.config
+        result: torch.Tensor = self.model(
+            self.sample(),
+            self.new(self.batch, PROMPT_TOKENS + self.prompt_tokens(), config.joint_attention_dim),
+            self.new(self.batch, config.pooled_projection_dim),
+            self.new(self.batch),
+            return_dict=False,
+        )[0]
+        return result
+
+
+class _Flux(_Call):
+    """Its tokens are squares of four latent pixels, packed by the pipeline."""
+
+    def sample(self) -> torch.Tensor:
+        height, width = self.latent
+        return self.new(self.batch, height // 2 * (width // 2), self.model.config.in_channels)
+
+    def predict(self) -> torch.Tensor:
+        config, sample, tokens = self.model.config, self.sample(), self.prompt_tokens()
+        result: torch.Tensor = self.model(
+            sample,
+            self.new(self.batch, tokens, config.joint_attention_dim),
+            self.new(self.batch, config.pooled_projection_dim),
+            self.new(self.batch),
+            self.new(sample.shape[1], 3),
+            self.new(tokens, 3),
+            self.new(self.batch, dtype=torch.float32) if config.guidance_embeds else None,
+            return_dict=False,
+        )[0]
+        return result

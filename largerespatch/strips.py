@@ -12,6 +12,7 @@ that of the output wherever it can. A U-Net keeps its maps for skip connections;
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +112,15 @@ class Strips:
         return iter(pieces) if self.shuttle is None else self.shuttle.fetch(pieces)
 
     def on_device(self, plane: torch.Tensor) -> torch.Tensor:
-        return next(self._fetched([plane]))
+        """All of a map, wherever it lives. It comes strip by strip, lest the device hold it in two layouts at once."""
+        if self.shuttle is None:
+            return plane
+        if plane.device == self.shuttle.device:
+            return plane.contiguous()
+        whole = torch.empty(plane.shape, dtype=plane.dtype, device=self.shuttle.device)
+        for strip, _, block in self.read(plane, self.cut(plane), 0):
+            whole[:, :, strip.rows] = block
+        return whole
 
     def write(self, plane: torch.Tensor, strip: Tile, values: torch.Tensor) -> None:
         """`values` into the rows of a `strip`, wherever `plane` lives."""
@@ -306,7 +315,7 @@ class StripResample:
         self.consumes = consumes
 
     def __call__(self, original: Forward, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.strips.is_one(hidden_states):
+        if self.strips.is_one(hidden_states) or hidden_states.shape[-2] < self.halo:
             return original(self.strips.on_device(hidden_states), *args, **kwargs)
         self.strips.spare = None
         if self.consumes:
@@ -409,7 +418,8 @@ class Whole:
         result = original(self.strips.on_device(hidden_states), *args, **kwargs)
         if result.device == hidden_states.device:
             return result
-        self.strips.write(hidden_states, Tile(0, 0, *hidden_states.shape[-2:]), result)
+        for strip in self.strips.cut(result):
+            self.strips.write(hidden_states, strip, result[:, :, strip.rows])
         return hidden_states
 
 
@@ -457,6 +467,16 @@ def known_replacements(model: nn.Module, strips: Strips, path: str) -> list[tupl
         return []
 
 
+def _strip_embedding(module: nn.Module, strips: Strips) -> StripResample:
+    """For a ControlNet's embedding of its picture: centred convolutions, some with a stride, and no norm between."""
+    reach, step = 0, 1
+    for convolution in module.modules():
+        if isinstance(convolution, nn.Conv2d):
+            reach += step * _reach(convolution)
+            step *= convolution.stride[0]
+    return StripResample(strips, Fraction(1, step), halo=step * ceil(reach / step), consumes=False)
+
+
 def unet_replacements(model: nn.Module, strips: Strips, path: str) -> Iterator[tuple[str, nn.Module, Forward]]:
     """Path, module and strip-wise forward for what a U-Net or ControlNet holds; any other module is left alone."""
     for name, module in model.named_modules(prefix=path):
@@ -467,3 +487,5 @@ def unet_replacements(model: nn.Module, strips: Strips, path: str) -> Iterator[t
                     yield name, module, StripResnet(module, strips, consumes=False)
             case Upsample2D(norm=None, interpolate=True, use_conv_transpose=False):
                 yield name, module, StripUpsample(module, strips, consumes=False)
+            case _ if type(module).__name__ == "ControlNetConditioningEmbedding":  # its class brings transformers along
+                yield name, module, _strip_embedding(module, strips)

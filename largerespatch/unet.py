@@ -13,6 +13,7 @@ from torch import nn
 
 from .attention import StepNote
 from .offload import Joined, Link, OffMap, Waiting
+from .rehearsal import rehearsing
 
 
 def step_index(timestep: object, scheduler: Any) -> int:
@@ -40,7 +41,7 @@ class StepNoting:
 
     def __call__(self, original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-        if arguments.get("timestep") is not None:
+        if arguments.get("timestep") is not None and not rehearsing():
             self.note.step = step_index(arguments["timestep"], self.scheduler())
         return original(*args, **kwargs)
 

@@ -156,10 +156,16 @@ class _InPieces(ABC):
     """Takes the place of an encoder's or decoder's ``forward`` for inputs ``[B, C, H, W]``.
 
     An input of at most one tile goes through the original.
+
+    Args:
+        cutting: the size of a tile, and the rest.
+        host: where maps that are not in tiles live, if that is not where the model runs, while parts of them visit the
+            device. None: they stay on the device. Attention has its whole map on the device in any case.
     """
 
-    def __init__(self, cutting: Cutting) -> None:
+    def __init__(self, cutting: Cutting, host: torch.device | None = None) -> None:
         self.cutting = cutting
+        self.host = host
 
     def __call__(self, original: Forward, sample: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         height, width = (length // self.cutting.latent_scale for length in sample.shape[-2:])
@@ -177,6 +183,9 @@ class _InPieces(ABC):
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         """The result for an input of more than one tile."""
 
+    def _shuttle(self, device: torch.device) -> Shuttle | None:
+        return None if self.host in (None, device) else Shuttle(device, self.host)
+
     @contextmanager
     def _progress(self, total: int) -> Iterator[Any]:
         with self.cutting.progress_bar(total=total) as bar:
@@ -192,46 +201,57 @@ class TwoPass(_InPieces):
     whole does so strip by strip where its modules are known: exact, and smaller in memory.
 
     Args:
-        splits: in order of preference; the first whose whole part fits `whole_bytes` is taken, else the last.
-        cutting: the size of a tile, and the rest.
+        splits: in order of preference; the first whose whole part fits `WHOLE_BYTES` is taken, else the last.
+        cutting, host: see above.
         passes: at least 2; all but the last record. Each makes one more group norm exact, in the order they run in.
     """
 
     def __init__(
-        self, splits: Sequence[Split], cutting: Cutting, passes: int = 2, whole_bytes: int = WHOLE_BYTES
+        self,
+        splits: Sequence[Split],
+        cutting: Cutting,
+        passes: int = 2,
+        host: torch.device | None = None,
     ) -> None:
-        super().__init__(cutting)
+        super().__init__(cutting, host)
         self.splits = splits
         self.passes = passes
-        self.whole_bytes = whole_bytes
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         split = self.choose(sample)
+        before, after = range(split.tiled.start), range(split.tiled.stop, len(split.stages))
+        strips = Strips(self.cutting.tile_height, self.cutting.wrap)
+        in_strips = {i: known_replacements(split.stages[i].module, strips, f"stage {i}") for i in (*before, *after)}
+        if all(in_strips.values()):  # a module that is not known has to find its map on the device
+            strips.shuttle = self._shuttle(sample.device)
 
         def run(hidden_states: torch.Tensor, part: range) -> torch.Tensor:
             with PatchStack() as stack:
                 for i, stage in enumerate(split.stages):
                     if i not in part:
                         stack.set(stage.module, "forward", _pass_through, f"stage {i}")
-                return original(hidden_states)
-
-        def run_whole(hidden_states: torch.Tensor, part: range) -> torch.Tensor:
-            strips = Strips(self.cutting.tile_height, self.cutting.wrap)
-            with PatchStack() as stack:
-                for i in part:
-                    for path, module, replacement in known_replacements(split.stages[i].module, strips, f"stage {i}"):
+                        continue
+                    for path, module, replacement in in_strips.get(i, ()):
                         stack.wrap(module, "forward", replacement, f"{path}.forward")
-                return run(hidden_states, part)
+                result = original(hidden_states)
+            strips.spare = None
+            return result
 
-        before, after = range(split.tiled.start), range(split.tiled.stop, len(split.stages))
-        hidden_states = run_whole(sample, before) if before else sample
-        hidden_states = self._run_tiled(lambda window: run(window, split.tiled), hidden_states, split)
-        return run_whole(hidden_states, after) if after else hidden_states
+        hidden_states = run(sample, before) if before else sample
+        if strips.shuttle is not None:
+            strips.shuttle.settle()
+        # What is read again waits on the host.
+        empty = strips.empty if after else torch.Tensor.new_empty
+        hidden_states = self._run_tiled(
+            lambda window: run(window.to(sample.device), split.tiled), hidden_states, split, empty
+        )
+        result = run(hidden_states, after) if after else hidden_states
+        return result if strips.shuttle is None else strips.shuttle.deliver(result)
 
     def choose(self, sample: torch.Tensor) -> Split:
         batch, _, height, width = sample.shape
         for split in self.splits:
-            if split.whole_bytes(height, width, batch, sample.element_size()) <= self.whole_bytes:
+            if split.whole_bytes(height, width, batch, sample.element_size()) <= WHOLE_BYTES:
                 return split
         return self.splits[-1]
 
@@ -257,7 +277,9 @@ class TwoPass(_InPieces):
         parts = scatter(budget, max(side // step, 2) * step, height, width, step)
         return [plane[:, :, part.rows, part.columns] for part in parts]
 
-    def _run_tiled(self, run: Forward, plane: torch.Tensor, split: Split) -> torch.Tensor:
+    def _run_tiled(
+        self, run: Forward, plane: torch.Tensor, split: Split, empty: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
         windows = self._windows(plane, split)
         sample = self._sample(plane, split, windows[0].outer)
         height, width = plane.shape[-2:]
@@ -290,7 +312,8 @@ class TwoPass(_InPieces):
                 result = run_window(tile_window)
                 owned = tile_window.owned(*result.shape[-2:])
                 if output is None:
-                    output = result.new_empty(*result.shape[:2], int(split.scale * height), int(split.scale * width))
+                    size = (int(split.scale * height), int(split.scale * width))
+                    output = empty(result, (*result.shape[:2], *size))
                 place = tile_window.tile.scaled(split.scale)
                 output[:, :, place.rows, place.columns] = result[:, :, owned.rows, owned.columns]
             assert output is not None  # there is at least one window
@@ -326,11 +349,9 @@ class Exact(_InPieces):
 
     Args:
         model: the encoder or decoder, and `path` its name in messages.
-        cutting: strips have as many rows, on every map, as a tile has in latent pixels.
+        cutting, host: see above; strips have as many rows, on every map, as a tile has in latent pixels.
         recompute: at the finest level, where maps are largest, no map exists but the outputs of residual blocks: an
             upsampler's is computed three times and the one between two convolutions twice, strip by strip.
-        host: where whole maps live, if that is not where the model runs, while their strips visit the device. None:
-            they stay on the device. Attention has its whole map on the device in any case.
 
     Raises:
         ValueError: `model` holds a module that cannot be run strip by strip.
@@ -344,11 +365,10 @@ class Exact(_InPieces):
         recompute: bool = False,
         host: torch.device | None = None,
     ) -> None:
-        super().__init__(cutting)
+        super().__init__(cutting, host)
         self.strips = Strips(cutting.tile_height, cutting.wrap)
         self.replacements = list(replacements(model, self.strips, path))
         self.recompute = recompute
-        self.host = host
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         strips = self.strips
@@ -366,8 +386,7 @@ class Exact(_InPieces):
                 stack.wrap(module, "forward", counted(replacement), f"{path}.forward")
             doublings = sum(isinstance(module, Upsample2D) for _, module, _ in self.replacements)
             strips.finest = sample.shape[-2] * 2**doublings if self.recompute else None
-            if self.host is not None and self.host != sample.device:
-                strips.shuttle = Shuttle(sample.device, self.host)
+            strips.shuttle = self._shuttle(sample.device)
             try:
                 result = original(sample)
                 return result if strips.shuttle is None else strips.shuttle.deliver(result)

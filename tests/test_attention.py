@@ -22,11 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
+from largerespatch import attention as attention_room
 from largerespatch.attention import (
     COVERS,
     BlockedAttention,
     BlockedMapAttention,
     Blocking,
+    ChunkedMapAttention,
     Context,
     MapNote,
     MapNoting,
@@ -441,3 +443,38 @@ def test_other_calls_with_a_map_are_passed_on_as_they_are(text, arguments):
     with PatchStack() as stack:
         blocked_map(stack, module, Blocking("tile", 3, 3, 9))
         assert torch.equal(module(x, **arguments), expected)
+
+
+def chunked_map(monkeypatch, stack, module, queries=10):
+    """Returns a list that the number of queries of each call is noted in."""
+    monkeypatch.setattr(attention_room, "QUERIES", queries)
+    seen = []
+    module.to_q.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[-2]))
+    stack.wrap(module, "forward", ChunkedMapAttention(module), "attention.forward")
+    return seen
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(1)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_attention_to_a_whole_map_in_chunks_of_queries_is_dense_attention(monkeypatch, processor, memory_format):
+    module, x = map_attention(processor), torch.randn(2, 16, 9, 7) + torch.linspace(-3, 3, 7)
+    x = x.to(memory_format=memory_format)
+    expected = module(x.clone(), temb=None)
+    with PatchStack() as stack:
+        seen = chunked_map(monkeypatch, stack, module)
+        result = module(x, temb=None)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    assert seen == [10] * 6 + [3]
+
+
+@pytest.mark.parametrize("case", ["small", "text", "gradients", "own processor"])
+def test_other_calls_with_a_whole_map_are_passed_on_as_they_are(monkeypatch, case):
+    module, x = map_attention(text=case == "text"), torch.randn(1, 16, 9, 7)
+    arguments = {"encoder_hidden_states": torch.randn(1, 5, 12)} if case == "text" else {}
+    if case == "own processor":
+        module.set_processor(lambda attention, hidden_states, **_: 2 * attention.to_q(hidden_states.flatten(2).mT))
+    with torch.set_grad_enabled(case == "gradients"), PatchStack() as stack:
+        expected = module(x, **arguments)
+        seen = chunked_map(monkeypatch, stack, module, queries=63 if case == "small" else 10)
+        assert torch.equal(module(x, **arguments), expected)
+    assert seen == [63]

@@ -1,10 +1,12 @@
 import pytest
 import torch
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from largerespatch.feedforward import ChunkedFeedForward
+from largerespatch.feedforward import Attended, ChunkedBlock, ChunkedFeedForward, can_be_chunked
+from largerespatch.memory import LiveBytes
 from largerespatch.patching import PatchStack
 
 # Matrix products of different heights may be summed in another order: a few units in the last place.
@@ -69,3 +71,112 @@ def test_gradients_are_the_unpatched_ones():
             stack.wrap(module, "forward", ChunkedFeedForward(6), "ff.forward")
             (gradient,) = torch.autograd.grad(module(x).square().sum(), x)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def transformer_block(**options):
+    torch.manual_seed(0)
+    return BasicTransformerBlock(16, 2, 8, **({"cross_attention_dim": 12} | options))
+
+
+def in_chunks(stack, block, chunk_size):
+    """Returns a list that the tokens of each feed-forward are noted in."""
+    assert can_be_chunked(block)
+    attended, seen = Attended(), []
+    block.ff.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
+    stack.wrap(block.attn1, "forward", attended, "attn1.forward")
+    stack.wrap(block, "forward", ChunkedBlock(block, attended, chunk_size), "block.forward")
+    return seen
+
+
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 130), st.booleans(), st.booleans())
+def test_a_block_in_chunks_gives_the_whole_result(batch, tokens, chunk_size, crosses, masked):
+    block = transformer_block() if crosses else transformer_block(cross_attention_dim=None)
+    x, arguments = torch.randn(batch, tokens, 16), {}
+    if crosses:
+        arguments["encoder_hidden_states"] = torch.randn(batch, 5, 12)
+        mask = torch.tensor([0.0, 0, -10000, 0, -3]).expand(batch, 1, 5)
+        arguments["encoder_attention_mask"] = mask if masked else None
+    expected, given_x = block(x, **arguments), x.clone()
+    with PatchStack() as stack:
+        seen = in_chunks(stack, block, chunk_size)
+        torch.testing.assert_close(block(x, **arguments), expected, rtol=1e-5, atol=2e-6)
+    assert torch.equal(x, given_x)
+    assert max(seen) <= max(chunk_size, batch)
+    assert sum(seen) == batch * tokens
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0, lambda: SlicedAttnProcessor(1)])
+def test_every_processor_crosses_in_chunks(processor):
+    block, x, prompt = transformer_block(), torch.randn(2, 30, 16), torch.randn(2, 5, 12)
+    for attention in (block.attn1, block.attn2):
+        attention.set_processor(processor())
+    expected = block(x, encoder_hidden_states=prompt)
+    with PatchStack() as stack:
+        seen = in_chunks(stack, block, 16)
+        torch.testing.assert_close(block(x, encoder_hidden_states=prompt), expected, rtol=1e-5, atol=2e-6)
+    assert seen == [16, 16, 16, 12]
+
+
+def test_a_block_in_chunks_holds_two_maps_beside_its_input():
+    block, x, prompt = transformer_block(), torch.randn(1, 4000, 16), torch.randn(1, 5, 12)
+    with LiveBytes("cpu") as whole:
+        block(x, encoder_hidden_states=prompt)
+    with PatchStack() as stack:
+        stack.wrap(block.attn1, "forward", lambda original, tokens: 2 * tokens, "attn1.forward")  # blocked elsewhere
+        in_chunks(stack, block, 100)
+        with LiveBytes("cpu") as chunked:
+            block(x, encoder_hidden_states=prompt)
+    assert chunked.peak < 2.2 * x.nbytes
+    assert whole.peak > 5 * x.nbytes
+
+
+def test_autocast_keeps_the_dtype_of_the_whole_result():
+    block, x, prompt = transformer_block(), torch.randn(1, 30, 16), torch.randn(1, 5, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = block(x, encoder_hidden_states=prompt)
+        with PatchStack() as stack:
+            in_chunks(stack, block, 16)
+            result = block(x, encoder_hidden_states=prompt)
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
+
+
+def swapping(attention, hidden_states, encoder_hidden_states=None, attention_mask=None):
+    """A processor to which the place of a token matters."""
+    return attention.to_out[0](attention.to_q(hidden_states)).flip(1)
+
+
+WHOLE = {
+    "a mask over tokens": lambda block: {"attention_mask": torch.zeros(1, 1, 30)},
+    "a mask over queries": lambda block: {"encoder_attention_mask": torch.randn(1, 30, 5)},
+    "a processor of one's own": lambda block: block.attn2.set_processor(swapping),
+    "no text": lambda block: {"encoder_hidden_states": None},
+    "diffusers' chunks": lambda block: block.set_chunk_feed_forward(15, dim=1),
+    "gradients": lambda block: torch.set_grad_enabled(True) and None,
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_calls_that_may_see_more_than_one_token_stay_whole(case):
+    width = 16 if case == "no text" else 12
+    block, x = transformer_block(cross_attention_dim=width), torch.randn(1, 30, 16)
+    arguments = {"encoder_hidden_states": torch.randn(1, 5, width)} | (WHOLE[case](block) or {})
+    expected = block(x, **arguments)
+    with PatchStack() as stack:
+        seen = in_chunks(stack, block, 8)
+        assert torch.equal(block(x, **arguments), expected)
+    assert min(seen) >= 15
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"double_self_attention": True},
+        {"only_cross_attention": True},
+        {"norm_type": "ada_norm", "num_embeds_ada_norm": 4},
+        {"positional_embeddings": "sinusoidal", "num_positional_embeddings": 30},
+    ],
+)
+def test_blocks_of_another_make_are_left_alone(options):
+    assert not can_be_chunked(transformer_block(**options))
+    assert can_be_chunked(transformer_block())

@@ -504,14 +504,21 @@ def test_two_passes_are_the_least(pipe, value, error):
     assert "decoder in 3 passes over tiles" in repr(LargeResPatch(pipe, 64, 64, vae_passes=3))
 
 
-@pytest.mark.parametrize("option", ["vae_recompute", "vae_offload"])
-def test_what_only_an_exact_vae_can_do_says_so(pipe, option):
+def test_what_only_an_exact_vae_can_do_says_so(pipe):
     before = fingerprint(pipe)
-    with pytest.raises(ValueError, match=f"{option}=True needs vae_mode 'exact'; got vae_mode 'two-pass'"):
-        LargeResPatch(pipe, 64, 64, **{option: True})
-    with pytest.raises(TypeError, match=f"{option} must be one of True, False; got 1"):
-        LargeResPatch(pipe, 64, 64, vae_mode="exact", **{option: 1})
+    with pytest.raises(ValueError, match="vae_recompute=True needs vae_mode 'exact'; got vae_mode 'two-pass'"):
+        LargeResPatch(pipe, 64, 64, vae_recompute=True)
+    for option in ("vae_recompute", "vae_offload"):
+        with pytest.raises(TypeError, match=f"{option} must be one of True, False; got 1"):
+            LargeResPatch(pipe, 64, 64, vae_mode="exact", **{option: 1})
     assert fingerprint(pipe) == before
+
+
+@pytest.mark.parametrize("mode", ["exact", "two-pass"])
+def test_the_description_says_where_the_maps_of_the_vae_are(pipe, mode):
+    patch = LargeResPatch(pipe, 64, 64, vae_mode=mode, vae_offload=True, vae_attn="blocked")
+    assert "its attention in blocks, whole maps on the host" in repr(patch)
+    assert "on the host" not in repr(LargeResPatch(pipe, 64, 64, vae_mode=mode))
 
 
 def test_later_options_are_keyword_only(pipe):

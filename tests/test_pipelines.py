@@ -14,7 +14,7 @@ from conftest import quiet
 from family import CASES, SIZE, TEXT, run
 from largerespatch import LargeResPatch
 from largerespatch.attention import BlockedAttention, BlockedMapAttention
-from largerespatch.feedforward import ChunkedFeedForward
+from largerespatch.feedforward import Attended, ChunkedFeedForward
 from largerespatch.vae import Exact, TwoPass
 from test_patch import SMALL, fingerprint
 
@@ -44,6 +44,7 @@ def calls(monkeypatch):
     counting("attention", BlockedAttention, "_blocked")
     counting("attention", BlockedMapAttention, "_blocked")
     counting("feed-forward", ChunkedFeedForward, "__call__", lambda self, x: x.shape[:-1].numel() > self.chunk_size)
+    counting("feed-forward", Attended, "__call__", lambda self, x: self.result is not None)
     counting("vae", TwoPass, "_run_tiled")
     counting("vae", Exact, "_run")
     return counts

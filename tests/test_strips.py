@@ -300,6 +300,31 @@ def test_a_controlnet_in_strips_and_its_residuals(xl):
     assert all(max(each) > 1 for each in visits)
 
 
+@settings(max_examples=30)
+@given(st.integers(1, 2), st.integers(2, 16), st.integers(2, 6), st.integers(1, 70), st.sampled_from(PADDING_MODES))
+def test_a_controlnets_picture_is_embedded_in_strips(batch, height, width, rows, mode):
+    net, picture = tiny.controlnet(), torch.rand(batch, 3, 8 * height, 8 * width)
+    with PatchStack() as stack:
+        install_padding(stack, net, "net", mode)
+        expected = net.controlnet_cond_embedding(picture)
+        visits = install_in_unet(stack, net, rows, wrap=mode == "circular")
+        result = net.controlnet_cond_embedding(picture)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+    assert (max(visits, default=1) > 1) == (8 * height > max(rows, 23))
+
+
+def test_a_controlnets_picture_takes_little_memory_in_strips():
+    embedding, picture = tiny.controlnet().controlnet_cond_embedding, torch.rand(1, 3, 2048, 16)
+    with LiveBytes() as whole:
+        embedding(picture)
+    with PatchStack() as stack:
+        for _, module, replacement in unet_replacements(embedding, Strips(64, False), "embedding"):
+            stack.wrap(module, "forward", replacement, "embedding.forward")
+        with LiveBytes() as strips:
+            embedding(picture)
+    assert strips.peak < 0.3 * whole.peak
+
+
 def test_adapters_and_freeu_see_the_strips():
     from peft import LoraConfig
 

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiny
+from largerespatch import vae as vae_room
 from largerespatch.groupnorm import SharedGroupNorm, record
 from largerespatch.padding import install_padding
 from largerespatch.patching import PatchStack
 from largerespatch.vae import Cutting, TwoPass, can_be_tiled, decoder_splits, encoder_splits, measure
+from live import LiveBytes, fake
 
 LEVELS = 4
 
@@ -37,10 +39,10 @@ def cutting(size, latent_scale=1, wrap=False, bar=Bar):
     return Cutting(*size, latent_scale, wrap, bar, "VAE half")
 
 
-def install(stack, vae, size, wrap=False, splits=slice(None), passes=2):
+def install(stack, vae, size, wrap=False, splits=slice(None), passes=2, host=None):
     """Both halves of `vae` in `passes`, `size` = (height, width) of a tile in latent pixels."""
-    encoder = TwoPass(encoder_splits(vae.encoder)[splits], cutting(size, 8, wrap), passes)
-    decoder = TwoPass(decoder_splits(vae.decoder)[splits], cutting(size, 1, wrap), passes)
+    encoder = TwoPass(encoder_splits(vae.encoder)[splits], cutting(size, 8, wrap), passes, host)
+    decoder = TwoPass(decoder_splits(vae.decoder)[splits], cutting(size, 1, wrap), passes, host)
     stack.wrap(vae.encoder, "forward", encoder, "vae.encoder.forward")
     stack.wrap(vae.decoder, "forward", decoder, "vae.decoder.forward")
 
@@ -223,13 +225,65 @@ def test_circular_padding_commutes_with_rolling(size):
     assert (vae.decode(z.roll(7, 2)).sample.roll(-56, 2) - untiled).abs().max() > 1e-2  # restored: edges are edges
 
 
-def test_the_plane_is_split_by_what_fits_whole():
+def test_the_plane_is_split_by_what_fits_whole(monkeypatch):
     vae, x = tiny.vae(), latent(1, 32, 32)
     by_limit = {}
     for limit in (10**9, 10**6, 1):
-        patch = TwoPass(decoder_splits(vae.decoder), cutting((16, 16)), whole_bytes=limit)
-        by_limit[limit] = patch.choose(x).tiled.start
+        monkeypatch.setattr(vae_room, "WHOLE_BYTES", limit)
+        by_limit[limit] = TwoPass(decoder_splits(vae.decoder), cutting((16, 16))).choose(x).tiled.start
     assert by_limit == {10**9: 4, 10**6: 3, 1: 2}
+
+
+# Not where the model runs, though the same memory.
+ELSEWHERE = torch.device("cpu", 0)
+
+
+@BOTH
+@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("split", range(LEVELS - 1))
+def test_maps_that_wait_on_a_host_change_nothing(half, wrap, split):
+    vae, x, run = tiny.vae(), INPUTS[half](2, 17, 9), HALVES[half]
+    results = []
+    for host in (None, ELSEWHERE):
+        with PatchStack() as stack:
+            install_padding(stack, vae, "vae", "circular" if wrap else "constant")
+            install(stack, vae, (5, 4), wrap, slice(split, split + 1), host=host)
+            results.append(run(vae, x))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_run_in_strips_stays_on_the_device(monkeypatch):
+    vae, x = tiny.vae(), latent(1, 17, 9)
+    vae.decoder.mid_block.resnets[0].norm1 = nn.BatchNorm2d(16).eval()
+    monkeypatch.setattr(vae_room, "known_replacements", lambda module, strips, path: [])
+    monkeypatch.setattr(vae_room, "Shuttle", None)  # cannot be called
+    with PatchStack() as stack:
+        install(stack, vae, (5, 4), host=ELSEWHERE)
+        assert vae.decode(x).sample.shape == (1, 3, 136, 72)
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_with_a_host_the_device_holds_little_more_for_a_larger_image(half):
+    """Beside the picture itself, played by fake tensors on ``meta`` and on ``cpu``: nothing is computed."""
+
+    def held(side):
+        with fake(), LiveBytes() as count:
+            with torch.device("meta"):
+                model = getattr(tiny.vae(block_out_channels=(4, 4, 32, 32), norm_num_groups=4), half)
+                x = torch.empty(1, 3, 8 * side, 8 * side) if half == "encoder" else torch.empty(1, 4, side, side)
+            model.mid_block.attentions[0] = None  # attention takes its whole map to the device
+            splits = encoder_splits(model)[-1:] if half == "encoder" else decoder_splits(model)[-1:]
+            pieces = cutting((16, 16), 8 if half == "encoder" else 1)
+            with PatchStack() as stack:
+                stack.wrap(model, "forward", TwoPass(splits, pieces, host=torch.device("cpu")), half)
+                result = model(x)
+            assert result.device.type == "meta"
+        image = x if half == "encoder" else result
+        return count.peak["meta"] - image.nbytes, count.peak["cpu"]
+
+    (device, host), (larger_device, larger_host) = held(64), held(128)
+    assert larger_device <= 1.2 * device
+    assert larger_host >= 3.5 * host
 
 
 def test_sd_splits_have_the_halos_that_their_convolutions_need():
