@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import family
 import tiny
 from conftest import quiet
-from largerespatch import LargeResPatch, planner
+from largerespatch import LargeResPatch, planner, stages
 from largerespatch.memory import LiveBytes, parse_bytes
 from largerespatch.planner import MemoryEstimate, free_bytes
 from largerespatch.rehearsal import pieces, rehearsal
@@ -133,6 +133,23 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+def test_an_interrupted_estimate_leaves_no_trace(pipe, monkeypatch):
+    patch = LargeResPatch(pipe, 96, 64, **SMALL)
+    whole, before = patch.estimate(), fingerprint(pipe)
+    for stage in ("step", "encode", "decode"):
+
+        def interrupted(*args, real=getattr(stages, stage)):
+            real(*args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(stages, stage, interrupted)
+            patch.estimate()
+        assert fingerprint(pipe) == before
+        assert torch.zeros(2).sum().item() == 0  # no mode is left on: this is a real tensor
+    assert patch.estimate() == whole
 
 
 @pytest.mark.parametrize("mode", ["two-pass", "exact"])

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+import streams
 import tiny
 from _common import LiveBytes
 from largerespatch.padding import PADDING_MODES, install_padding
 from largerespatch.patching import PatchStack
+from largerespatch.shuttle import Shuttle
 from largerespatch.strips import Strips, replacements, unet_replacements
-from largerespatch.vae import Exact
+from largerespatch.vae import Exact, TwoPass, decoder_splits, encoder_splits
 from test_vae import BOTH, HALVES, INPUTS, Bar, cutting
 
 # Layers by the dozen in float32, statistics summed in another order.
@@ -195,6 +197,48 @@ def test_on_a_device_with_a_host_only_the_host_holds_more_for_a_larger_image(hal
     larger_device, larger_host = bytes_by_device(half, 64, recompute)
     assert larger_device <= 1.05 * device
     assert larger_host >= 1.8 * host
+
+
+@BOTH
+@pytest.mark.parametrize("mode", ["two-pass", "exact", "recompute"])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_copies_on_streams_of_their_own_are_waited_for(half, mode, wrap, monkeypatch):
+    """As on CUDA, on streams that are played."""
+    vae, x, run = sd_like(), INPUTS[half](2, 14, 6), HALVES[half]
+    latent_scale = 8 if half == "encode" else 1
+    model = vae.encoder if half == "encode" else vae.decoder
+    splits = encoder_splits(model) if half == "encode" else decoder_splits(model)
+    results = []
+    for host in (None, ELSEWHERE):
+        pieces = cutting((3, 4), latent_scale, wrap)
+        if mode == "two-pass":
+            halved = TwoPass(splits, pieces, host=host)
+        else:
+            halved = Exact(model, half, pieces, recompute=mode == "recompute", host=host)
+        if host is not None:
+            unkept = streams.play(monkeypatch)
+            monkeypatch.setattr(halved, "_shuttle", lambda device: PlayedShuttle(ELSEWHERE, ELSEWHERE))
+            monkeypatch.setattr(Strips, "write", store)  # on the host all else looks as if it were on the device
+        with PatchStack() as stack:
+            install_padding(stack, vae, "vae", "circular" if wrap else "constant")
+            stack.wrap(model, "forward", halved, half)
+            results.append(run(vae, x))
+    torch.testing.assert_close(*results, **ROUNDING)
+    assert not unkept
+
+
+def store(strips, plane, strip, values):
+    if strips.shuttle is None:
+        plane[:, :, strip.rows] = values
+    else:
+        strips.shuttle.store(plane[:, :, strip.rows], values)
+
+
+class PlayedShuttle(Shuttle):
+    def __init__(self, device, host):
+        super().__init__(device, host)
+        self.is_cuda = True
+        self._incoming, self._outgoing = streams.Stream(), streams.Stream()
 
 
 @BOTH

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import live
+import streams
 import tiny
 from conftest import quiet
 from largerespatch import LargeResPatch
@@ -604,6 +605,28 @@ def test_strips_read_what_waits_row_by_row(monkeypatch):
             stack.wrap(module, "forward", each, path)
         same(model(sample, **text(2)).sample, expected)
     assert read and not whole
+
+
+@pytest.mark.parametrize("serial", [False, True])
+@pytest.mark.parametrize("strips", [False, True])
+def test_copies_on_streams_of_their_own_are_waited_for(strips, serial, monkeypatch):
+    """As on CUDA, on streams that are played; in strips, which read ahead of what they need."""
+    model, sample, link = deeper(), noise(2, 4, 17, 6), Link("cpu:0", band_bytes=1500)
+    arguments = text(2)
+    expected = model(sample, **arguments).sample
+    unkept, side = streams.play(monkeypatch), streams.Stream()
+    monkeypatch.setattr(link, "_side", lambda device: side)
+    with PatchStack() as stack:
+        if serial:
+            stack.wrap(model, "forward", SerialBatch(model), "unet")
+        if strips:
+            for path, module, each in unet_replacements(model, Strips(4, wrap=False), "unet"):
+                stack.wrap(module, "forward", each, path)
+        for path, module, each in offloadings(model, link):
+            stack.wrap(module, "forward", each, path)
+        for _ in range(2):
+            same(model(sample, **arguments).sample, expected)
+    assert not unkept
 
 
 @pytest.mark.gpu
