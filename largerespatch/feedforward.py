@@ -103,7 +103,7 @@ class ChunkedBlock:
             and (block.attn2 is None or arguments.get("encoder_hidden_states") is not None)
             and (block.attn2 is None or type(block.attn2.processor).__module__.startswith("diffusers.models."))
             and block._chunk_size is None
-            and not hasattr(block, "_diffusers_hook")
+            and not any(hasattr(each, "_diffusers_hook") for each in (block, block.attn1, block.attn2))
             and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
+            and not torch.compiler.is_compiling()  # which would write every chunk out
         )

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers.hooks import HookRegistry
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from hypothesis import given
@@ -152,6 +153,7 @@ WHOLE = {
     "a processor of one's own": lambda block: block.attn2.set_processor(swapping),
     "no text": lambda block: {"encoder_hidden_states": None},
     "diffusers' chunks": lambda block: block.set_chunk_feed_forward(15, dim=1),
+    "a hook of diffusers": lambda block: HookRegistry.check_if_exists_or_initialize(block.attn2) and None,
     "gradients": lambda block: torch.set_grad_enabled(True) and None,
 }
 
@@ -166,6 +168,15 @@ def test_calls_that_may_see_more_than_one_token_stay_whole(case):
         seen = in_chunks(stack, block, 8)
         assert torch.equal(block(x, **arguments), expected)
     assert min(seen) >= 15
+
+
+def test_a_block_that_is_compiled_stays_whole(monkeypatch):
+    block, x = transformer_block(), torch.randn(1, 30, 16)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with PatchStack() as stack:
+        seen = in_chunks(stack, block, 8)
+        block(x, encoder_hidden_states=torch.randn(1, 5, 12))
+    assert seen == [30]
 
 
 @pytest.mark.parametrize(
