@@ -455,10 +455,13 @@ def chunked_map(monkeypatch, stack, module, queries=10):
 
 
 @pytest.mark.parametrize("processor", [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(1)])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_attention_to_a_whole_map_in_chunks_of_queries_is_dense_attention(monkeypatch, processor, memory_format):
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "part of a wider map"])
+def test_attention_to_a_whole_map_in_chunks_of_queries_is_dense_attention(monkeypatch, processor, layout):
     module, x = map_attention(processor), torch.randn(2, 16, 9, 7) + torch.linspace(-3, 3, 7)
-    x = x.to(memory_format=memory_format)
+    if layout == "channels last":
+        x = x.to(memory_format=torch.channels_last)
+    if layout == "part of a wider map":
+        x = F.pad(x, (1, 0))[..., 1:]
     expected = module(x.clone(), temb=None)
     with PatchStack() as stack:
         seen = chunked_map(monkeypatch, stack, module)
@@ -467,10 +470,11 @@ def test_attention_to_a_whole_map_in_chunks_of_queries_is_dense_attention(monkey
     assert seen == [10] * 6 + [3]
 
 
-@pytest.mark.parametrize("case", ["small", "text", "gradients", "own processor"])
+@pytest.mark.parametrize("case", ["small", "cross", "text", "gradients", "own processor"])
 def test_other_calls_with_a_whole_map_are_passed_on_as_they_are(monkeypatch, case):
     module, x = map_attention(text=case == "text"), torch.randn(1, 16, 9, 7)
-    arguments = {"encoder_hidden_states": torch.randn(1, 5, 12)} if case == "text" else {}
+    prompts = {"cross": torch.randn(1, 5, 16), "text": torch.randn(1, 5, 12)}
+    arguments = {"encoder_hidden_states": prompts[case]} if case in prompts else {}
     if case == "own processor":
         module.set_processor(lambda attention, hidden_states, **_: 2 * attention.to_q(hidden_states.flatten(2).mT))
     with torch.set_grad_enabled(case == "gradients"), PatchStack() as stack:

@@ -236,7 +236,8 @@ def test_the_table_of_pipelines_is_made_of_test_results(run, tmp_path):
 
 def test_memory(run, tmp_path, capsys):
     out = tmp_path / "memory.json"
-    run(BENCHMARKS / "memory.py", "--models", "tiny", "--sizes", 128, "--proof-size", 192, "--threads", 1, "--out", out)
+    sizes = ["--sizes", 128, "--proof-size", 192, "--growth-sizes", 64, 128]
+    run(BENCHMARKS / "memory.py", "--models", "tiny", *sizes, "--threads", 1, "--out", out)
     report = json.loads(out.read_text())
     check_environment(report)
     peaks = {row["way"]: row["peak"] for row in report["rows"]}
@@ -249,7 +250,20 @@ def test_memory(run, tmp_path, capsys):
     for row in report["proof"]:
         for stage in ("unet", "decode"):
             assert math.isclose(row[stage], row[f"{stage}_estimated"], rel_tol=0.1)
-    assert "128²" in capsys.readouterr().out
+    counted, timed = report["growth"]
+    assert 4 < counted["ratio"] < 16  # between linear and quadratic: so small a map is attended whole
+    assert timed["ratio"] == timed["seconds"]["large"][0] / timed["seconds"]["small"][0]
+    assert "tiny, 64² to 128², arithmetic" in capsys.readouterr().out
+
+
+def test_text_encoders_count_in_half_precision(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    memory = runpy.run_path(str(BENCHMARKS / "memory.py"))
+    assert memory["text_encoder_bytes"]("sd15") == 2 * 123_060_480  # parameters of CLIP ViT-L/14's text encoder
+    case = {"kind": "simulated", "model": "sdxl", "size": 4096, "way": "every saver", "peak": 7 * 2**30}
+    headline = memory["headline"](case | {"text_encoders": 2**30})
+    assert (headline["spare"], headline["spare_with_text_encoders"]) == (1 / 8, 0)
+    assert (headline["met"], headline["met_with_text_encoders"]) == (True, False)
 
 
 def test_import_time(run, tmp_path):

@@ -126,13 +126,41 @@ def _answers(results: dict[str, Any], name: str, question: str) -> str:
     )
 
 
-def memory_table() -> str:
-    """Simulated peaks of whole pipelines: a row for each model and size, a column for each way."""
-    report = load("memory")
+def simulated_peaks() -> dict[tuple[str, int], dict[str, float]]:
+    """GiB by way, for each model and size."""
     peaks: dict[tuple[str, int], dict[str, float]] = {}
-    for row in report["rows"]:
+    for row in load("memory")["rows"]:
         if row["kind"] == "simulated":
             peaks.setdefault((row["model"], row["size"]), {})[row["way"]] = row["peak"] / GIB
+    return peaks
+
+
+def headline_table() -> str:
+    """What the other tables show at more length."""
+    rows = []
+    peaks = simulated_peaks()
+    for model, size in (("sd15", 8192), ("sdxl", 4096), ("sdxl", 8192)):
+        ways = [peaks[model, size][way] for way in ("unpatched", "diffusers' tiling", "every saver")]
+        rows.append([f"{MODEL_NAMES[model]}, {size}²: peak memory, simulated", *(f"{peak:.1f} GiB" for peak in ways)])
+    step = load("unet_step")["results"][-1]
+    seconds = [f"{step['median_seconds'][way]:.0f} s" for way in ("unpatched", "patched")]
+    rows.append([f"SD 1.5, {step['size']}²: a U-Net step, one CPU thread", seconds[0], "", seconds[1]])
+    fidelity = load("fidelity")
+    decodes = [row for row in fidelity["vae"] if row["direction"] == "decode"]
+    tiling, two, exact = (
+        f"{min(row['psnr'] for row in decodes if row['method'] == method):.0f} dB"
+        for method in ("diffusers' tiling", "2 passes", "exact")
+    )
+    rows.append(["VAE decode in tiles: PSNR to untiled", "", tiling, f"{two}; exact mode {exact}"])
+    pictures = [row for row in fidelity["attention"] if row["steps"] == 20 and row["shape"] == "brick"]
+    blocks, context = (f"{min(row['psnr'] for row in pictures if row['context'] == n):.0f} dB" for n in (0, 512))
+    rows.append(["attention in blocks, 20 steps: PSNR to dense", "", "", f"{context}; without context {blocks}"])
+    return markdown(("", "unpatched", "diffusers' tiling", "largerespatch"), rows)
+
+
+def memory_table() -> str:
+    """Simulated peaks of whole pipelines: a row for each model and size, a column for each way."""
+    peaks = simulated_peaks()
     ways = list(dict.fromkeys(way for each in peaks.values() for way in each))
     rows = [
         [MODEL_NAMES[model], f"{size}²", *(f"{each[way]:.1f}" if way in each else "" for way in ways)]
@@ -141,11 +169,22 @@ def memory_table() -> str:
     return markdown(("GiB, simulated", "image", *ways), rows)
 
 
+def growth_table() -> str:
+    """How a patched U-Net step grows between two sizes."""
+    cases = load("memory")["growth"]
+    sizes = "{small}² to {large}²".format(**cases[0])
+    names = MODEL_NAMES | {"tiny": "a U-Net of 32 to 64 channels"}
+    rows = [[f"{case['of']}: {names[case['model']]}", f"{case['ratio']:.2f} x"] for case in cases]
+    return markdown((f"from {sizes}", "grows by"), rows)
+
+
 TABLES = (
+    headline_table,
     vae_fidelity_table,
     attention_fidelity_table,
     memory_table,
     unet_table,
+    growth_table,
     vae_table,
     pipeline_table,
 )
