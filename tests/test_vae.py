@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiny
+from largerespatch import memory
 from largerespatch import vae as vae_room
 from largerespatch.groupnorm import SharedGroupNorm, record
 from largerespatch.padding import install_padding
@@ -250,6 +251,22 @@ def test_maps_that_wait_on_a_host_change_nothing(half, wrap, split):
             install(stack, vae, (5, 4), wrap, slice(split, split + 1), host=host)
             results.append(run(vae, x))
     torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+def test_while_tiles_run_the_map_that_they_are_cut_from_is_all_there_is(monkeypatch):
+    """The strips before them keep nothing for later."""
+    vae, x, run_tiled, alive = tiny.vae(), latent(1, 33, 33), TwoPass._run_tiled, []
+
+    def noting(self, run, plane, *args):
+        alive.append(count.alive / plane.nbytes)
+        return run_tiled(self, run, plane, *args)
+
+    monkeypatch.setattr(TwoPass, "_run_tiled", noting)
+    with PatchStack() as stack, memory.LiveBytes("cpu") as count:
+        install(stack, vae, (5, 4), splits=slice(2, 3))  # the mid block runs last before them
+        vae.decode(x)
+    assert len(alive) == 1
+    assert alive[0] < 1.5  # the latent has a quarter of the map's channels
 
 
 def test_what_cannot_run_in_strips_stays_on_the_device(monkeypatch):
