@@ -115,8 +115,6 @@ class Strips:
         """All of a map, wherever it lives. It comes strip by strip, lest the device hold it in two layouts at once."""
         if self.shuttle is None:
             return plane
-        if plane.device == self.shuttle.device:
-            return plane.contiguous()
         whole = torch.empty(plane.shape, dtype=plane.dtype, device=self.shuttle.device)
         for strip, _, block in self.read(plane, self.cut(plane), 0):
             whole[:, :, strip.rows] = block

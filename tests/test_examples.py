@@ -244,6 +244,7 @@ def test_memory(run, tmp_path, capsys):
     assert {row["kind"] for row in report["rows"]} == {"simulated"}
     assert list(peaks) == list(report["ways"])
     assert peaks["every saver"] <= peaks["unpatched"]
+    assert {row["way"] for row in report["rows"] if row["host"]} == {"every saver", "every saver, exact VAE"}
     proof = {row["way"]: row for row in report["proof"]}
     assert proof["unet_serial"]["unet"] < proof["patched"]["unet"]
     assert proof["vae_mode exact"]["decode"] < proof["unpatched"]["decode"]

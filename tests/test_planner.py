@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import family
 import tiny
 from conftest import quiet
-from largerespatch import LargeResPatch, planner
+from largerespatch import LargeResPatch, planner, stages
 from largerespatch.memory import LiveBytes, parse_bytes
-from largerespatch.planner import MemoryEstimate, free_bytes
+from largerespatch.planner import MemoryEstimate, Planner, free_bytes
 from largerespatch.rehearsal import pieces, rehearsal
 from test_patch import SMALL, fingerprint
 
@@ -90,6 +90,12 @@ def test_every_kind_of_pipeline_can_be_estimated(case):
         family.run(pipe, arguments)
     estimate = patch.estimate()
     assert estimate.peak - estimate.weights == pytest.approx(count.peak, rel=0.1)
+
+
+@pytest.mark.parametrize(("case", "samples"), [("T2I-Adapter", 1), ("ControlNet", 2)])
+def test_pictures_are_seen_as_often_as_pipelines_copy_them(case, samples):
+    picture = stages._seen_image(family.SD[case].build(), 64, 32)
+    assert picture.shape == (samples, 3, 64, 32)
 
 
 def test_a_denoiser_that_is_not_known_is_an_error(pipe):
@@ -229,6 +235,70 @@ def test_the_first_settings_that_fit_are_picked(pipe, monkeypatch):
     assert "vae_chunk_size_x=16, vae_chunk_size_y=16; estimated peak" in repr(patch)
     kept = LargeResPatch(pipe, 256, 256, vae_chunk_size_y=64, memory_limit=full - 1)
     assert (kept.vae_chunk_size_x, kept.vae_chunk_size_y) == (16, 64)
+
+
+class Invented:
+    """An estimator whose stages need what `needs` says of the settings, at any size."""
+
+    device, weights, factor = torch.device("meta"), 100, 8
+
+    def __init__(self, needs, encodes=False):
+        self.needs, self.encodes, self.tried = needs, encodes, []
+
+    def step(self, height, width, settings):
+        self.tried.append(settings)
+        return self.needs["step"](settings)
+
+    def encode(self, height, width, settings):
+        return self.needs["encode"](settings)
+
+    def decode(self, height, width, settings):
+        return self.needs["decode"](settings)
+
+    def estimate(self, height, width, settings):
+        return MemoryEstimate(self.weights, *(needed(settings) for needed in self.needs.values()), self.encodes)
+
+
+def fewer(settings):
+    return 50 - 10 * len(settings)
+
+
+def test_savers_are_added_one_by_one_until_every_stage_fits():
+    estimator = Invented({"step": fewer, "encode": fewer, "decode": lambda settings: 5})
+    plan = Planner(estimator, 130, "two-pass", frozenset()).plan(64, 64)
+    assert plan.settings == {"unet_serial": True, "unet_offload": True}
+    assert estimator.tried[1:] == [{}, {"unet_serial": True}, plan.settings]  # the first: whether anything fits
+    assert plan.estimate.unet == 30
+
+
+@pytest.mark.parametrize("encodes", [False, True])
+def test_what_an_encoder_needs_counts_where_the_pipeline_encodes(encodes):
+    needs = {"step": lambda settings: 5, "encode": fewer, "decode": lambda settings: 5}
+    plan = Planner(Invented(needs, encodes), 130, "two-pass", frozenset()).plan(64, 64)
+    assert plan.settings == ({"vae_offload": True, "vae_attn": "blocked"} if encodes else {})
+
+
+def test_where_the_models_are_makes_no_difference_to_what_they_need(pipe):
+    """On an accelerator attention runs in one kernel, where fake tensors would make it quadratic."""
+    patch = LargeResPatch(pipe, 256, 256)
+    host = patch.estimate()
+    for model in (pipe.unet, pipe.vae):
+        model.to("meta")
+    device = patch.estimate()
+    assert (device.unet, device.decode) == pytest.approx((host.unet, host.decode), rel=0.05)
+
+
+@pytest.mark.parametrize("vae_mode", ["two-pass", "exact"])
+def test_only_what_can_leave_the_device_is_tried_to(pipe, vae_mode):
+    def tried():
+        estimator = LargeResPatch(pipe, 64, 64)._estimator(planner.bare)
+        found = Planner(estimator, 2**40, vae_mode, frozenset())
+        return {name for settings in found.denoiser + found.vae for name in settings if name.endswith("_offload")}
+
+    assert tried() == set()
+    for model in (pipe.unet, pipe.vae):
+        model.to("meta")
+    assert tried() == {"unet_offload", "vae_offload"}
 
 
 def test_where_nothing_fits_the_error_says_what_does(pipe, monkeypatch):

@@ -38,7 +38,7 @@ from _common import (
     write_json,
 )
 from largerespatch import LargeResPatch, stages
-from largerespatch.planner import DENOISER_SAVERS, VAE_SAVERS, Estimator, bare
+from largerespatch.planner import DENOISER_SAVERS, HOST, VAE_SAVERS, Estimator, bare
 
 GIB = 2**30
 FACTOR = 8  # sample pixels along each axis of a latent pixel
@@ -177,12 +177,16 @@ def simulate(model: str, sizes: list[int]) -> Iterator[dict[str, Any]]:
     pipe = build_pipeline(model, "meta", torch.float16)
     unpatched = Estimator(pipe, FACTOR, [], bare)
     tiled = Estimator(tiled_by_diffusers(pipe), FACTOR, [], bare)
+    on_host = Estimator(pipe, FACTOR, [], bare)
+    on_host.shadow.place = HOST  # counts there, though the models are not
     for size in sizes:
         for way, settings in WAYS.items():
             estimator = tiled if way == "diffusers' tiling" else unpatched
             estimator.patched = bare if settings is None else LargeResPatch(pipe, size, size)._on
             step = (unpatched if settings is None else estimator).step(size, size, settings or {})
             decode = estimator.decode(size, size, settings or {})
+            on_host.patched = estimator.patched
+            leaves = any(name.endswith("_offload") for name in settings or ())
             yield {
                 "kind": "simulated",
                 "model": model,
@@ -193,6 +197,7 @@ def simulate(model: str, sizes: list[int]) -> Iterator[dict[str, Any]]:
                 "unet": step,
                 "decode": decode,
                 "peak": estimator.weights + max(step, decode),
+                "host": max(on_host.step(size, size, settings), on_host.decode(size, size, settings)) if leaves else 0,
             }
 
 

@@ -169,6 +169,17 @@ def memory_table() -> str:
     return markdown(("GiB, simulated", "image", *ways), rows)
 
 
+def host_table() -> str:
+    """What leaves the device, with every saver."""
+    rows = [row for row in load("memory")["rows"] if row.get("host") and row["size"] in (4096, 8192)]
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    cells: dict[tuple[str, int], list[str]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["size"]), []).append(f"{row['host'] / GIB:.1f}")
+    found = [[MODEL_NAMES[model], f"{size}²", *each] for (model, size), each in cells.items()]
+    return markdown(("GiB of the host's, simulated", "image", *ways), found)
+
+
 def growth_table() -> str:
     """How a patched U-Net step grows between two sizes."""
     cases = load("memory")["growth"]
@@ -183,6 +194,7 @@ TABLES = (
     vae_fidelity_table,
     attention_fidelity_table,
     memory_table,
+    host_table,
     unet_table,
     growth_table,
     vae_table,
