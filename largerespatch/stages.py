@@ -156,6 +156,8 @@ def step(pipe: Any, height: int, width: int, factor: int) -> None:
         raise ValueError(
             f"pipe must have a denoiser whose memory can be estimated ({', '.join(known)}) or none; got {name}"
         )
+    if hasattr(pipe, "pag_applied_layers"):  # perturbed-attention guidance brings processors of its own for a call
+        pipe._set_pag_attn_processor(pipe.pag_applied_layers, do_classifier_free_guidance=True)
     latent = _latent_size(pipe, height, width, factor)
     call = known[name](pipe, denoiser, guidance_batch(pipe), height, width, latent)
     kept = call.sample()[:1].clone()  # what the scheduler works on

@@ -64,12 +64,13 @@ class SerialBatch:
         if not isinstance(samples, torch.Tensor) or samples.ndim == 0 or len(samples) <= 1:
             return original(*args, **kwargs)
         if foreign := sorted({type(each).__name__ for each in _processors(self.model) if not _is_per_sample(each)}):
-            warnings.warn(
-                f"unet_serial: {', '.join(foreign)} may look across the samples of a batch, so {len(samples)} samples "
-                f"go through {type(self.model).__name__} at once and need as much memory",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            if not rehearsing():
+                warnings.warn(
+                    f"unet_serial: {', '.join(foreign)} may look across the samples of a batch, so {len(samples)} "
+                    f"samples go through {type(self.model).__name__} at once and need as much memory",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             return original(*args, **kwargs)
         batch = len(samples)
         joined = None

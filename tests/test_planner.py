@@ -92,6 +92,13 @@ def test_every_kind_of_pipeline_can_be_estimated(case):
     assert estimate.peak - estimate.weights == pytest.approx(count.peak, rel=0.1)
 
 
+@pytest.mark.parametrize(("case", "serial_helps"), [("text-to-image", True), ("PAG", False)])
+def test_an_estimate_knows_what_a_batch_that_stays_whole_needs(case, serial_helps):
+    pipe = quiet(family.SD[case].build())
+    whole, serial = (LargeResPatch(pipe, 256, 256, **BLOCKS, unet_serial=each).estimate() for each in (False, True))
+    assert (serial.unet < 0.8 * whole.unet) == serial_helps
+
+
 @pytest.mark.parametrize(("case", "samples"), [("T2I-Adapter", 1), ("ControlNet", 2)])
 def test_pictures_are_seen_as_often_as_pipelines_copy_them(case, samples):
     picture = stages._seen_image(family.SD[case].build(), 64, 32)
