@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoPipelineForText2Image
+from diffusers.utils import is_accelerate_available
 from PIL import Image
 
 from largerespatch import LargeResPatch
@@ -21,7 +22,9 @@ def load_pipeline(model: str | None = None) -> Any:
     """
     cuda = torch.cuda.is_available()
     dtype = torch.float16 if cuda else torch.float32
-    pipe = AutoPipelineForText2Image.from_pretrained(model or DEMO_MODEL, torch_dtype=dtype)
+    # The default asks for accelerate and complains where it is missing.
+    sparing = {"low_cpu_mem_usage": is_accelerate_available()}
+    pipe = AutoPipelineForText2Image.from_pretrained(model or DEMO_MODEL, dtype=dtype, **sparing)
     return pipe.to("cuda") if cuda else pipe
 
 

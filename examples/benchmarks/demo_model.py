@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> None:
-    vae = AutoencoderKL.from_pretrained(options.model, subfolder="vae", torch_dtype=dtype_of(options.device))
+    vae = AutoencoderKL.from_pretrained(options.model, subfolder="vae", dtype=dtype_of(options.device))
     vae.to(options.device).eval()
     photos = load_photos([options.images or fetch_packages(options.work / "photographs")], ("held_out",))
     figures = held_out_psnr(vae, photos)
@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace) -> None:
 
 def blind_test(options: argparse.Namespace) -> None:
     """Write `quiz.png` and `answers.json`."""
-    pipeline = StableDiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype_of(options.device))
+    pipeline = StableDiffusionPipeline.from_pretrained(options.model, dtype=dtype_of(options.device))
     pipeline.to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     captions = list(json.loads(CAPTIONS.read_text(encoding="utf-8"))["photos"].values())

@@ -322,7 +322,7 @@ def main() -> None:
         "weights": options.model.resolve().name,
         "photographs": "held out" if options.images else "scikit-image's",
     }
-    pipe = StableDiffusionPipeline.from_pretrained(options.model, torch_dtype=torch.float32).to(options.device)
+    pipe = StableDiffusionPipeline.from_pretrained(options.model, dtype=torch.float32).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         report["vae"] = list(measure_vae(pipe.vae, pictures, options))
