@@ -188,6 +188,10 @@ class _Call(ABC):
     def sample(self) -> torch.Tensor:
         return self.new(self.batch, self.model.config.in_channels, *self.latent)
 
+    def result(self, *args: object, **kwargs: object) -> torch.Tensor:
+        result: torch.Tensor = self.model(*args, return_dict=False, **kwargs)[0]
+        return result
+
     def prompt_tokens(self) -> int:
         parameter = inspect.signature(type(self.pipe).__call__).parameters.get("max_sequence_length")
         return PROMPT_TOKENS if parameter is None else int(parameter.default)
@@ -200,10 +204,7 @@ class _UNet(_Call):
         return self.call(conditions | self.residuals(conditions))
 
     def call(self, conditions: dict[str, Any]) -> torch.Tensor:
-        result: torch.Tensor = self.model(self.sample(), TIMESTEP, return_dict=False, **_taken(self.model, conditions))[
-            0
-        ]
-        return result
+        return self.result(self.sample(), TIMESTEP, **_taken(self.model, conditions))
 
     def conditions(self, batch: int) -> dict[str, Any]:
         config = self.model.config
@@ -302,28 +303,24 @@ class _PixArt(_Call):
     def predict(self) -> torch.Tensor:
         config, tokens = self.model.config, self.prompt_tokens()
         sizes = {"resolution": self.new(self.batch, 2), "aspect_ratio": self.new(self.batch, 1)}
-        result: torch.Tensor = self.model(
+        return self.result(
             self.sample(),
             self.new(self.batch, tokens, config.caption_channels or config.cross_attention_dim),
             timestep=self.new(self.batch),
             added_cond_kwargs=sizes if self.model.use_additional_conditions else None,
             encoder_attention_mask=self.new(self.batch, tokens),
-            return_dict=False,
-        )[0]
-        return result
+        )
 
 
 class _SD3(_Call):
     def predict(self) -> torch.Tensor:
         config = self.model.config
-        result: torch.Tensor = self.model(
+        return self.result(
             self.sample(),
             self.new(self.batch, PROMPT_TOKENS + self.prompt_tokens(), config.joint_attention_dim),
             self.new(self.batch, config.pooled_projection_dim),
             self.new(self.batch),
-            return_dict=False,
-        )[0]
-        return result
+        )
 
 
 class _Flux(_Call):
@@ -335,7 +332,7 @@ class _Flux(_Call):
 
     def predict(self) -> torch.Tensor:
         config, sample, tokens = self.model.config, self.sample(), self.prompt_tokens()
-        result: torch.Tensor = self.model(
+        return self.result(
             sample,
             self.new(self.batch, tokens, config.joint_attention_dim),
             self.new(self.batch, config.pooled_projection_dim),
@@ -343,6 +340,4 @@ class _Flux(_Call):
             self.new(sample.shape[1], 3),
             self.new(tokens, 3),
             self.new(self.batch, dtype=torch.float32) if config.guidance_embeds else None,
-            return_dict=False,
-        )[0]
-        return result
+        )
