@@ -1,0 +1,75 @@
+"""Checks of options, shared by the public names; messages say the option, what is accepted and what was received."""
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def whole_number(option: str, value: object, unit: str, least: int) -> int:
+    """`value` as an int where it is an integer (a NumPy one too) of at least `least`.
+
+    `unit` completes the message: ``"a whole number of tokens"``; it may be empty.
+
+    Raises:
+        TypeError: for anything but an integer; booleans and floats, even whole ones, are none.
+        ValueError: for an integer below `least`.
+    """
+    accepted = f"{option} must be a whole number{f' of {unit}' if unit else ''}, at least {least}; got {value!r}"
+    # NumPy's booleans have no __index__, Python's do.
+    if isinstance(value, bool):
+        raise TypeError(accepted)
+    number: Any = value
+    try:
+        whole = operator.index(number)
+    except TypeError:
+        raise TypeError(accepted) from None
+    if whole < least:
+        raise ValueError(accepted)
+    return whole
+
+
+def positive_int(option: str, value: object, unit: str) -> int:
+    """`value` as an int of at least 1; see `whole_number`."""
+    return whole_number(option, value, unit, least=1)
+
+
+def one_of(option: str, value: object, accepted: Sequence[str]) -> str:
+    """`value` where it is one of the `accepted` words.
+
+    Raises:
+        TypeError: where it is not a string.
+        ValueError: where it is another string.
+    """
+    message = f"{option} must be one of {', '.join(map(repr, accepted))}; got {value!r}"
+    if not isinstance(value, str):
+        raise TypeError(message)
+    if value not in accepted:
+        raise ValueError(message)
+    return value
+
+
+def boolean(option: str, value: object) -> bool:
+    """`value` where it is True or False.
+
+    Raises:
+        TypeError: where it is anything else, 0 and 1 too.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{option} must be one of True, False; got {value!r}")
+    return value
+
+
+def noting_given(init: Init) -> Init:
+    """Makes an ``__init__`` note in `_given` which of its options the caller gave, be it with their default values."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def noting(self: Any, *args: Any, **kwargs: Any) -> None:
+        self._given = frozenset(signature.bind_partial(self, *args, **kwargs).arguments)
+        init(self, *args, **kwargs)
+
+    return cast(Init, noting)

@@ -1,0 +1,198 @@
+"""What a family of models says of itself, the sites where techniques are put in, and the one registry of families.
+
+A family is one file: a subclass of `Family` that is registered where it is defined. Discovery, installing, `repr`,
+estimate, planner and restore ask the registry and name no family.
+"""
+
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import IntEnum, auto
+from importlib import import_module
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .patching import PatchStack
+
+
+class Order(IntEnum):
+    """Which replacement of an instance runs outside which, read from the outside in.
+
+    Blocks lie within chunks: a transformer block in chunks answers its self-attention from what that gave for all
+    tokens, so what answers comes before what attends.
+    """
+
+    STEP_NOTED = auto()
+    MAP_NOTED = auto()
+    BATCH_IN_TURNS = auto()
+    OFF_DEVICE = auto()
+    IN_STRIPS = auto()
+    IN_CHUNKS = auto()
+    IN_BLOCKS = auto()
+    PADDED = auto()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a technique is put in: an instance, its path in the pipeline, and what goes there.
+
+    `technique` is called as ``technique(original, *args, **kwargs)`` in place of `attribute`; where it cannot be called
+    it is the attribute's value instead. `says` tells `repr` about it; of sites that say the same one is told, with
+    ``{count}`` as their number.
+    """
+
+    module: nn.Module
+    path: str
+    order: Order
+    technique: Any
+    attribute: str = "forward"
+    says: str = ""
+
+    def install(self, stack: PatchStack) -> None:
+        label = f"{self.path}.{self.attribute}"
+        if callable(self.technique):
+            stack.wrap(self.module, self.attribute, self.technique, label)
+        else:
+            stack.set(self.module, self.attribute, self.technique, label)
+
+
+def install(stack: PatchStack, sites: Iterable[Site]) -> None:
+    """Puts all in; what runs outside goes on last, whatever order they come in."""
+    for site in sorted(sites, key=lambda site: site.order, reverse=True):
+        site.install(stack)
+
+
+def told(sites: Iterable[Site]) -> str:
+    """What `sites` say, each saying once, in the order they come in."""
+    sayings: dict[str, int] = {}
+    for site in sites:
+        if site.says:
+            sayings[site.says] = sayings.get(site.says, 0) + 1
+    return ", ".join(says.format(count=count) for says, count in sayings.items())
+
+
+class Family(ABC):
+    """Models that share their sites and the way that pipelines call them. Stateless; one instance is registered.
+
+    `rank` decides where several families match a model: the highest takes it. Below zero are those for models that
+    nobody else knows, 1 is for a special case of another family. `stages` are the parts of a pipeline's call that a
+    model of this family stands for, of ``"step"``, ``"encode"`` and ``"decode"``. `known` says whether there is more
+    to do for its models than padding.
+    """
+
+    rank: int = 0
+    stages: tuple[str, ...] = ()
+    known: bool = True
+
+    @abstractmethod
+    def matches(self, model: nn.Module) -> bool:
+        """Whether `model` is one of this family."""
+
+    @abstractmethod
+    def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
+        """What to put where in `model`, the component `name` of `pipe`, under these `largerespatch.options.Options`.
+
+        Raises:
+            ValueError: an option asks for what this model cannot do. Nothing has been changed.
+        """
+
+    def call(self, stage: str, model: Any, pipe: Any, height: int, width: int) -> None:
+        """One of `stages` for one image of ``height x width`` sample pixels with guidance, on empty inputs.
+
+        Only shapes and dtypes count: it runs on tensors without data. What the pipeline holds meanwhile is held.
+
+        Raises:
+            ValueError: it is not known how pipelines call this model.
+        """
+        raise unknown_call(model)
+
+    def held(self, stage: str, model: Any, pipe: Any, height: int, width: int) -> list[torch.Tensor]:
+        """What a pipeline holds for `model` during a stage that is another model's."""
+        return []
+
+    def as_called(self, stage: str, model: Any, pipe: Any) -> AbstractContextManager[int]:
+        """What a pipeline does to `model` for a stage. Yields the bytes by which its weights grow meanwhile."""
+        return nullcontext(0)
+
+    def factor(self, model: Any) -> int | None:
+        """Sample pixels per cell that images have to be whole multiples of; None where the model does not say."""
+        return None
+
+    def halvings(self, model: Any) -> int:
+        """How often the model halves the map that it is given."""
+        return 0
+
+    def repeated(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Modules of which many are alike, so that an estimate may count one for all."""
+        yield from ()
+
+
+def unknown_call(model: nn.Module) -> ValueError:
+    return ValueError(
+        "pipe must have models whose memory can be estimated; it is not known how pipelines call "
+        f"{type(model).__name__}"
+    )
+
+
+_FAMILIES: list[Family] = []
+
+F = TypeVar("F", bound=type[Family])
+
+
+def register(family: F) -> F:
+    """Makes a family known; to be written over its class."""
+    _FAMILIES.append(family())
+    return family
+
+
+def unregister(family: type[Family]) -> None:
+    """The inverse."""
+    _FAMILIES[:] = [each for each in _FAMILIES if type(each) is not family]
+
+
+def load(package: str, path: Iterable[str]) -> None:
+    """Imports all rooms of a wing, so that the families in them are registered."""
+    for room in pkgutil.iter_modules(path):
+        import_module(f"{package}.{room.name}")
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The family that a model is of, if any."""
+    matching = [family for family in _FAMILIES if family.matches(model)]
+    return max(matching, key=lambda family: family.rank, default=None)
+
+
+def models_of(pipe: Any) -> dict[str, nn.Module]:
+    """All models of a pipeline by component name; for one that has been compiled, the model inside.
+
+    Raises:
+        TypeError: it is no pipeline.
+    """
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(f"pipe must be a diffusers pipeline, with `components`; got {type(pipe).__name__}")
+    models = {name: getattr(model, "_orig_mod", model) for name, model in components.items()}
+    return {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+
+
+def families_in(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
+    """The models of a pipeline that are of a family, by component name."""
+    found = {name: (model, family_of(model)) for name, model in models_of(pipe).items()}
+    return {name: (model, family) for name, (model, family) in found.items() if family is not None}
+
+
+def factor_of(pipe: Any) -> int:
+    """Sample pixels per latent pixel along each axis: as its autoencoder says, else as the pipeline does, else 1."""
+    factors = [family.factor(model) for model, family in families_in(pipe).values()]
+    return max(filter(None, factors), default=getattr(pipe, "vae_scale_factor", 1))
+
+
+def parts_of(model: nn.Module) -> Iterator[nn.Module]:
+    """A model and the models that it is made of: several ControlNets are one, and pipelines may share any of them."""
+    for module in model.modules():
+        if module is model or (hasattr(module, "config") and family_of(module) is not None):
+            yield module

@@ -1,0 +1,275 @@
+"""The kinds of maps: `StoredMap` has its memory on its device or on the host, `JoinedMap` is several maps side by side,
+`ComputedMap` is computed anew whenever it is read; and what can be done to them without bringing them to their device.
+
+Rows are read, sums and products formed run by run; they live where their terms do. Exact.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .hosts import Host, HostRows, Run
+from .pieces import assemble
+from .planes import OPERATIONS, Map, copy, fetch, whole
+from .tilings import Tile
+
+_PASSED_ON = "this map was passed on: the module that read it has written over it"
+
+
+class StoredMap(Map):
+    """A map with memory: on its device until told to `leave`, then on the host until something needs all of it."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        like: torch.Tensor,
+        host: Host | None,
+        memory: "torch.Tensor | HostRows | None",
+        passing: bool = False,
+    ) -> None:
+        self.host = host
+        self.passing = passing
+        self._memory = memory
+
+    @classmethod
+    def of(cls, plane: torch.Tensor, host: Host | None = None, passing: bool = False) -> "StoredMap":
+        """A map that is on its device."""
+        return cls(plane.shape, plane, host, plane, passing)
+
+    @classmethod
+    def empty(
+        cls, shape: Sequence[int], like: torch.Tensor, host: Host | None = None, passing: bool = False
+    ) -> "StoredMap":
+        """One that is to be written: on the host, if the device of `like` has one, else there."""
+        if host is None or not host.serves(like.device):
+            return cls.of(torch.empty(tuple(shape), dtype=like.dtype, device=like.device), host, passing)
+        return cls(shape, like, host, HostRows.empty(host, shape, like.dtype, like.device), passing)
+
+    @property
+    def away(self) -> bool:
+        return isinstance(self._memory, HostRows)
+
+    @property
+    def memory(self) -> "torch.Tensor | HostRows":
+        if self._memory is None:
+            raise RuntimeError(_PASSED_ON)
+        return self._memory
+
+    def claim(self) -> "StoredMap":
+        taken = StoredMap(self.shape, self, self.host, self.memory, self.passing)
+        self._memory = None
+        return taken
+
+    def fetch(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
+        memory = self.memory
+        if isinstance(memory, HostRows):
+            yield from memory.host.fetch(memory, runs)
+        else:
+            yield from (memory[:, :, top:bottom] for top, bottom in runs)
+
+    def part(self, tile: Tile) -> torch.Tensor:
+        memory = self.memory
+        if isinstance(memory, HostRows) and tile.width < self.shape[-1]:
+            return memory.gather(tile).to(self.device)  # the device does not get more than it asked for
+        return super().part(tile)
+
+    def write(self, tile: Tile, values: torch.Tensor) -> None:
+        memory = self.memory
+        if not isinstance(memory, HostRows):
+            memory[:, :, tile.rows, tile.columns] = values
+        elif tile.width == self.shape[-1]:
+            memory.host.store(memory, tile.top, values)
+        else:
+            memory.scatter(tile, values)
+
+    def leave(self) -> None:
+        if self.host is not None and self.host.serves(self.device) and not self.away:
+            rows = StoredMap.empty(self.shape, self, self.host)
+            self._memory = copy(whole(self), rows, self.host).memory
+
+    def whole(self) -> torch.Tensor:
+        if isinstance(self.memory, HostRows):
+            self._memory = self.copied()
+        plane = self.memory
+        assert isinstance(plane, torch.Tensor)
+        return plane
+
+    def samples(self, which: slice) -> torch.Tensor:
+        memory = self.memory
+        if not isinstance(memory, HostRows):
+            return memory[which]
+        shape = (len(range(*which.indices(len(self)))), *self.shape[1:])
+        return StoredMap(shape, self, self.host, memory.samples(which))
+
+    def delivered(self) -> torch.Tensor:
+        """A finished map as a plain tensor: on its device, or on the host where the device has no room for it."""
+        memory = self.memory
+        if not isinstance(memory, HostRows):
+            return memory.contiguous()
+        if memory.host.has_room(self.device, self.numel() * self.element_size()):
+            return self.copied().contiguous()
+        return memory.gather(Tile(0, 0, *self.shape[2:])).contiguous()
+
+
+class JoinedMap(Map):
+    """Maps side by side, along their channels (`along` 1) or as the samples of a batch (`along` 0)."""
+
+    def __init__(self, shape: Sequence[int], like: torch.Tensor, parts: Sequence[torch.Tensor], along: int) -> None:
+        self.parts = list(parts)
+        self.along = along
+        self.host = next((part.host for part in parts if isinstance(part, Map)), None)
+
+    @classmethod
+    def of(cls, parts: Sequence[torch.Tensor], along: int) -> "JoinedMap":
+        shape = list(parts[0].shape)
+        shape[along] = sum(part.shape[along] for part in parts)
+        return cls(shape, parts[0], parts, along)
+
+    @property
+    def away(self) -> bool:
+        return any(isinstance(part, Map) and part.away for part in self.parts)
+
+    def leave(self) -> None:
+        for part in self.parts:
+            if isinstance(part, Map):
+                part.leave()
+
+    def whole(self) -> torch.Tensor:
+        if len(self.parts) > 1 or isinstance(self.parts[0], Map):
+            plane = self.copied()
+            self.leave()
+            self.parts = [plane]
+        return self.parts[0]
+
+    def copied(self) -> torch.Tensor:
+        plane = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        places = plane.split_with_sizes([part.shape[self.along] for part in self.parts], dim=self.along)
+        for part, place in zip(self.parts, places, strict=True):
+            copy(part, place, self.host or Host())
+        return plane
+
+    def fetch(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
+        for rows in zip(*(fetch(part, runs) for part in self.parts), strict=True):
+            yield rows[0] if len(rows) == 1 else torch.cat(rows, dim=self.along)
+
+    def samples(self, which: slice) -> torch.Tensor:
+        start, stop, _ = which.indices(len(self))
+        first = 0
+        for part in self.parts if self.along == 0 else ():
+            if (first, first + len(part)) == (start, stop):
+                return part
+            first += len(part)
+        return self.whole()[which]
+
+
+class ComputedMap(Map):
+    """A map that is computed anew, run by run, each time it is read; `compute` is its `fetch`."""
+
+    host = None
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        like: torch.Tensor,
+        compute: Callable[[Sequence[Run]], Iterator[torch.Tensor]] | None,
+        passing: bool = False,
+    ) -> None:
+        self.compute = compute
+        self.passing = passing
+
+    def claim(self) -> "ComputedMap":
+        taken, self.compute = ComputedMap(self.shape, self, self.compute, self.passing), None
+        return taken
+
+    def fetch(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
+        if self.compute is None:
+            raise RuntimeError(_PASSED_ON)
+        return self.compute(runs)
+
+
+def taken(plane: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """All of a tensor or map, on the device, and whether its reader may write over it."""
+    match plane:
+        case StoredMap(passing=True):
+            return plane.claim().whole(), True
+        case Map(away=True):
+            return plane.copied(), True
+    return whole(plane), False
+
+
+def _index(func: object, plane: Map, index: Any) -> Any:
+    """``map[:, :, top:bottom]`` and ``map[first:last]``."""
+    match index:
+        case slice(step=None):
+            return plane.samples(index)
+        case (slice(start=None, stop=None, step=None), slice(start=None, stop=None, step=None), slice(step=None)):
+            top, bottom, _ = index[2].indices(plane.shape[2])
+            return next(plane.fetch([(top, bottom)]))
+    return NotImplemented
+
+
+def _put(func: object, plane: torch.Tensor, index: Any, values: Any) -> Any:
+    """``map[:, :, top:bottom] = values``, or with columns as well; all else is written to the whole map."""
+    if isinstance(plane, ComputedMap):
+        raise TypeError("a map that is computed whenever it is read cannot be written to")
+    match index:
+        case (slice(start=None, stop=None), slice(start=None, stop=None), slice(step=None), *more) if (
+            isinstance(plane, Map) and isinstance(values, torch.Tensor) and len(more) < 2
+        ):
+            top, bottom, _ = index[2].indices(plane.shape[2])
+            left, right, _ = (more[0] if more else slice(None)).indices(plane.shape[3])
+            tile = Tile(top, left, bottom, right)
+            plane.write(tile, whole(values).expand(*plane.shape[:2], *tile.size()))
+            return None
+    return NotImplemented
+
+
+def _concatenate(func: object, tensors: Sequence[torch.Tensor], dim: int = 0, **others: object) -> Any:
+    alike = all(each.ndim == 4 and each.dtype == tensors[0].dtype for each in tensors)
+    return JoinedMap.of(tensors, 1) if len(tensors) > 1 and alike and dim in (1, -3) and not others else NotImplemented
+
+
+def _combine(func: Callable[..., torch.Tensor], *terms: Any, **others: object) -> Any:
+    """A sum or product, elementwise, run by run where one of its terms is away; it then is away, too."""
+    away = [term for term in terms if isinstance(term, Map) and term.away]
+    planes = [term for term in terms if isinstance(term, torch.Tensor) and term.ndim]
+    if others or not away or away[0].host is None or any(term.shape != away[0].shape for term in planes):
+        return NotImplemented
+    first, host = away[0], away[0].host
+
+    def combined(run: Run, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        given = iter(rows)
+        return func(*(next(given) if isinstance(term, torch.Tensor) and term.ndim else term for term in terms))
+
+    return assemble(
+        host.cuts(first),
+        combined,
+        place=lambda run: (slice(None), slice(None), slice(*run)),
+        make=lambda rows: StoredMap.empty((*rows.shape[:2], *first.shape[2:]), rows, host),
+        read=lambda runs: zip(*(fetch(plane, runs) for plane in planes), strict=True),
+    )
+
+
+def _make_like(func: Callable[..., torch.Tensor], plane: Map, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return func(torch.empty(0, dtype=plane.dtype, device=plane.device), *args, **kwargs)
+
+
+def _move(func: object, plane: Map, *args: Any, **kwargs: Any) -> Any:
+    """``map.to(...)`` where nothing changes, as helpers that see to the device of arguments call it."""
+    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    same_device = device is None or (device.type == plane.device.type and device.index in (None, plane.device.index))
+    same = same_device and dtype in (None, plane.dtype) and memory_format is None and not kwargs.get("copy")
+    return plane if same else NotImplemented
+
+
+_TENSOR: Any = torch.Tensor
+OPERATIONS |= {
+    _TENSOR.__getitem__: _index,
+    _TENSOR.__setitem__: _put,
+    _TENSOR.to: _move,
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenate),
+    **dict.fromkeys((_TENSOR.new_empty, _TENSOR.new_zeros, _TENSOR.new_full, _TENSOR.new_ones), _make_like),
+    **dict.fromkeys((torch.add, _TENSOR.add, _TENSOR.__add__, _TENSOR.__radd__), _combine),
+    **dict.fromkeys((torch.mul, _TENSOR.mul, _TENSOR.__mul__, _TENSOR.__rmul__), _combine),
+}

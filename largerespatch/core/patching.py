@@ -1,0 +1,125 @@
+"""Reversible replacement of instance attributes.
+
+The undo follows `unittest.mock._patch`: was the attribute the instance's own, or inherited from its class? An own
+one is set back in its old place, an inherited one becomes visible again by deleting ours. Depends on no framework:
+anything with a ``__dict__`` can be patched.
+
+Hooks of accelerate and diffusers replace ``forward``, too, and pipelines take accelerate's off and put them on again
+at the end of every call. So a method is wrapped beneath accelerate's hook, and what hooks have come to hold of ours is
+found there.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+_INHERITED = object()
+_BENEATH_HOOK = "_old_forward"  # where accelerate keeps the forward that its hook replaces
+
+
+class _Replacement(NamedTuple):
+    target: Any
+    attribute: str
+    original: Any  # _INHERITED where the instance had no attribute of its own
+    replacement: Any
+    label: str
+
+
+def _kept_by_hooks(target: Any, replacement: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a replacement that hooks were put over, or taken off from, is now: a dictionary and the key in it."""
+    references = getattr(vars(target).get("_diffusers_hook"), "_fn_refs", ())
+    for owner in (target, *references):
+        yield from ((owner.__dict__, name) for name, value in vars(owner).items() if value is replacement)
+
+
+class PatchStack:
+    """Replacements of instance attributes, undone in reverse order.
+
+    As a context manager it undoes them on exit, whatever happens inside. Attributes are read from and written to
+    the instance's ``__dict__``, so a class's ``__setattr__`` neither sees nor redirects them.
+    """
+
+    def __init__(self) -> None:
+        self._replaced: list[_Replacement] = []
+
+    @property
+    def active(self) -> bool:
+        return bool(self._replaced)
+
+    def set(self, target: Any, attribute: str, value: Any, label: str) -> None:
+        """Give `target` its own `attribute`. `label` names it in messages, as in ``"unet.mid_block.forward"``."""
+        original = vars(target).get(attribute, _INHERITED)
+        # Recorded first: an interrupt right after the replacement must find it on the stack.
+        self._replaced.append(_Replacement(target, attribute, original, value, label))
+        vars(target)[attribute] = value
+
+    def wrap(self, target: Any, method: str, around: Callable[..., Any], label: str) -> None:
+        """Route calls of ``target.method`` through ``around(original, *args, **kwargs)``.
+
+        After `undo` a wrapper that somebody kept only calls the original, so nothing of ours outlives the stack.
+        """
+        attribute = _BENEATH_HOOK if method == "forward" and _BENEATH_HOOK in vars(target) else method
+        original = getattr(target, attribute)
+
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            if not self.active:
+                return original(*args, **kwargs)
+            return around(original, *args, **kwargs)
+
+        self.set(target, attribute, replacement, label)
+
+    def undo(self) -> None:
+        """Take every replacement out again; a second call does nothing.
+
+        Raises:
+            RuntimeError: something else has been put over a replacement since. It is left where it is and named;
+                everything else is restored first.
+        """
+        overlaid = []
+        while self._replaced:
+            target, attribute, original, replacement, label = self._replaced[-1]
+            current = vars(target).get(attribute, _INHERITED)
+            if current is replacement:
+                if original is _INHERITED:
+                    del vars(target)[attribute]
+                else:
+                    vars(target)[attribute] = original
+            elif callable(replacement) and (kept := list(_kept_by_hooks(target, replacement))):
+                inherited = original is _INHERITED
+                for holder, name in kept:
+                    holder[name] = getattr(type(target), attribute).__get__(target) if inherited else original
+            elif current is not original:
+                overlaid.append(label)
+            # Forgotten only once restored: an interrupt in between leaves the rest to a second call.
+            self._replaced.pop()
+        if overlaid:
+            raise RuntimeError(
+                "all else is restored, but these were replaced again by other code inside the block and are left "
+                f"as they are: {', '.join(overlaid)}. Remove what was put over them before leaving the block."
+            )
+
+    def undo_in(self, copies: Mapping[int, Any]) -> None:
+        """Take the replacements out of copies of their targets, by the target's ``id``; the targets keep them."""
+        for target, attribute, original, _, _ in reversed(self._replaced):
+            if id(target) in copies:
+                if original is _INHERITED:
+                    vars(copies[id(target)]).pop(attribute, None)
+                else:
+                    vars(copies[id(target)])[attribute] = original
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.undo()
+        except RuntimeError as overlaid:
+            if error is None:
+                raise
+            # The caller's own exception matters more and must arrive unchanged.
+            warnings.warn(str(overlaid), RuntimeWarning, stacklevel=2)

@@ -1,0 +1,100 @@
+"""The one loop over pieces: it visits them, allocates the result at the first, and writes each where it belongs.
+
+From the second of its largest pieces on, a loop holds what it held before. So a memory estimate has to visit a few
+pieces, not thousands: inside a `rehearsal` every loop does. Since there is no other loop, no technique can forget it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
+
+P = TypeVar("P")
+R = TypeVar("R")
+Size = tuple[int, ...]
+
+_ENOUGH = 3  # the first may lack a halo, and what is left of a full one is still alive during the next
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Loops inside, in this thread, visit few of their pieces. Their results are meaningless."""
+    token = _rehearsing.set(True)
+    try:
+        yield
+    finally:
+        _rehearsing.reset(token)
+
+
+def rehearsing() -> bool:
+    """Whether values are meaningless and only shapes count."""
+    return _rehearsing.get()
+
+
+def visited(pieces: Sequence[P]) -> Sequence[P]:
+    """All of them; in a rehearsal the first, the last, and three of each size that no other one contains.
+
+    A piece that has a method `size` is as large as that says; others are all alike.
+    """
+    if not rehearsing():
+        return pieces
+    sizes = set(map(_size, pieces))
+    needed = Counter({each: _ENOUGH for each in sizes if not _exceeded(each, sizes)})
+    few = []
+    for i, piece in enumerate(pieces):
+        if i in (0, len(pieces) - 1) or needed[_size(piece)] > 0:
+            few.append(piece)
+            needed[_size(piece)] -= 1
+    return few
+
+
+def _size(piece: Any) -> Size:
+    return tuple(piece.size()) if hasattr(piece, "size") else ()
+
+
+def _exceeded(size: Size, sizes: set[Size]) -> bool:
+    return any(size != other and all(a <= b for a, b in zip(size, other, strict=True)) for other in sizes)
+
+
+def collect(
+    pieces: Sequence[P], compute: Callable[..., R], read: Callable[[Sequence[P]], Iterator[Any]] | None = None
+) -> list[R]:
+    """What `compute` makes of each of the visited pieces.
+
+    `read` is for what pieces are cut from: given the pieces that will be visited, it yields what there is to read for
+    each, one after another, and `compute` gets that as well.
+    """
+    which = visited(pieces)
+    # Not a loop with variables of its own: they would keep what was read for one piece while the next one is read.
+    return list(map(compute, which) if read is None else map(compute, which, read(which)))
+
+
+def assemble(
+    pieces: Sequence[P],
+    compute: Callable[..., Any],
+    place: Callable[[P], Any],
+    make: Callable[[Any], Any] | None = None,
+    into: Any = None,
+    read: Callable[[Sequence[P]], Iterator[Any]] | None = None,
+) -> Any:
+    """Puts what `compute` makes of each piece into one output, at the index that `place` gives for the piece.
+
+    The output is `into`, or what `make` makes once the first result is there to say its shape and dtype. Several
+    results of a piece, in a tuple, go into as many outputs. `read` as for `collect`. Returns the output.
+    """
+    outputs = [into]
+
+    def put(piece: P, *given: Any) -> None:
+        result = compute(piece, *given)
+        if outputs[0] is None:
+            assert make is not None  # callers give one of the two
+            outputs[0] = make(result)
+        several = zip(outputs[0], result, strict=True) if isinstance(result, tuple) else [(outputs[0], result)]
+        for output, part in several:
+            output[place(piece)] = part
+
+    collect(pieces, put, read)
+    return outputs[0]
