@@ -1,0 +1,164 @@
+"""An encoder or decoder in pieces: what the ways to do so share, and the exact one, strip by strip."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from ..core.hosts import Host
+from ..core.maps import StoredMap
+from ..core.patching import PatchStack
+from ..core.pieces import rehearsing
+from .strips import Forward
+from .walk import Walk, inner_modules, listen_everywhere, listeners, silence, steps, walked
+
+ProgressBar = Callable[..., AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How an encoder or decoder is cut, sizes in latent pixels.
+
+    `latent_scale` is the size of its input relative to the latent (1 for a decoder, 8 for SD's encoder), `wrap` says
+    whether the plane's opposite edges are neighbours (circular padding), `progress_bar` is the pipeline's, called with
+    ``total``, and `title` goes with it.
+    """
+
+    tile_height: int
+    tile_width: int
+    latent_scale: int
+    wrap: bool
+    progress_bar: ProgressBar
+    title: str
+
+
+class InPieces(ABC):
+    """Takes the place of an encoder's or decoder's ``forward`` for inputs ``[B, C, H, W]``.
+
+    An input of at most one tile goes through the original.
+
+    Args:
+        cutting: the size of a tile, and the rest.
+        host: where maps that are not in tiles live, if that is not where the model runs, while parts of them visit the
+            device. None: they stay on the device. Attention has its whole map on the device in any case.
+    """
+
+    def __init__(self, cutting: Cutting, host: Host | None = None) -> None:
+        self.cutting = cutting
+        self.host = host
+        self._warned = False
+
+    def __call__(self, original: Forward, sample: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        height, width = (length // self.cutting.latent_scale for length in sample.shape[-2:])
+        if height <= self.cutting.tile_height and width <= self.cutting.tile_width:
+            return original(sample, *args, **kwargs)
+        if torch.is_grad_enabled() and sample.requires_grad:
+            raise RuntimeError(
+                f"{self.cutting.title} of {width}x{height} latent pixels runs in pieces, which have no gradients: "
+                "detach its input, leave the block of LargeResPatch, or give it larger vae_chunk_size_x and _y"
+            )
+        with torch.no_grad():
+            return self._run(lambda part: original(part, *args, **kwargs), sample)
+
+    @abstractmethod
+    def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+        """The result for an input of more than one tile."""
+
+    def _silence(self, stack: PatchStack, inner: dict[str, nn.Module]) -> None:
+        """Forward hooks of the user on modules that see pieces alone are not called; one warning says so.
+
+        Pre-hooks still are, since some bring a module's weights into shape, and so are hooks on all modules there are:
+        the warning says what they see.
+        """
+        silent = silence(stack, inner)
+        ahead = [path for path, module in inner.items() if any(map(_is_of_user, module._forward_pre_hooks.values()))]
+        consequences = []
+        if silent:
+            consequences.append(f"the forward hooks on {len(silent)} of its modules are not called ({_some(silent)})")
+        if ahead:
+            consequences.append(f"the forward pre-hooks on {len(ahead)} of its modules see pieces ({_some(ahead)})")
+        if listen_everywhere():
+            consequences.append("the hooks on all modules there are see pieces")
+        if consequences and not self._warned and not rehearsing():
+            self._warned = True
+            warnings.warn(
+                f"{self.cutting.title} runs in pieces, so {' and '.join(consequences)}; "
+                "larger vae_chunk_size_x and _y run it whole",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    @contextmanager
+    def _progress(self, total: int) -> Iterator[Any]:
+        with self.cutting.progress_bar(total=total) as bar:
+            bar.set_description(self.cutting.title)
+            yield bar
+
+
+class Exact(InPieces):
+    """Strip by strip with the group statistics of the whole map; exact, each module to rounding.
+
+    No arithmetic is done twice but in the halos of the strips (a row or two on each side). Larger in memory than two
+    passes: whole maps are alive, about half as many as in the original.
+
+    Args:
+        model: the encoder or decoder, and `path` its name in messages.
+        cutting, host: see above; strips have as many rows, on every map, as a tile has in latent pixels.
+        recompute: at the finest level, where maps are largest, no map exists but the outputs of residual blocks: an
+            upsampler's is computed three times and the one between two convolutions twice, strip by strip. Not so
+            where a user's hook may keep what it is given.
+
+    Raises:
+        ValueError: `model` holds a module that cannot be run strip by strip.
+    """
+
+    def __init__(
+        self, model: nn.Module, path: str, cutting: Cutting, recompute: bool = False, host: Host | None = None
+    ) -> None:
+        super().__init__(cutting, host)
+        self.model = model
+        self.path = path
+        self.steps = dict(steps(model, path))
+        self.recompute = recompute
+        for place, module in self.steps.items():
+            walked(module, place, Walk(1, False))  # an error now rather than in the call
+
+    def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+        passing = not listeners(self.model)
+        doublings = sum(isinstance(module, Upsample2D) for module in self.steps.values())
+        # What a hook may keep has to have memory of its own.
+        finest = sample.shape[-2] * 2**doublings if self.recompute and passing else None
+        walk = Walk(self.cutting.tile_height, self.cutting.wrap, self.host, passing, finest)
+        with PatchStack() as stack, self._progress(len(self.steps)) as bar:
+
+            def counted(technique: Forward) -> Forward:
+                def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+                    result = technique(*args, **kwargs)
+                    bar.update()
+                    return result
+
+                return forward
+
+            for path, module in self.steps.items():
+                stack.wrap(module, "forward", counted(walked(module, path, walk)), f"{path}.forward")
+            self._silence(stack, inner_modules(self.model, self.path))
+            return delivered(original(sample))
+
+
+def _is_of_user(hook: object) -> bool:
+    """Not one by which torch makes a weight of others (``weight_norm``, ``spectral_norm``, pruning)."""
+    return not type(hook).__module__.startswith("torch.nn.utils.")
+
+
+def _some(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+
+
+def delivered(result: torch.Tensor) -> torch.Tensor:
+    return result.delivered() if isinstance(result, StoredMap) else result

@@ -1,0 +1,38 @@
+"""What convolutions see beyond the image's edge."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.downsampling import Downsample2D
+from torch import nn
+
+from ..core.families import Order, Site
+
+# What asymmetric padding must know the inside of: where zeros are put on, by the module rather than the convolution.
+LEANS_ON = ("diffusers.models.downsampling.Downsample2D.forward",)
+
+
+class AsymmetricPadding:
+    """Takes the place of the ``forward`` of a convolution that its ``Downsample2D`` feeds one extra row and column.
+
+    The extra ones, right and bottom, are zeros put on by the module; here they are cut off and padded anew.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+
+    def __call__(self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
+        return original(F.pad(hidden_states[:, :, :-1, :-1], (0, 1, 0, 1), mode=self.mode))
+
+
+def padding_sites(model: nn.Module, name: str, mode: str) -> Iterator[Site]:
+    """Every 2-D convolution of `model` that pads; with `mode` "constant" there is nothing to do."""
+    if mode == "constant":
+        return
+    says = f"convolutions pad by {mode!r}"
+    for path, module in model.named_modules(prefix=name):
+        if isinstance(module, Downsample2D) and module.use_conv and module.padding == 0:
+            yield Site(module.conv, f"{path}.conv", Order.PADDED, AsymmetricPadding(mode), says=says)
+        elif isinstance(module, nn.Conv2d) and any(module._reversed_padding_repeated_twice):
+            yield Site(module, path, Order.PADDED, mode, "padding_mode", says=says)

@@ -1,0 +1,100 @@
+"""A batch in turns: exact, since nothing in these models looks from one sample at another."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..core.maps import JoinedMap
+from ..core.pieces import assemble, rehearsing
+from ..core.planes import Map
+
+
+class SerialBatch:
+    """Takes the place of a denoiser's ``forward`` and runs the samples of a batch one after another.
+
+    The first parameter, ``[B, ...]``, says how many there are. Where an attention processor may look across samples
+    (perturbed-attention guidance does, and one that diffusers' models do not define might), the batch stays whole and
+    a warning names the processor. Pipelines put such processors in while they run, hence the question at each call.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
+        arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        samples = next(iter(arguments.values()), None)
+        if not isinstance(samples, torch.Tensor) or samples.ndim == 0 or len(samples) <= 1:
+            return original(*args, **kwargs)
+        if foreign := sorted({type(each).__name__ for each in _processors(self.model) if not _is_per_sample(each)}):
+            if not rehearsing():
+                warnings.warn(
+                    f"unet_serial: {', '.join(foreign)} may look across the samples of a batch, so {len(samples)} "
+                    f"samples go through {type(self.model).__name__} at once and need as much memory",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return original(*args, **kwargs)
+        batch = len(samples)
+        structure: Any = None
+
+        def run(index: int) -> tuple[Any, ...]:
+            nonlocal structure
+            own_args, own_kwargs = take_sample((args, kwargs), index, batch)
+            leaves, structure = tree_flatten(original(*own_args, **own_kwargs))
+            return tuple(leaves)
+
+        rows = assemble(
+            range(batch),
+            run,
+            place=lambda index: index,
+            make=lambda leaves: tuple(_rows_for(leaf, batch) for leaf in leaves),
+        )
+        return tree_unflatten([_joined(each) for each in rows], structure)
+
+
+def _processors(model: nn.Module) -> list[object]:
+    return [module.processor for module in model.modules() if hasattr(module, "processor")]
+
+
+def _is_per_sample(processor: object) -> bool:
+    kind = type(processor)
+    return kind.__module__.startswith("diffusers.models.") and not kind.__name__.startswith("PAG")
+
+
+def take_sample(value: Any, index: int, batch: int, key: object = None) -> Any:
+    """What concerns sample `index` of `batch` in an argument, however nested.
+
+    Tensors ``[k * batch, ...]`` hold k rows for each sample in order (frames of a video, often k = 1). Any other
+    tensor, like one with a first dimension of 1, concerns all samples. So does a tensor of IP-Adapter masks, which
+    counts adapters (a list of them holds tensors that are read like all others).
+    """
+    match value:
+        case torch.Tensor():
+            if value.ndim == 0 or len(value) % batch or key == "ip_adapter_masks":
+                return value
+            rows = len(value) // batch
+            return value[index * rows : (index + 1) * rows]
+        case dict():
+            return {each: take_sample(value[each], index, batch, each) for each in value}
+        case list() | tuple():
+            return type(value)([take_sample(each, index, batch) for each in value])
+    return value
+
+
+def _rows_for(leaf: Any, batch: int) -> Any:
+    """Where what each sample gives in the place of `leaf` goes; of a map that may wait elsewhere its parts are kept."""
+    if isinstance(leaf, torch.Tensor) and leaf.ndim and not isinstance(leaf, Map):
+        return leaf.new_empty(batch, *leaf.shape)
+    return [leaf] * batch
+
+
+def _joined(rows: Any) -> Any:
+    """The inverse of `take_sample`. What is not a tensor is taken from the first sample."""
+    if isinstance(rows, torch.Tensor):
+        return rows.flatten(0, 1)
+    return JoinedMap.of(rows, 0) if isinstance(rows[0], Map) else rows[0]

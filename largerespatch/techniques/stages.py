@@ -1,0 +1,107 @@
+"""What runs whole and what in tiles: the stages of an encoder or decoder, and the reach of their convolutions."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil, prod
+from typing import Any
+
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+# What a stage must know the inside of: that modules run in the order they are registered in.
+LEANS_ON = (
+    "diffusers.models.autoencoders.vae.Encoder.forward",
+    "diffusers.models.autoencoders.vae.Decoder.forward",
+    "diffusers.models.unets.unet_2d_blocks.DownEncoderBlock2D.forward",
+    "diffusers.models.unets.unet_2d_blocks.UpDecoderBlock2D.forward",
+    "diffusers.models.resnet.ResnetBlock2D.forward",
+    "diffusers.models.upsampling.Upsample2D.forward",
+    "diffusers.models.downsampling.Downsample2D.forward",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One child of an encoder or decoder, and what its convolutions do to a map.
+
+    `scale` is its output's size relative to its input's; `reach` how many cells of its input an output cell needs on
+    each side; `values` the most values that any of its layers puts out per cell of its input.
+    """
+
+    module: nn.Module
+    scale: Fraction
+    reach: Fraction
+    values: Fraction
+
+
+def measure(module: nn.Module) -> Stage:
+    """Walk the convolutions of a stage in the order they are registered in, which is the order they run in."""
+    scale, reach, values = Fraction(1), Fraction(0), Fraction(0)
+    for child in module.modules():
+        if isinstance(child, Upsample2D):
+            scale *= 2
+        elif isinstance(child, nn.Conv2d):
+            span = child.dilation[0] * (child.kernel_size[0] - 1)
+            strided = child.stride[0] > 1
+            # Only a convolution without a stride is centred: VAEs pad the others to the right and below.
+            reach += Fraction(span, 1 if strided else 2) / scale
+            scale /= child.stride[0]
+            values = max(values, child.out_channels * scale**2)
+    return Stage(module, scale, reach, values)
+
+
+def scale_of(stages: Iterable[Stage]) -> Fraction:
+    return prod((stage.scale for stage in stages), start=Fraction(1))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which stages run in tiles (the half-open range `tiled`); the others run whole, before and after them."""
+
+    stages: Sequence[Stage]
+    tiled: range
+
+    @property
+    def scale(self) -> Fraction:
+        """Size of the tiled part's output relative to its input."""
+        return scale_of(self.stages[i] for i in self.tiled)
+
+    @property
+    def halo(self) -> int:
+        """Cells of the tiled part's input that its convolutions need around a tile."""
+        scale, reach = Fraction(1), Fraction(0)
+        for i in self.tiled:
+            reach += self.stages[i].reach / scale
+            scale *= self.stages[i].scale
+        step = ceil(1 / scale)  # windows start where the downsamplers' grid does
+        return step * ceil(reach / step)
+
+    def whole_bytes(self, height: int, width: int, batch: int, itemsize: int) -> int:
+        """About what the whole part holds for an input of ``height x width`` cells: three times its largest map."""
+        cells, largest = Fraction(height * width), Fraction(0)
+        for i, stage in enumerate(self.stages):
+            if i not in self.tiled:
+                largest = max(largest, cells * stage.values)
+            cells *= stage.scale**2
+        return int(3 * largest) * batch * itemsize
+
+
+def decoder_splits(decoder: Any) -> list[Split]:
+    """Ways to split a decoder, from the last two up blocks in tiles to all of them in tiles.
+
+    In Stable Diffusion's decoder the first needs a halo of 10 cells of the 4x map (2.5 latent pixels), the last of
+    13 latent pixels.
+    """
+    up_blocks = list(decoder.up_blocks)
+    last = (decoder.conv_norm_out, decoder.conv_act, decoder.conv_out)
+    stages = [measure(module) for module in (decoder.conv_in, decoder.mid_block, *up_blocks, *last)]
+    return [Split(stages, range(start, len(stages))) for start in range(max(len(up_blocks), 2), 1, -1)]
+
+
+def encoder_splits(encoder: Any) -> list[Split]:
+    """Ways to split an encoder, from the first down block in tiles to all but the last."""
+    down_blocks = list(encoder.down_blocks)
+    last = (encoder.conv_norm_out, encoder.conv_act, encoder.conv_out)
+    stages = [measure(module) for module in (encoder.conv_in, *down_blocks, encoder.mid_block, *last)]
+    return [Split(stages, range(stop)) for stop in range(2, max(len(down_blocks), 2) + 1)]

@@ -1,0 +1,327 @@
+"""Exact strip-wise execution of convolutional modules.
+
+A map is visited in strips (bands of rows at full width), each read with the halo that its convolution needs. Group
+norms get the statistics of the whole map, recorded strip by strip beforehand. So every module returns its unpatched
+result to rounding, while no normalized, activated or upsampled copy of a whole map is ever alive. A map that is one
+strip goes through the original forward.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from functools import partial
+from itertools import pairwise
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from ..core.families import Order, Site
+from ..core.maps import ComputedMap
+from ..core.pieces import assemble
+from ..core.planes import fetch, part
+from ..core.statistics import GivenStatistics, GroupStatistics, pool, record, record_by_rows
+from ..core.tilings import Tile, even_cuts, window
+
+Forward = Callable[..., torch.Tensor]
+Block = tuple[int, torch.Tensor]  # how many rows of the halo are above a strip; the strip with its halo, [B, C, h, W]
+
+
+# What strips must know the inside of: the order of a residual block's layers, and that a resampler is one convolution
+# before or after doubling the map, an embedding of pictures nothing but convolutions.
+LEANS_ON = (
+    "diffusers.models.resnet.ResnetBlock2D.forward",
+    "diffusers.models.upsampling.Upsample2D.forward",
+    "diffusers.models.downsampling.Downsample2D.forward",
+    "diffusers.models.controlnets.controlnet.ControlNetConditioningEmbedding.forward",
+)
+
+
+def rows_of(strip: Tile) -> tuple[slice, slice, slice]:
+    """The index of a strip's rows in a map ``[B, C, H, W]``."""
+    return slice(None), slice(None), strip.rows
+
+
+class Strips:
+    """How maps are cut: into strips of at most `rows` rows; `wrap` where top and bottom are neighbours.
+
+    Inputs are left as they are, for whoever else may read them: in a U-Net its skip connections.
+    """
+
+    def __init__(self, rows: int, wrap: bool) -> None:
+        self.rows = rows
+        self.wrap = wrap
+
+    def cut(self, plane: torch.Tensor, scale: Fraction = Fraction(1)) -> list[Tile]:
+        """Strips of ``[B, C, H, W]``, for a module that scales them: no more rows than allowed before and after."""
+        height, width = plane.shape[-2:]
+        step = 2 if isinstance(plane, ComputedMap) else scale.denominator
+        cuts = even_cuts(height // step, max(self.rows // max(scale.numerator, step), 1))
+        return [Tile(top * step, 0, bottom * step, width) for top, bottom in pairwise(cuts)]
+
+    def is_one(self, plane: torch.Tensor) -> bool:
+        return plane.shape[-2] <= self.rows
+
+    def read(self, plane: torch.Tensor, halo: int, strips: Sequence[Tile]) -> Iterator[Block]:
+        """Each strip with its halo, on the device.
+
+        A strip's own rows may be overwritten before the next one is asked for: what later strips need of them is kept
+        aside. The block may be the very memory of the map.
+        """
+        height, width = plane.shape[-2:]
+        outers = [window(strip, halo, height, width, self.wrap).outer for strip in strips]
+        around = self.wrap and halo > 0
+        first = part(plane, Tile(0, 0, halo, width)).clone() if around else None
+        above = part(plane, Tile(height - halo, 0, height, width)).clone() if around else None
+        adjacent = [True, *(upper.bottom == lower.top for upper, lower in pairwise(strips))]
+        runs = [
+            (strip.top if follows and strip.top else max(outer.top, 0), min(outer.bottom, height))
+            for strip, outer, follows in zip(strips, outers, adjacent, strict=True)
+        ]
+        for strip, outer, (top, _), rows in zip(strips, outers, runs, fetch(plane, runs), strict=True):
+            parts = [rows]
+            if above is not None and top > outer.top:
+                parts.insert(0, above[:, :, outer.top - top :])
+            if first is not None and outer.bottom > height:
+                parts.append(first[:, :, : outer.bottom - height])
+            block = torch.cat(parts, dim=2) if len(parts) > 1 else rows
+            if halo:
+                end = strip.bottom - outer.top
+                above = block[:, :, max(end - halo, 0) : end].clone()
+            yield strip.top - outer.top, block
+
+    def statistics(self, plane: torch.Tensor, groups: int) -> GroupStatistics:
+        return record_by_rows(plane, groups, [(strip.top, strip.bottom) for strip in self.cut(plane)])
+
+    def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Memory for a whole map, of the dtype of `like`."""
+        return like.new_empty(tuple(shape))
+
+
+def bare(convolution: Any) -> Any:
+    """The convolution inside an adapter (LoRA), which has the same shape but does not tell it."""
+    return getattr(convolution, "base_layer", convolution)
+
+
+def reach(convolution: Any) -> int:
+    """Rows that a convolution reads above and below its own."""
+    convolution = bare(convolution)
+    return int(convolution.dilation[0] * (convolution.kernel_size[0] - 1) // 2)
+
+
+def is_differentiated(module: nn.Module, *tensors: torch.Tensor | None) -> bool:
+    """Whether a call is one that autograd follows; strips are written over each other, which it could not undo."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (*tensors, *module.parameters())
+    )
+
+
+class TimeTerms(NamedTuple):
+    """What a time embedding does around the second norm of a block: a term before it, or a factor and a term after."""
+
+    before: torch.Tensor | None = None
+    after: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class StripResnet:
+    """Takes the place of ``ResnetBlock2D.forward``: norm, activation, convolution, twice, plus the shortcut.
+
+    Alive at once are the input and the map between the two convolutions, whose memory becomes that of the output. Calls
+    that are differentiated go through the original. Not for blocks that resample.
+    """
+
+    def __init__(self, module: ResnetBlock2D, strips: Strips) -> None:
+        self.module: Any = module
+        self.strips = strips
+
+    def __call__(
+        self,
+        original: Forward,
+        input_tensor: torch.Tensor,
+        temb: torch.Tensor | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        if (
+            self.strips.is_one(input_tensor)
+            or (temb is None) != (self.module.time_emb_proj is None)  # the original knows what to say or do
+            or is_differentiated(self.module, input_tensor, temb)
+        ):
+            return original(input_tensor, temb, *args, **kwargs)
+        return self.run(input_tensor, self._time(temb))
+
+    def run(self, source: torch.Tensor, time: TimeTerms) -> torch.Tensor:
+        middle = self.strips.empty(source, self.output_shape(source))
+        return self.second_half(middle, self.first_half(source, middle, time), source, middle, time)
+
+    def output_shape(self, source: torch.Tensor) -> tuple[int, ...]:
+        return source.shape[0], self.module.out_channels, *source.shape[2:]
+
+    def first_half(
+        self, source: torch.Tensor, middle: torch.Tensor, time: TimeTerms, residual: torch.Tensor | None = None
+    ) -> GroupStatistics:
+        """``conv1(act(norm1(source)))`` into `middle`; also what the shortcut makes of `source`, if given its place.
+
+        Returns the statistics of `middle`.
+        """
+        module, strips = self.module, self.strips
+        statistics = strips.statistics(source, module.norm1.num_groups)
+        recorded = []
+
+        def compute(strip: Tile, given: Block) -> Any:
+            above, block = given
+            own = slice(above, above + strip.height)
+            result = self.conv1(block, statistics, time)[:, :, own]
+            recorded.append(record(result, module.norm2.num_groups))
+            return result if residual is None else (module.conv_shortcut(block[:, :, own]), result)
+
+        into = middle if residual is None else (residual, middle)
+        read = partial(strips.read, source, reach(module.conv1))
+        assemble(strips.cut(source), compute, rows_of, into=into, read=read)
+        return pool(recorded)
+
+    def second_half(
+        self,
+        middle: torch.Tensor,
+        statistics: GroupStatistics,
+        residual: torch.Tensor,
+        output: torch.Tensor,
+        time: TimeTerms,
+        shortcut_done: bool = False,
+    ) -> torch.Tensor:
+        """``(residual + conv2(act(norm2(middle)))) / scale`` into `output`, which may be either of the two."""
+        module, strips = self.module, self.strips
+        shortcut = None if shortcut_done else module.conv_shortcut
+
+        def compute(strip: Tile, given: tuple[Block, Block]) -> torch.Tensor:
+            (above, block), (_, own) = given
+            block = self.conv2(block, statistics, time)[:, :, above : above + strip.height]
+            block = block + (own if shortcut is None else shortcut(own))
+            return block / module.output_scale_factor  # type: ignore[no-any-return]
+
+        def read(cuts: Sequence[Tile]) -> Iterator[tuple[Block, Block]]:
+            return zip(strips.read(middle, reach(module.conv2), cuts), strips.read(residual, 0, cuts), strict=True)
+
+        return assemble(strips.cut(residual), compute, rows_of, into=output, read=read)  # type: ignore[no-any-return]
+
+    def _time(self, temb: torch.Tensor | None) -> TimeTerms:
+        if temb is None:
+            return TimeTerms()
+        if not self.module.skip_time_act:
+            temb = self.module.nonlinearity(temb)
+        embedding = self.module.time_emb_proj(temb)[:, :, None, None]
+        if self.module.time_embedding_norm == "default":
+            return TimeTerms(before=embedding)
+        scale, shift = embedding.chunk(2, dim=1)
+        return TimeTerms(after=(1 + scale, shift))
+
+    def conv1(self, block: torch.Tensor, statistics: GroupStatistics, time: TimeTerms) -> torch.Tensor:
+        with GivenStatistics(statistics):
+            block = self.module.norm1(block)
+        block = self.module.conv1(self.module.nonlinearity(block))
+        return block if time.before is None else block + time.before
+
+    def conv2(self, block: torch.Tensor, statistics: GroupStatistics, time: TimeTerms) -> torch.Tensor:
+        with GivenStatistics(statistics):
+            block = self.module.norm2(block)
+        if time.after is not None:
+            factor, term = time.after
+            block = block * factor + term
+        convolved: torch.Tensor = self.module.conv2(self.module.dropout(self.module.nonlinearity(block)))
+        return convolved
+
+
+class StripResample:
+    """Takes the place of the ``forward`` of a convolution, an ``Upsample2D`` or a ``Downsample2D``.
+
+    `halo` counts cells of the input.
+    """
+
+    def __init__(self, strips: Strips, scale: Fraction, halo: int) -> None:
+        self.strips = strips
+        self.scale = scale
+        self.halo = halo
+
+    def __call__(self, original: Forward, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.strips.is_one(hidden_states) or hidden_states.shape[-2] < self.halo:
+            return original(hidden_states, *args, **kwargs)
+        return self.run(original, hidden_states, *args, **kwargs)
+
+    def run(self, original: Forward, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        size = [int(length * self.scale) for length in source.shape[-2:]]
+
+        def compute(strip: Tile, given: Block) -> torch.Tensor:
+            above, block = given
+            top = int(above * self.scale)
+            return original(block, *args, **kwargs)[:, :, top : top + strip.scaled(self.scale).height]
+
+        return assemble(  # type: ignore[no-any-return]
+            self.strips.cut(source, self.scale),
+            compute,
+            place=lambda strip: rows_of(strip.scaled(self.scale)),
+            make=lambda result: self.strips.empty(result, (*result.shape[:2], *size)),
+            read=partial(self.strips.read, source, self.halo),
+        )
+
+
+class StripUpsample(StripResample):
+    """Takes the place of the ``forward`` of an ``Upsample2D``.
+
+    A map that is not just doubled, since the skip connection to come is odd, and a call that is differentiated go
+    through the original.
+    """
+
+    def __init__(self, module: Upsample2D, strips: Strips) -> None:
+        super().__init__(strips, Fraction(2), halo=1)
+        self.module: Any = module
+
+    def __call__(
+        self, original: Forward, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        doubled = [2 * length for length in hidden_states.shape[-2:]]
+        if (output_size is not None and list(output_size) != doubled) or is_differentiated(self.module, hidden_states):
+            return original(hidden_states, output_size, *args, **kwargs)
+        return super().__call__(original, hidden_states, None, *args, **kwargs)
+
+
+def can_be_resnet(module: nn.Module) -> bool:
+    """Whether a module is a residual block that can run in strips."""
+    match module:
+        case ResnetBlock2D(upsample=None, downsample=None, norm1=nn.GroupNorm(), norm2=nn.GroupNorm()):
+            # Else the memory of the map between the convolutions is not the output's size.
+            return bool(bare(module.conv2).out_channels == module.out_channels)
+    return False
+
+
+def can_be_upsampler(module: nn.Module) -> bool:
+    match module:
+        case Upsample2D(norm=None, interpolate=True, use_conv_transpose=False):
+            return True
+    return False
+
+
+def _strip_embedding(module: nn.Module, strips: Strips) -> StripResample:
+    """For a ControlNet's embedding of its picture: centred convolutions, some with a stride, and no norm between."""
+    span, step = 0, 1
+    for convolution in module.modules():
+        if isinstance(convolution, nn.Conv2d):
+            span += step * reach(convolution)
+            step *= convolution.stride[0]
+    return StripResample(strips, Fraction(1, step), halo=step * ceil(span / step))
+
+
+def strip_sites(model: nn.Module, name: str, strips: Strips) -> Iterator[Site]:
+    """The residual blocks, upsamplers and embedded pictures of a U-Net or ControlNet; all else is left alone."""
+    says = f"convolutions in strips of {strips.rows} rows"
+    for path, module in model.named_modules(prefix=name):
+        technique: Any = None
+        if can_be_resnet(module):
+            technique = StripResnet(module, strips)
+        elif can_be_upsampler(module):
+            technique = StripUpsample(module, strips)
+        elif type(module).__name__ == "ControlNetConditioningEmbedding":  # its class brings transformers along
+            technique = _strip_embedding(module, strips)
+        if technique is not None:
+            yield Site(module, path, Order.IN_STRIPS, technique, says=says)

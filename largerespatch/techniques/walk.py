@@ -1,0 +1,306 @@
+"""Exact execution of an encoder or decoder, strip by strip: one walk that knows what is alive.
+
+Between its modules travel maps that are passed on: each has one reader, who takes it and may write over it. So a
+module works in place wherever it can, and whoever holds such a map afterwards, up the stack, holds nothing.
+
+Where a forward hook of the user may keep what it is given, maps are not passed on but kept as they are, at the cost of
+more memory: what a hook holds stays right.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from ..core.hosts import Host
+from ..core.maps import ComputedMap, StoredMap
+from ..core.patching import PatchStack
+from ..core.pieces import assemble, collect
+from ..core.planes import Map, fetch
+from ..core.statistics import GivenStatistics, pool, record
+from ..core.tilings import Tile
+from .strips import (
+    Block,
+    Forward,
+    StripResample,
+    StripResnet,
+    Strips,
+    StripUpsample,
+    TimeTerms,
+    can_be_resnet,
+    can_be_upsampler,
+    reach,
+    rows_of,
+)
+
+# What a walk must know the inside of: that containers call their children in turn, each with what the last one gave.
+LEANS_ON = (
+    "diffusers.models.autoencoders.vae.Encoder.forward",
+    "diffusers.models.autoencoders.vae.Decoder.forward",
+    "diffusers.models.unets.unet_2d_blocks.DownEncoderBlock2D.forward",
+    "diffusers.models.unets.unet_2d_blocks.UpDecoderBlock2D.forward",
+    "diffusers.models.unets.unet_2d_blocks.UNetMidBlock2D.forward",
+    "diffusers.models.resnet.ResnetBlock2D.forward",
+    "diffusers.models.upsampling.Upsample2D.forward",
+    "diffusers.models.downsampling.Downsample2D.forward",
+)
+
+
+class Walk(Strips):
+    """Strips of maps that are passed on from module to module, and the memory that is free meanwhile.
+
+    Args:
+        rows, wrap: see `Strips`.
+        host: where maps live; None: on the device.
+        passing: whether maps may be written over by their reader.
+        finest: height of maps so large that recomputing them is better than keeping them; None: there are none.
+    """
+
+    def __init__(
+        self, rows: int, wrap: bool, host: Host | None = None, passing: bool = True, finest: int | None = None
+    ) -> None:
+        super().__init__(rows, wrap)
+        self.host = host
+        self.passing = passing
+        self.finest = finest
+        self.spare: StoredMap | None = None
+
+    def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        return StoredMap.empty(shape, like, self.host, self.passing)
+
+    def reuse(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The same, or the memory that the last residual block has no more use for, where it fits."""
+        spare, self.spare = self.spare, None
+        return spare if spare is not None and spare.shape == shape else self.empty(like, shape)
+
+    def taken(self, plane: torch.Tensor) -> torch.Tensor:
+        """A map for its reader: to be written over where it was passed on. What was spare is freed."""
+        self.spare = None
+        return plane.claim() if isinstance(plane, Map) and plane.passing else plane
+
+    def compact(self, plane: torch.Tensor) -> torch.Tensor:
+        """A map alone, taken, where it is a part of a larger one whose rest nobody needs any more."""
+        plane = self.taken(plane)
+        if not isinstance(plane, StoredMap) or plane.away:
+            return plane
+        memory = plane.whole()
+        if memory.untyped_storage().nbytes() == memory.numel() * memory.element_size():
+            return plane
+        return StoredMap.of(memory.clone(memory_format=torch.contiguous_format), self.host, self.passing)
+
+
+class WalkedResnet(StripResnet):
+    """The output takes the input's memory where it fits; the map between the convolutions is then spare.
+
+    A block that at least halves its channels needs no more than its input: shortcut and middle map fit into it. On a
+    map of the finest level the middle map is not kept where it would be a second one; it is computed twice.
+    """
+
+    strips: Walk
+
+    def run(self, source: torch.Tensor, time: TimeTerms) -> torch.Tensor:
+        walk, shape, shortcut = self.strips, self.output_shape(source), self.module.conv_shortcut
+        if not isinstance(source, StoredMap) or not source.passing:
+            middle, source = walk.reuse(source, shape), walk.taken(source)
+            return self.second_half(middle, self.first_half(source, middle, time), source, middle, time)
+        if shortcut is None and source.shape[-2] == walk.finest:
+            return self._at_once(walk.taken(source), time)
+        if shortcut is not None and 2 * shape[1] <= source.shape[1] and not source.away:
+            return self._within(walk.taken(source).whole(), time)  # type: ignore[attr-defined]
+        middle = walk.reuse(source, shape)
+        source = source.claim()
+        output = source if shortcut is None else middle
+        output = self.second_half(middle, self.first_half(source, middle, time), source, output, time)
+        if shortcut is None:
+            walk.spare = middle  # type: ignore[assignment]
+        return output
+
+    def _within(self, memory: torch.Tensor, time: TimeTerms) -> torch.Tensor:
+        channels, walk = self.module.out_channels, self.strips
+        parts = (memory[:, :channels], memory[:, channels : 2 * channels])
+        residual, middle = (StoredMap.of(part, walk.host, passing=True) for part in parts)
+        statistics = self.first_half(StoredMap.of(memory), middle, time, residual)
+        output = self.second_half(middle, statistics, residual, residual, time, shortcut_done=True)
+        walk.spare = middle
+        return output
+
+    def _at_once(self, plane: torch.Tensor, time: TimeTerms) -> torch.Tensor:
+        """The block in place: the middle map is computed once for its statistics and once more to be used."""
+        module, walk = self.module, self.strips
+        outer = walk.statistics(plane, module.norm1.num_groups)
+        cuts, recorded = walk.cut(plane), []
+
+        def note(strip: Tile, given: Block) -> None:
+            above, block = given
+            middle = self.conv1(block, outer, time)[:, :, above : above + strip.height]
+            recorded.append(record(middle, module.norm2.num_groups))
+
+        def compute(strip: Tile, given: Block) -> torch.Tensor:
+            above, block = given
+            # The outermost rows saw padding in place of their neighbours, but no row of the strip's own sees them.
+            result = self.conv2(self.conv1(block, outer, time), inner, time)
+            own = slice(above, above + strip.height)
+            return (block[:, :, own] + result[:, :, own]) / module.output_scale_factor  # type: ignore[no-any-return]
+
+        collect(cuts, note, read=partial(walk.read, plane, reach(module.conv1)))
+        inner = pool(recorded)
+        read = partial(walk.read, plane, reach(module.conv1) + reach(module.conv2))
+        return assemble(cuts, compute, rows_of, into=plane, read=read)  # type: ignore[no-any-return]
+
+
+class WalkedResample(StripResample):
+    """Its input is gone when it is done, and what lies around that before, where the output is of another size."""
+
+    strips: Walk
+
+    def run(self, original: Forward, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        source = self.strips.taken(source) if self.scale == 1 else self.strips.compact(source)
+        return super().run(original, source, *args, **kwargs)
+
+
+class WalkedUpsample(StripUpsample):
+    """Where its output belongs to the finest level, it is computed where the next module reads it."""
+
+    strips: Walk
+
+    def run(self, original: Forward, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        walk, (batch, _, height, width) = self.strips, source.shape
+        source = walk.compact(source)
+        if 2 * height != walk.finest:
+            return super().run(original, source, *args, **kwargs)
+
+        def compute(runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+            halves = [Tile(top // 2, 0, (bottom + 1) // 2, width) for top, bottom in runs]
+            for (top, bottom), half, (above, block) in zip(runs, halves, walk.read(source, 1, halves), strict=True):
+                start = 2 * above + top - 2 * half.top
+                yield original(block, *args, **kwargs)[:, :, start : start + bottom - top]
+
+        shape = (batch, self.module.out_channels, 2 * height, 2 * width)
+        return ComputedMap(shape, source, compute, walk.passing)
+
+
+class WalkedPointwise:
+    """Takes the place of the ``forward`` of a norm or an activation: in place, where its input was passed on.
+
+    `groups` is how many the norm has; None for what needs no statistics.
+    """
+
+    def __init__(self, walk: Walk, groups: int | None = None) -> None:
+        self.walk = walk
+        self.groups = groups
+
+    def __call__(self, original: Forward, hidden_states: torch.Tensor) -> torch.Tensor:
+        walk, groups = self.walk, self.groups
+        if walk.is_one(hidden_states):
+            return original(hidden_states)
+        statistics = None if groups is None else walk.statistics(hidden_states, groups)
+
+        def compute(strip: Tile, block: torch.Tensor) -> torch.Tensor:
+            if statistics is None:
+                return original(block)
+            with GivenStatistics(statistics):
+                return original(block)
+
+        plane = walk.taken(hidden_states)
+        return assemble(  # type: ignore[no-any-return]
+            walk.cut(plane),
+            compute,
+            rows_of,
+            into=plane if isinstance(plane, StoredMap) and plane.passing else None,
+            make=lambda result: walk.empty(result, (*result.shape[:2], *plane.shape[2:])),
+            read=lambda strips: fetch(plane, [(strip.top, strip.bottom) for strip in strips]),
+        )
+
+
+class WalkedWhole:
+    """Takes the place of the ``forward`` of a module that needs all of a map (attention).
+
+    Where maps live on a host, this one is on the device for the length of the call.
+    """
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+
+    def __call__(self, original: Forward, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.walk.spare = None
+        result = original(hidden_states, *args, **kwargs)
+        kept = StoredMap.of(result, self.walk.host, self.walk.passing)
+        kept.leave()
+        return kept
+
+
+def walked(module: nn.Module, path: str, walk: Walk) -> Any:
+    """The strip-wise forward of a module of an encoder or decoder.
+
+    Raises:
+        ValueError: there is none for such a module; `path` and its name say which.
+    """
+    match module:
+        case ResnetBlock2D(time_emb_proj=None) if can_be_resnet(module):
+            return WalkedResnet(module, walk)
+        case _ if can_be_upsampler(module):
+            return WalkedUpsample(module, walk)
+        case Downsample2D(norm=None, use_conv=True, padding=0):
+            return WalkedResample(walk, Fraction(1, 2), halo=2)
+        case nn.Conv2d(stride=(1, 1)):
+            return WalkedResample(walk, Fraction(1), halo=reach(module))
+        case nn.GroupNorm():
+            return WalkedPointwise(walk, module.num_groups)
+        case nn.SiLU():
+            return WalkedPointwise(walk)
+        case Attention():
+            return WalkedWhole(walk)
+    raise ValueError(f"vae_mode 'exact' does not know how to run {path} ({type(module).__name__}) strip by strip")
+
+
+# What only calls its children one after another, so that it runs as it is.
+CONTAINERS = ("Encoder", "Decoder", "DownEncoderBlock2D", "UpDecoderBlock2D", "UNetMidBlock2D", "ModuleList")
+
+
+def steps(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of what an encoder or decoder calls in turn."""
+    if type(model).__name__ not in CONTAINERS:
+        yield path, model
+        return
+    for name, child in model.named_children():
+        yield from steps(child, f"{path}.{name}")
+
+
+def inner_modules(model: nn.Module, path: str) -> dict[str, nn.Module]:
+    """What the modules that an encoder or decoder calls in turn are made of: they see strips."""
+    return {
+        f"{place}.{name}": each for place, module in steps(model, path) for name, each in module.named_modules() if name
+    }
+
+
+def can_be_walked(model: nn.Module) -> bool:
+    """Whether all that a model calls can be run strip by strip."""
+    try:
+        return all(walked(module, path, Walk(1, False)) for path, module in steps(model, ""))
+    except ValueError:
+        return False
+
+
+def listeners(model: nn.Module) -> bool:
+    """Whether a user's hook on any module of `model`, or on all modules there are, may keep what it is given."""
+    return listen_everywhere() or any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def listen_everywhere() -> bool:
+    """Whether there are hooks on all modules there are."""
+    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
+
+
+def silence(stack: PatchStack, paths: dict[str, nn.Module], kind: str = "_forward_hooks") -> list[str]:
+    """Hooks of these modules are not called while `stack` is on. Returns the paths of those that have any."""
+    hooked = {path: module for path, module in paths.items() if vars(module)[kind]}
+    for path, module in hooked.items():
+        stack.set(module, kind, OrderedDict(), f"{path}.{kind}")
+    return list(hooked)
