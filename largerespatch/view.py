@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -11,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from largerespatch.tilings import PHASES, bricks, tiles
-from largerespatch.validation import one_of, positive_int, whole_number
+from .core.checks import one_of, positive_int, whole_number
+from .core.tilings import COVERS, PHASES, Tile
 
 # Two families of colours: courses take turns, so that bricks of adjacent courses never share a colour.
 WARM = ("#C2492F", "#E8A33D", "#F3CDA6", "#73203F")  # brick red, ochre, sand, plum
@@ -20,14 +21,14 @@ COOL = ("#18807E", "#A3CDB0", "#262C5C", "#5F94D1")  # teal, sage, navy, sky
 PALETTE = np.array([ImageColor.getrgb(colour) for colour in WARM + COOL], np.uint8)
 PAPER, INK, FAINT = "#FBF8F3", "#2A2733", "#767080"
 
-ENLARGE_TO = 768  # drawn pixels: smaller maps grow by a whole factor up to this ...
-SHRINK_TO = 1024  # ... and larger ones are scaled down to this
+PAGE = (1400, 1000)  # drawn pixels: what a screen of 1920 x 1080 shows whole, beside a window's frame or a notebook's
+VERY_WIDE = 5  # times as wide as high: from about here on a single column draws a map larger than two
 LARGEST_TOKEN = 48  # drawn pixels: a map of one token need not fill the page
 SLIMMEST = 12  # drawn pixels: a row of 8192 tokens would vanish at its true proportions
-MARGIN, GAP = 40, 10
-HEADING, TITLE, LEGEND = 30, 22, 17  # font sizes
+MARGIN, GAP, GUTTER = 30, 8, 36  # around the page, under a legend, between columns
+HEADING, TITLE, LEGEND = 24, 18, 14  # font sizes
 MOST_BRICKS = 2**22  # per phase: they are listed one by one, and far fewer already blur in the drawing
-SIZES_LISTED = 4  # of each phase; rounding can make a dozen
+SIZES_LISTED = 3  # of each phase; rounding can make a dozen
 
 PHASE_NAMES = {
     "brick": ("wide bricks", "tall bricks", "wide bricks, flipped", "tall bricks, flipped"),
@@ -53,10 +54,11 @@ def viewBricks(
     attn_shape: str = "brick",
     seed: SupportsIndex = 0,
 ) -> Image.Image:
-    """Draw the four tilings of an attended map under each other, each with its title and its sizes.
+    """Draw the four tilings of an attended map, two by two, each with its title and its sizes.
 
-    Neighbouring bricks, also those that touch at a corner, differ in colour. Small maps are enlarged and large ones
-    scaled down, so the picture's size hardly depends on the map's. A notebook shows the returned picture by itself.
+    Neighbouring bricks, also those that touch at a corner, differ in colour. Maps grow or shrink so that the picture
+    fits a screen: about 1400 x 1000 drawn pixels at most. The tilings of a map at least five times as wide as high are
+    drawn under each other. A notebook shows the returned picture by itself.
 
     Args:
         width, height: size of the attended map in tokens (for Stable Diffusion's finest level, that of the image in
@@ -73,15 +75,18 @@ def viewBricks(
     width, height = positive_int("width", width, "tokens"), positive_int("height", height, "tokens")
     slice_x = positive_int("attn_slice_x", attn_slice_x, "tokens")
     slice_y = positive_int("attn_slice_y", attn_slice_y, "tokens")
-    attn_shape = one_of("attn_shape", attn_shape, tuple(PHASE_NAMES))
+    shape = one_of("attn_shape", attn_shape, tuple(PHASE_NAMES))
     rng = np.random.default_rng(whole_number("seed", seed, "", least=0))
     path = None if outPath is None else _image_path(outPath)
     _check_count(width, height, slice_x, slice_y)
 
-    panels = [_panel(width, height, slice_x, slice_y, attn_shape, phase, rng) for phase in range(PHASES)]
+    columns = 1 if width >= VERY_WIDE * height else 2
+    size = _drawn_size(width, height, columns)
+    covers = (COVERS[shape](height, width, phase, slice_y, slice_x) for phase in range(PHASES))
+    panels = [_panel(cover, shape, phase, size, rng) for phase, cover in enumerate(covers)]
     heading = f"The four tilings of a map of {width} x {height} tokens"
-    legend = f"width x height  ·  attn_slice_x {slice_x}  ·  attn_slice_y {slice_y}  ·  attn_shape {attn_shape}"
-    page = _page(heading, legend, panels)
+    legend = f"width x height  ·  attn_slice_x {slice_x}  ·  attn_slice_y {slice_y}  ·  attn_shape {shape}"
+    page = _page(heading, legend, panels, columns)
     if path is not None:
         page.save(path)
     return page
@@ -112,14 +117,11 @@ def _check_count(width: int, height: int, slice_x: int, slice_y: int) -> None:
         )
 
 
-def _panel(
-    width: int, height: int, slice_x: int, slice_y: int, attn_shape: str, phase: int, rng: np.random.Generator
-) -> _Panel:
-    cover = {"brick": bricks, "tile": tiles}[attn_shape](height, width, phase, slice_y, slice_x)
+def _panel(cover: list[Tile], shape: str, phase: int, size: tuple[int, int], rng: np.random.Generator) -> _Panel:
     edges = np.fromiter(chain.from_iterable(cover), np.int64, 4 * len(cover)).reshape(-1, 4)
-    upright = attn_shape == "brick" and phase % 2 == 1
-    title = f"Phase {phase}: {PHASE_NAMES[attn_shape][phase]}"
-    return _Panel(title, _sizes(edges, attn_shape), _drawing(edges, _drawn_size(width, height), upright, rng))
+    upright = shape == "brick" and phase % 2 == 1
+    title = f"Phase {phase}: {PHASE_NAMES[shape][phase]}"
+    return _Panel(title, _sizes(edges, shape), _drawing(edges, size, upright, rng))
 
 
 def _sizes(edges: Edges, noun: str) -> str:
@@ -141,15 +143,13 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _drawn_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height in drawn pixels of a map of `width` by `height` tokens."""
-    longest = max(width, height)
-    if longest > SHRINK_TO:
-        drawn = (width * SHRINK_TO // longest, height * SHRINK_TO // longest)
-    else:
-        token = min(max(ENLARGE_TO // longest, 1), LARGEST_TOKEN)
-        drawn = (width * token, height * token)
-    return max(drawn[0], SLIMMEST), max(drawn[1], SLIMMEST)
+def _drawn_size(width: int, height: int, columns: int) -> tuple[int, int]:
+    """Width and height in drawn pixels of a map of `width` by `height` tokens on a page of so many columns."""
+    rows = PHASES // columns
+    most_x = (PAGE[0] - 2 * MARGIN - (columns - 1) * GUTTER) // columns
+    most_y = (PAGE[1] - _leading(HEADING) - _leading(LEGEND) - 2 * MARGIN) // rows - _above_drawing()
+    token = min(Fraction(most_x, width), Fraction(most_y, height), Fraction(LARGEST_TOKEN))
+    return max(int(token * width), SLIMMEST), max(int(token * height), SLIMMEST)
 
 
 def _drawing(edges: Edges, size: tuple[int, int], upright: bool, rng: np.random.Generator) -> Image.Image:
@@ -209,26 +209,36 @@ def _mortar(owner: NDArray[np.int64], thickness: int) -> NDArray[np.bool_]:
     return mortar
 
 
-def _page(heading: str, legend: str, panels: Sequence[_Panel]) -> Image.Image:
-    """Heading and panels under each other, on a page as wide as the widest drawing or text."""
-    texts = [(heading, HEADING), (legend, LEGEND)]
-    texts += [line for panel in panels for line in ((panel.title, TITLE), (panel.legend, LEGEND))]
-    content = max(*(round(_font(size).getlength(text)) for text, size in texts), *(p.drawing.width for p in panels))
+def _page(heading: str, legend: str, panels: Sequence[_Panel], columns: int) -> Image.Image:
+    """Heading and panels in rows of `columns`, each column as wide as the widest drawing or text of a panel."""
+    across, down = panels[0].drawing.size
+    texts = [(text, size) for panel in panels for text, size in ((panel.title, TITLE), (panel.legend, LEGEND))]
+    step_x = max(across, *(_length(*text) for text in texts)) + GUTTER
+    step_y = _above_drawing() + down
+    content = max(columns * step_x - GUTTER, _length(heading, HEADING), _length(legend, LEGEND))
     top = MARGIN + _leading(HEADING) + _leading(LEGEND)
-    step = MARGIN + _leading(TITLE) + _leading(LEGEND) + GAP + panels[0].drawing.height
-    page = Image.new("RGB", (content + 2 * MARGIN, top + step * len(panels) + MARGIN), PAPER)
+    page = Image.new("RGB", (content + 2 * MARGIN, top + len(panels) // columns * step_y + MARGIN), PAPER)
     pen = ImageDraw.Draw(page)
 
-    def write(y: int, text: str, size: int, colour: str) -> int:
-        pen.text((MARGIN, y), text, fill=colour, font=_font(size))
+    def write(x: int, y: int, text: str, size: int, colour: str) -> int:
+        pen.text((x, y), text, fill=colour, font=_font(size))
         return y + _leading(size)
 
-    write(write(MARGIN, heading, HEADING, INK), legend, LEGEND, FAINT)
+    write(MARGIN, write(MARGIN, MARGIN, heading, HEADING, INK), legend, LEGEND, FAINT)
     for i, panel in enumerate(panels):
-        y = write(top + i * step + MARGIN, panel.title, TITLE, INK)
-        y = write(y, panel.legend, LEGEND, FAINT) + GAP
-        page.paste(panel.drawing, (MARGIN, y))
+        x, y = MARGIN + i % columns * step_x, top + i // columns * step_y + MARGIN
+        y = write(x, write(x, y, panel.title, TITLE, INK), panel.legend, LEGEND, FAINT)
+        page.paste(panel.drawing, (x, y + GAP))
     return page
+
+
+def _above_drawing() -> int:
+    """Drawn pixels from the end of what is above a panel to its drawing."""
+    return MARGIN + _leading(TITLE) + _leading(LEGEND) + GAP
+
+
+def _length(text: str, size: int) -> int:
+    return round(_font(size).getlength(text))
 
 
 @cache

@@ -1,7 +1,8 @@
 """The picture shows the tilings of `tilings.py` as they are, and no two neighbours alike."""
 
 import re
-from itertools import pairwise
+from itertools import chain, combinations, groupby, pairwise
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -10,10 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageColor, ImageDraw
 
 from largerespatch import view
-from largerespatch.tilings import PHASES, bricks, tiles
+from largerespatch.core.tilings import COVERS, PHASES
 from largerespatch.view import PALETTE, viewBricks
 
-COVERS = {"brick": bricks, "tile": tiles}
 SHAPES = pytest.mark.parametrize("attn_shape", COVERS)
 
 
@@ -27,25 +27,44 @@ PAINTS = codes(PALETTE)
 
 @pytest.fixture
 def written(monkeypatch):
-    """The texts written on the page, from top to bottom."""
+    """The texts written on the page: heading, legend, then title and legend of each panel, row by row of panels."""
     texts = []
 
     def text(self, position, line, **options):
-        texts.append((position[1], line))
+        texts.append((position[1], position[0], line))
         original(self, position, line, **options)
 
     original = ImageDraw.ImageDraw.text
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
-    return lambda: [line for _, line in sorted(texts)]
+
+    def in_order():
+        levels = [[line for _, _, line in level] for _, level in groupby(sorted(texts), itemgetter(0))]
+        heading, legend, *panels = levels
+        rows = zip(panels[::2], panels[1::2], strict=True)  # of titles, and of the legends under them
+        pairs = chain.from_iterable(zip(*row, strict=True) for row in rows)
+        return [*heading, *legend, *chain.from_iterable(pairs)]
+
+    return in_order
+
+
+def runs(painted):
+    """First and last of each run of True, across the gaps that mortar makes."""
+    places = np.flatnonzero(painted)
+    return [(run[0], run[-1] + 1) for run in np.split(places, np.flatnonzero(np.diff(places) > view.MARGIN) + 1)]
+
+
+def places(page):
+    """Where the page's drawings are, as slices, row by row: all else on it is grey text on paper."""
+    painted = np.isin(codes(np.asarray(page)), PAINTS)
+    return [
+        np.s_[top:bottom, left:right]
+        for top, bottom in runs(painted.any(1))
+        for left, right in runs(painted[top:bottom].any(0))
+    ]
 
 
 def drawings(page):
-    """The page's four drawings, found by their colours: everything else on it is grey text on paper."""
-    pixels = np.asarray(page)
-    painted = np.isin(codes(pixels), PAINTS)
-    rows, columns = (np.flatnonzero(painted.any(axis)) for axis in (1, 0))
-    bands = np.split(rows, np.flatnonzero(np.diff(rows) > view.MARGIN) + 1)
-    return [pixels[band[0] : band[-1] + 1, columns[0] : columns[-1] + 1] for band in bands]
+    return [np.asarray(page)[place] for place in places(page)]
 
 
 def token_colours(drawing, width, height):
@@ -92,13 +111,16 @@ def test_the_drawn_bricks_are_those_of_each_phase_and_neighbours_differ(
     attn_shape, width, height, slice_x, slice_y, seed
 ):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(view, "ENLARGE_TO", 240)  # smaller pages, for speed
+        patch.setattr(view, "PAGE", (700, 700))  # smaller pages, for speed
         page = viewBricks(width, height, slice_x, slice_y, attn_shape=attn_shape, seed=seed)
     assert phases_drawn(page, attn_shape, width, height, slice_x, slice_y) == [True] * PHASES
 
 
-def test_a_map_drawn_at_one_pixel_per_token_keeps_every_token():
-    assert phases_drawn(viewBricks(500, 20, 2, 1), "brick", 500, 20, 2, 1) == [True] * PHASES
+def test_a_map_drawn_at_one_pixel_per_token_keeps_every_token(monkeypatch):
+    monkeypatch.setattr(view, "PAGE", (500 + 2 * view.MARGIN, view.PAGE[1]))
+    page = viewBricks(500, 20, 2, 1)
+    assert drawings(page)[0].shape[:2] == (20, 500)
+    assert phases_drawn(page, "brick", 500, 20, 2, 1) == [True] * PHASES
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 99))
@@ -161,34 +183,92 @@ def test_one_token_is_one_brick_of_one_size(written):
     assert [drawing.shape for drawing in drawings(page)] == [(view.LARGEST_TOKEN, view.LARGEST_TOKEN, 3)] * PHASES
 
 
-def test_no_text_is_cut_off(monkeypatch):
-    widest = []
+def test_no_text_is_cut_off_or_runs_into_another(monkeypatch):
+    boxes = []
     text = ImageDraw.ImageDraw.text
 
     def measured(self, position, line, **options):
-        widest.append(self.textbbox(position, line, font=options["font"])[2])
+        boxes.append(self.textbbox(position, line, font=options["font"]))
         text(self, position, line, **options)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", measured)
-    assert viewBricks(1, 90, 7, 7).width - view.MARGIN >= max(widest) > view.LARGEST_TOKEN + view.MARGIN
+    page = viewBricks(1, 90, 7, 7)
+    assert page.width - view.MARGIN >= max(box[2] for box in boxes) > view.LARGEST_TOKEN + view.MARGIN
+    assert page.height > max(box[3] for box in boxes)
+    apart = [a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1] for a, b in combinations(boxes, 2)]
+    assert len(boxes) == 2 + 2 * PHASES and all(apart)
 
 
 @pytest.mark.parametrize(
     ("width", "height", "drawn"),
     [
-        (8192, 8192, (1024, 1024)),
-        (8192, 2048, (1024, 256)),
-        (3, 8192, (12, 1024)),
-        (1024, 1000, (1024, 1000)),
-        (374, 200, (748, 400)),
-        (64, 16, (768, 192)),
-        (1, 9, (48, 432)),
+        (8192, 8192, (355, 355)),
+        (8192, 2048, (652, 163)),
+        (8192, 410, (1340, 67)),
+        (512, 8192, (22, 355)),
+        (3, 8192, (12, 355)),
+        (8192, 1, (1340, 12)),
+        (374, 200, (652, 348)),
+        (64, 16, (652, 163)),
+        (20, 2, (960, 96)),
+        (1, 9, (39, 355)),
     ],
 )
 def test_maps_grow_or_shrink_to_fit_the_page(width, height, drawn):
     page = viewBricks(width, height, 256, 256)
     assert [drawing.shape for drawing in drawings(page)] == [(*drawn[::-1], 3)] * PHASES
-    assert page.width < 1200 and page.height < 5000
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "columns"),
+    [
+        (1, 1, 2),
+        (374, 374, 2),
+        (128, 512, 2),
+        (3, 8192, 2),
+        (512, 128, 2),
+        (499, 100, 2),
+        (500, 100, 1),
+        (8192, 410, 1),
+    ],
+)
+def test_two_by_two_unless_the_map_is_very_wide(width, height, columns):
+    where = places(viewBricks(width, height, 64, 64))
+    tops, lefts = ([place[axis].start for place in where] for axis in (0, 1))
+    assert len(where) == PHASES
+    rows = [tops[i : i + columns] for i in range(0, PHASES, columns)]
+    assert all(len(set(row)) == 1 for row in rows), "beside each other"
+    assert tops == sorted(tops) and len(set(tops)) == PHASES // columns
+    assert lefts == sorted(set(lefts)) * (PHASES // columns), "under each other"
+
+
+def test_from_very_wide_on_one_column_draws_a_map_larger():
+    for width, larger in ((8, max), (4, min)):
+        one, two = (view._drawn_size(width * 100, 100, columns) for columns in (1, 2))
+        assert one == larger(one, two) != two
+
+
+@given(st.integers(1, 10**4), st.integers(1, 10**4), st.integers(50, 10**4))
+@settings(max_examples=15, deadline=None)
+def test_the_page_fits_a_screen(width, height, slice_size):
+    page = viewBricks(width, height, slice_size, slice_size)
+    assert page.width <= 1400 and page.height <= 1000
+
+
+def test_each_drawing_is_under_its_own_title(monkeypatch):
+    texts = {}
+    text = ImageDraw.ImageDraw.text
+
+    def placed(self, position, line, **options):
+        texts[line] = position
+        text(self, position, line, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", placed)
+    for width, height in ((60, 80), (600, 80)):
+        for phase, place in enumerate(places(viewBricks(width, height, 16, 16))):
+            x, y = texts[f"Phase {phase}: {view.PHASE_NAMES['brick'][phase]}"]
+            assert place[1].start == x
+            assert 0 < place[0].start - y < 2 * view.MARGIN
 
 
 def test_bricks_of_less_than_a_drawn_pixel_are_drawn_without_mortar():
