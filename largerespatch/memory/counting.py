@@ -1,6 +1,7 @@
 """Counting bytes: of tensors alive, in words, and from words."""
 
 import math
+import operator
 import re
 import weakref
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 R = TypeVar("R")
 
 GIB = 2**30
+MOST_BYTES = 2**62  # of which an index of bytes still has room for double
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KIB": 2**10,
@@ -34,6 +36,29 @@ def parse_bytes(text: str) -> int | None:
     if match is None or match[2].upper() not in _UNITS:
         return None
     return math.floor(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def amount(option: str, value: object) -> int | str | None:
+    """Bytes of an amount such as ``"8GiB"`` or a number of bytes; None and ``"auto"`` as they are.
+
+    Raises:
+        TypeError, ValueError: it is none of these, or no device could hold as much.
+    """
+    if value is None or value == "auto":
+        return value
+    message = (
+        f"{option} must be None, a positive amount such as '8GiB', '7.5 GB' or a whole number of bytes, or 'auto'; got "
+        f"{value!r}"
+    )
+    if isinstance(value, bool):
+        raise TypeError(message)
+    try:
+        found = parse_bytes(value) if isinstance(value, str) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(message) from None
+    if found is None or not 0 < found < MOST_BYTES:
+        raise ValueError(message)
+    return found
 
 
 class _Storage(NamedTuple):

@@ -7,16 +7,15 @@ from itertools import chain
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from .memory import KernelsInOne, LiveBytes
-from .patching import PatchStack
-from .rehearsal import rehearsal
-from .stages import COMPONENTS
-from .tilings import PHASES
+from ..core.families import Family, families_in, models_of
+from ..core.patching import PatchStack
+from ..core.pieces import rehearsal
+from ..core.tilings import PHASES
+from .counting import KernelsInOne, LiveBytes
 
 # Fake tensors on these stand for all accelerators and for the host. (Fake ones on "cuda" need a torch built with CUDA.)
 ACCELERATOR, HOST = "meta", "cpu"
@@ -30,13 +29,6 @@ _HOOK_DICTS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
-
-
-def models_of(pipe: Any) -> dict[str, nn.Module]:
-    """All models of a pipeline by component name, compiled ones as what has been compiled."""
-    components: dict[str, Any] = pipe.components
-    models = {name: getattr(model, "_orig_mod", model) for name, model in components.items()}
-    return {name: model for name, model in models.items() if isinstance(model, nn.Module)}
 
 
 def _offload_hooks(module: nn.Module) -> Iterator[Any]:
@@ -71,9 +63,10 @@ def _place(device: torch.device) -> str:
 
 def execution_device(pipe: Any) -> torch.device:
     """Where the denoiser runs, else the VAE. (What diffusers says depends on where text encoders wait.)"""
-    models = models_of(pipe)
-    names = [name for name in COMPONENTS if name in models] or list(models)
-    return device_of(models[names[0]]) if names else torch.device(HOST)
+    staged = [(model, family.stages) for model, family in families_in(pipe).values()]
+    models = [model for model, stages in staged if "step" in stages] or [model for model, stages in staged if stages]
+    models += models_of(pipe).values()
+    return device_of(models[0]) if models else torch.device(HOST)
 
 
 def _bytes(tensors: Iterator[torch.Tensor]) -> int:
@@ -212,31 +205,34 @@ def _make(block: nn.Module) -> Hashable:
 
 
 class Shadow:
-    """`pipe` with weightless copies of its models; it is only read.
+    """`pipe` with weightless copies of its models of known families; it is only read.
 
     `stacks` hold the replacements that are on it now. The copies have none of them, nor any hook or own ``forward``.
     """
 
-    def __init__(self, pipe: Any, names: list[str], stacks: list[PatchStack]) -> None:
+    def __init__(self, pipe: Any, stacks: list[PatchStack]) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         # Tensors that modules make of numbers are real where the device is meta.
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.place = _place(execution_device(pipe))
-        models = models_of(pipe)
-        self.models = {name: _without_weights(models[name], stacks, self.fake) for name in names}
+        self.models: dict[str, tuple[nn.Module, Family]] = {
+            name: (_without_weights(model, stacks, self.fake), family)
+            for name, (model, family) in families_in(pipe).items()
+        }
         self.pipe = copy.copy(pipe)
         # A schedule is made of real tensors, and which step it is makes no difference to memory.
-        vars(self.pipe).update(self.models, scheduler=None, _progress_bar_config={"disable": True})
+        copies = {name: model for name, (model, _) in self.models.items()}
+        vars(self.pipe).update(copies, scheduler=None, _progress_bar_config={"disable": True})
 
     def peak(self, work: Callable[[], object]) -> int:
         """The most bytes alive at once on the pipeline's device while `work` calls the copies on fake tensors."""
         count = LiveBytes(self.place)
         alike = _Alike(count)
         with PatchStack() as stack, self.fake, torch.no_grad(), rehearsal(), count, KernelsInOne():
-            for name, model in self.models.items():
-                blocks = (each for each in model.modules() if isinstance(each, BasicTransformerBlock))
-                for i, block in enumerate(blocks):  # each takes another of the tilings than the one before
+            for name, (model, family) in self.models.items():
+                # Each takes another of the tilings than the one before.
+                for i, block in enumerate(family.repeated(model)):
                     stack.wrap(block, "forward", partial(alike, (i % PHASES, _make(block))), f"{name}.forward")
             work()
         return count.peak

@@ -1,0 +1,87 @@
+"""`AutoencoderKL`, and whatever is built of the same encoder and decoder (Flux 2's)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from ..core.families import Order, Site, register
+from ..core.hosts import Host
+from ..techniques.attention import BlockedAttention, ChunkedAttention, attends_map, blocking_of
+from ..techniques.halves import Cutting, Exact
+from ..techniques.notes import StepNote
+from ..techniques.padding import padding_sites
+from ..techniques.stages import decoder_splits, encoder_splits
+from ..techniques.two_pass import TwoPass
+from .any import AnyAutoencoder
+
+HALVES = ("encoder", "decoder")
+
+
+@register
+class KL(AnyAutoencoder):
+    """An encoder of convolutions, group norms and attention in the middle alone, and a decoder of the same."""
+
+    rank = 0
+    known = True
+
+    def matches(self, model: nn.Module) -> bool:
+        encoder, decoder = (getattr(model, half, None) for half in HALVES)
+        return type(encoder).__name__ == "Encoder" and type(decoder).__name__ == "Decoder" and _is_known(model)
+
+    def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
+        yield Site(model, name, Order.IN_STRIPS, False, "use_tiling")  # upstream's own, which blends tiles
+        for half in HALVES:
+            yield from self._half(getattr(model, half), f"{name}.{half}", self.factor(model), options, pipe)
+        yield from padding_sites(model, name, options.padding_mode)
+
+    def _half(self, half: Any, path: str, factor: int, options: Any, pipe: Any) -> Iterator[Site]:
+        encodes = path.endswith("encoder")
+        cutting = Cutting(
+            tile_height=options.vae_chunk_size_y,
+            tile_width=options.vae_chunk_size_x,
+            latent_scale=factor if encodes else 1,
+            wrap=options.padding_mode == "circular",
+            progress_bar=pipe.progress_bar,
+            title="VAE encoder" if encodes else "VAE decoder",
+        )
+        host = Host() if options.vae_offload else None
+        in_pieces: Exact | TwoPass
+        if options.vae_mode == "exact":
+            in_pieces = Exact(half, path, cutting, options.vae_recompute, host)
+        else:
+            splits = encoder_splits(half) if encodes else decoder_splits(half)
+            in_pieces = TwoPass(half, path, splits, cutting, options.vae_passes, host)
+        yield Site(half, path, Order.IN_STRIPS, in_pieces, says=_way(options))
+        for layer, (place, module) in enumerate(_attentions(half, path)):
+            if options.vae_attn == "blocked":
+                blocked = BlockedAttention(module, blocking_of(options), StepNote(), layer)
+                yield Site(module, place, Order.IN_BLOCKS, blocked, says="its attention in blocks")
+            else:
+                yield Site(module, place, Order.IN_BLOCKS, ChunkedAttention(module))
+
+    def factor(self, model: Any) -> int:
+        return int(2 ** (len(model.config.block_out_channels) - 1))
+
+
+def _attentions(model: nn.Module, path: str) -> list[tuple[str, Any]]:
+    return [(place, module) for place, module in model.named_modules(prefix=path) if attends_map(module)]
+
+
+def _way(options: Any) -> str:
+    if options.vae_mode == "exact":
+        way = f"exactly, in strips of {options.vae_chunk_size_y} rows"
+        way += ", largest maps recomputed" if options.vae_recompute else ""
+    else:
+        passes = "two" if options.vae_passes == 2 else options.vae_passes
+        size = f"{options.vae_chunk_size_x}x{options.vae_chunk_size_y}"
+        way = f"in {passes} passes over tiles of {size} latent pixels"
+    return f"encoder and decoder {way}" + (", whole maps on the host" if options.vae_offload else "")
+
+
+def _is_known(model: Any) -> bool:
+    """Whether its norms look at groups of the map alone, and attention occurs in the mid blocks only."""
+    blocks = [*model.encoder.down_blocks, *model.decoder.up_blocks]
+    attends = any(isinstance(module, Attention) for block in blocks for module in block.modules())
+    return not attends and isinstance(model.decoder.conv_norm_out, nn.GroupNorm)

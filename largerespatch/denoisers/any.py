@@ -1,0 +1,109 @@
+"""Denoisers of whatever kind: all of their modules that a technique knows, and the frame of a step's call."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import nn
+
+from ..core.calls import PROMPT_TOKENS, default_of, guidance_batch, latent_size, new_like, schedulers_of, sees_image
+from ..core.families import Family, Order, Site, factor_of, register, unknown_call
+from ..techniques.attention import attends_cells, attends_map, attention_sites
+from ..techniques.chunks import chunk_sites
+from ..techniques.notes import StepNote, StepNoting
+from ..techniques.padding import padding_sites
+from ..techniques.serial import SerialBatch
+from ..techniques.strips import Strips, strip_sites
+
+
+@dataclass(frozen=True)
+class Call:
+    """A denoiser's call for one image: `batch` samples with guidance, on a latent of ``(height, width)`` cells."""
+
+    pipe: Any
+    model: Any
+    batch: int
+    height: int
+    width: int
+    latent: tuple[int, int]
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An empty tensor for the model."""
+        new = new_like(self.model)
+        return new(*shape) if dtype is None else new(*shape, dtype=dtype)
+
+    def prompt_tokens(self) -> int:
+        return int(default_of(self.pipe, "max_sequence_length", PROMPT_TOKENS))
+
+
+@register
+class AnyDenoiser(Family):
+    """Models that are told a timestep and hold self-attention to the cells of a map.
+
+    A family of denoisers inherits from this one and says how pipelines call it: `sample` and `predict`.
+    """
+
+    rank = -1
+    stages: tuple[str, ...] = ("step",)
+
+    def matches(self, model: nn.Module) -> bool:
+        told = "timestep" in signature(type(model).forward).parameters
+        return told and any(attends_cells(module) or attends_map(module) for module in model.modules())
+
+    def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
+        step_note = StepNote()
+        noting = StepNoting(step_note, lambda: schedulers_of(pipe))
+        yield Site(model, name, Order.STEP_NOTED, noting)
+        yield from attention_sites(model, name, options, step_note)
+        yield from chunk_sites(model, name, options.ff_chunk_size)
+        if options.unet_strip_rows is not None:
+            strips = Strips(options.unet_strip_rows, wrap=options.padding_mode == "circular")
+            yield from strip_sites(model, name, strips)
+        if options.unet_serial:
+            yield Site(model, name, Order.BATCH_IN_TURNS, SerialBatch(model), says="one sample at a time")
+        yield from padding_sites(model, name, options.padding_mode)
+
+    def halvings(self, model: Any) -> int:
+        return max(len(getattr(model.config, "block_out_channels", ())) - 1, 0)
+
+    def repeated(self, model: nn.Module) -> Iterator[nn.Module]:
+        return (module for module in model.modules() if isinstance(module, BasicTransformerBlock))
+
+    def call(self, stage: str, model: Any, pipe: Any, height: int, width: int) -> None:
+        if hasattr(pipe, "pag_applied_layers"):  # perturbed-attention guidance brings processors of its own for a call
+            pipe._set_pag_attn_processor(pipe.pag_applied_layers, do_classifier_free_guidance=True)
+        latent = latent_size(pipe, factor_of(pipe), height, width)
+        call = Call(pipe, model, guidance_batch(pipe, model), height, width, latent)
+        kept = self.sample(call)[:1].clone()  # what the scheduler works on
+        parts = self.predict(call).chunk(call.batch)
+        guided = parts[0] + 7.5 * (parts[-1] - parts[0])
+        kept[:, : guided.shape[1]] - guided[:, : kept.shape[1]]
+
+    def held(self, stage: str, model: Any, pipe: Any, height: int, width: int) -> list[torch.Tensor]:
+        """While the image is decoded, the picture is still there that was looked at in every step."""
+        steps = "step" in self.stages  # not a ControlNet, which looks at the same picture
+        picture = seen_picture(pipe, model, height, width) if steps and stage == "decode" else None
+        return [] if picture is None else [picture]
+
+    def sample(self, call: Call) -> torch.Tensor:
+        """What the denoiser is given to look at."""
+        return call.new(call.batch, call.model.config.in_channels, *call.latent)
+
+    def predict(self, call: Call) -> torch.Tensor:
+        """What the denoiser makes of `sample`, with what else the pipeline tells it.
+
+        Raises:
+            ValueError: that is not known.
+        """
+        raise unknown_call(call.model)
+
+
+def seen_picture(pipe: Any, denoiser: Any, height: int, width: int) -> torch.Tensor | None:
+    """What a ControlNet or an adapter looks at, if there is one."""
+    if not sees_image(pipe):
+        return None
+    batch = 1 if getattr(pipe, "adapter", None) is not None else guidance_batch(pipe, denoiser)
+    return new_like(denoiser)(batch, 3, height, width)

@@ -1,0 +1,103 @@
+"""Peak memory, told beforehand."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.calls import encodes, held
+from ..core.families import Family
+from ..core.patching import PatchStack
+from .counting import gibibytes
+from .shadow import Shadow, execution_device, weights_on
+
+# Puts a patch with some options on a pipeline's shadow.
+Patched = Callable[[Any, Any], AbstractContextManager[Any]]
+
+STAGES = ("step", "encode", "decode")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the pipeline's device for one image with guidance on.
+
+    `weights` are those that are on the device at once; `unet` (a denoising step), `encode` and `decode` are what the
+    stages hold beside them. `encodes` says whether the pipeline encodes images at all.
+    """
+
+    weights: int
+    unet: int
+    encode: int
+    decode: int
+    encodes: bool = False
+
+    @property
+    def peak(self) -> int:
+        """Weights and the largest stage; encoding counts where the pipeline encodes."""
+        return self.weights + max(self.unet, self.decode, self.encode if self.encodes else 0)
+
+    def __str__(self) -> str:
+        names = ("weights", "denoising step", "encode", "decode", "peak")
+        amounts = [gibibytes(each) for each in (self.weights, self.unet, self.encode, self.decode, self.peak)]
+        width = max(map(len, amounts))
+        rows = [f"{name:<14}  {amount:>{width}}" for name, amount in zip(names, amounts, strict=True)]
+        if not self.encodes:
+            rows[2] += "  (this pipeline does not encode)"
+        return "\n".join(rows)
+
+
+class Estimator:
+    """Estimates one pipeline's memory for any size and options.
+
+    `stacks` hold the replacements that are on the pipeline now; what is underneath them is estimated, inside `patched`.
+    """
+
+    def __init__(self, pipe: Any, stacks: list[PatchStack], patched: Patched) -> None:
+        self.device = execution_device(pipe)
+        self.shadow = Shadow(pipe, stacks)
+        self.weights = weights_on(pipe, self.device)
+        self.encodes = encodes(pipe)
+        self.patched = patched
+        self._known: dict[Any, int] = {}
+
+    def estimate(self, height: int, width: int, options: Any) -> MemoryEstimate:
+        """Of the patched pipeline, for an image of ``height x width`` sample pixels."""
+        step, encode, decode = (self.peak(stage, height, width, options) for stage in STAGES)
+        return MemoryEstimate(self.weights, step, encode, decode, self.encodes)
+
+    def peak(self, stage: str, height: int, width: int, options: Any) -> int:
+        """Bytes of one of `STAGES`, beside the weights.
+
+        Raises:
+            ValueError: it is not known how pipelines call one of the models.
+        """
+        key = (stage, height, width, options)
+        if key not in self._known:
+            self._known[key] = self._count(stage, height, width, options)
+        return self._known[key]
+
+    def _count(self, stage: str, height: int, width: int, options: Any) -> int:
+        pipe, models = self.shadow.pipe, list(self.shadow.models.values())
+        with self.patched(pipe, options), self.shadow.fake, as_called(stage, models, pipe) as grown:
+            return grown + self.shadow.peak(lambda: play(stage, models, pipe, height, width))
+
+
+def play(stage: str, models: Sequence[tuple[Any, Family]], pipe: Any, height: int, width: int) -> None:
+    """The calls that `pipe` makes to its `models` for one of `STAGES`, and what it holds meanwhile."""
+    _held = [held(pipe, height, width)]
+    _held += [family.held(stage, model, pipe, height, width) for model, family in models]
+    for model, family in models:
+        if stage in family.stages:
+            family.call(stage, model, pipe, height, width)
+
+
+@contextmanager
+def as_called(stage: str, models: Sequence[tuple[Any, Family]], pipe: Any) -> Iterator[int]:
+    """What `pipe` does to its `models` for a stage. Yields the bytes by which their weights grow meanwhile."""
+    with ExitStack() as around:
+        yield sum(around.enter_context(family.as_called(stage, model, pipe)) for model, family in models)
+
+
+def bare(pipe: Any, options: Any) -> AbstractContextManager[Any]:
+    """No patch at all."""
+    return nullcontext()

@@ -1,0 +1,179 @@
+"""Every option of `LargeResPatch` once: its default, unit, check and a line of help.
+
+The signature, the docstring, the checks, `repr`, the planner and the README's table read them from here.
+"""
+
+import difflib
+import inspect
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, Field, dataclass, field, fields
+from typing import Any
+
+from .core.checks import boolean, one_of, whole_number
+from .core.tilings import COVERS
+from .memory.counting import amount
+
+PADDING_MODES = ("constant", "circular", "reflect", "replicate")
+VAE_MODES = ("two-pass", "exact")
+VAE_ATTENTIONS = ("full", "blocked")
+
+Check = Callable[[str, object], Any]
+
+
+def _option(default: Any, check: Check, accepts: str, text: str) -> Any:
+    """A field with what is to be known of it: `accepts` completes "accepted is ..."."""
+    return field(default=default, metadata={"check": check, "accepts": accepts, "help": text})
+
+
+def _count(default: int, unit: str, text: str, least: int = 1) -> Any:
+    accepts = f"a whole number{f' of {unit}' if unit else ''}, at least {least}"
+    return _option(default, lambda option, value: whole_number(option, value, unit, least), accepts, text)
+
+
+def _word(default: str, accepted: Sequence[str], text: str) -> Any:
+    return _option(
+        default,
+        lambda option, value: one_of(option, value, accepted),
+        " or ".join(f'"{each}"' for each in accepted),
+        text,
+    )
+
+
+def _switch(text: str) -> Any:
+    return _option(False, boolean, "True or False", text)
+
+
+def _rows_or_none(option: str, value: object) -> int | None:
+    return None if value is None else whole_number(option, value, "rows of the feature map", 1)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked when they are made; to try others is `dataclasses.replace`.
+
+    Raises:
+        TypeError, ValueError: an option is not what is accepted, or does not go with another one.
+    """
+
+    attn_slice_x: int = _count(64, "tokens", "width of a tile, half the width of a wide brick, on the attended map")
+    attn_slice_y: int = _count(64, "tokens", "height of a tile, half the height of a tall brick, on the attended map")
+    attn_shape: str = _word(
+        "brick", tuple(COVERS), '"brick" for the four running-bond tilings, "tile" for four shifted grids'
+    )
+    ff_chunk_size: int = _count(
+        4096,
+        "tokens",
+        "tokens that pass at once through a feed-forward, and through all else that follows self-attention in a "
+        "transformer block",
+    )
+    padding_mode: str = _word(
+        "constant",
+        PADDING_MODES,
+        'what convolutions of denoiser and VAE see beyond the image\'s edge: "constant" (as trained), "circular" (the '
+        'image continues at its opposite edge), "reflect" or "replicate"',
+    )
+    vae_chunk_size_x: int = _count(64, "latent pixels", "width of a VAE tile")
+    vae_chunk_size_y: int = _count(
+        64, "latent pixels", "height of a VAE tile, and of an exact VAE's strips on every map"
+    )
+    _: KW_ONLY
+    attn_full_tokens: int = _count(16384, "tokens", "maps of at most so many are attended whole")
+    attn_context: int = _count(
+        512,
+        "tokens",
+        "tokens outside its block that a block attends to as well: half *heavy* ones, which most queries want, half "
+        "*sampled* ones that stand for the rest of the map. 0 for none",
+        least=0,
+    )
+    vae_mode: str = _word(
+        "two-pass",
+        VAE_MODES,
+        '"two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map, about as '
+        "fast as untiled, with half of its memory",
+    )
+    vae_passes: int = _count(
+        2, "", 'passes of "two-pass", the last of which makes the result: the more, the closer to exact', least=2
+    )
+    vae_attn: str = _word(
+        "full",
+        VAE_ATTENTIONS,
+        "\"blocked\": the VAE's mid-block attention is blocked like the U-Net's, with the same `attn_` options. "
+        "Approximate. Beyond about 4096 x 4096 full attention takes most of a decode's time",
+    )
+    vae_recompute: bool = _switch(
+        "whether an exact VAE computes its largest maps strip by strip each time they are read, the last upsampler's "
+        "output among them, rather than keep them: about 27 % of the untiled memory, 30 % more time for a decode. Exact"
+    )
+    vae_offload: bool = _switch(
+        "whether whole maps of the VAE are kept in (pinned) host memory while their strips or tiles visit the device. "
+        "An image that the device has no room for is given back on the host by an exact VAE. Exact; nothing changes "
+        "where the VAE runs on the host"
+    )
+    unet_serial: bool = _switch(
+        "whether denoiser and ControlNet run the samples of a batch (guidance makes two of one) one by one. Exact"
+    )
+    unet_strip_rows: int | None = _option(
+        None,
+        _rows_or_none,
+        "None or a whole number of rows of the feature map, at least 1",
+        "run the residual blocks and upsamplers of U-Nets and ControlNets in strips of at most so many rows (exact; "
+        "less memory at about the same time); None runs them whole",
+    )
+    unet_offload: bool = _switch(
+        "whether skip connections wait for their block in (pinned) host memory. Exact; nothing changes where the "
+        "models run on the host"
+    )
+    memory_limit: str | int | None = _option(
+        None,
+        amount,
+        'None, "auto", or an amount such as "8GiB" or a number of bytes',
+        'what the pipeline may take on its device, weights included; "auto" is what the device has free, less a '
+        "margin. The cheapest settings that fit are picked; options that you give stay. `repr` says what was picked",
+    )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            checked = option.metadata["check"](option.name, getattr(self, option.name))
+            object.__setattr__(self, option.name, checked)  # the way of frozen dataclasses to finish themselves
+        if self.vae_mode != "exact" and self.vae_recompute:
+            raise ValueError(f"vae_recompute=True needs vae_mode 'exact'; got vae_mode {self.vae_mode!r}")
+        if self.vae_mode != "two-pass" and self.vae_passes != 2:
+            raise ValueError(f"vae_passes={self.vae_passes} needs vae_mode 'two-pass'; got vae_mode {self.vae_mode!r}")
+
+
+def signature(**leading: type) -> inspect.Signature:
+    """Of a callable that takes the `leading` parameters and then every option."""
+    first = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+        for name, kind in leading.items()
+    ]
+    own = list(inspect.signature(Options).parameters.values())
+    return inspect.Signature([*first, *own])
+
+
+def given(call: inspect.Signature, args: Sequence[object], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a caller gave of a signature's parameters, by name.
+
+    Raises:
+        TypeError: a parameter that is not there, with the nearest that is; one given twice, or not given.
+    """
+    for name in kwargs.keys() - call.parameters.keys():
+        near = difflib.get_close_matches(name, call.parameters, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise TypeError(
+            f"{name} is no option{hint}; accepted are {', '.join(call.parameters)}; got {name}={kwargs[name]!r}"
+        )
+    return dict(call.bind(*args, **kwargs).arguments)
+
+
+def help_lines(indent: int) -> str:
+    """What docstrings say of each option; all lines but the first are indented."""
+    hanging = " " * indent
+    entries = (f"{hanging}{option.name}: {_help(option)}" for option in fields(Options))
+    lines = (textwrap.fill(each, width=120, subsequent_indent=hanging + "    ") for each in entries)
+    return "\n".join(lines).removeprefix(hanging)
+
+
+def _help(option: "Field[Any]") -> str:
+    return f"{option.metadata['help']}. Accepted: {option.metadata['accepts']}; default {option.default!r}."
