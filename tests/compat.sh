@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The core tests against the newest patch of each diffusers minor from pyproject.toml's lower bound to the one before
-# the pinned version, which passes the whole suite. Each wheel alone, without its dependencies, is put ahead of what the
-# environment has. Arguments are the versions to try in place of those.
+# The core tests, and whether upstream's code is what was read of it, against the newest patch of each diffusers minor
+# from pyproject.toml's lower bound to the one before the pinned version, which passes the whole suite. Each wheel
+# alone, without its dependencies, is put ahead of what the environment has. Arguments are the versions to try in place
+# of those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,7 +11,7 @@ versions=("$@")
 python=${PYTHON:-python}
 # Blocked, restored and equal afterwards: one pipeline of each kind of model, unless KINDS says otherwise.
 kinds=${KINDS:-"text-to-image or ControlNet] or AnimateDiff or PixArt or Flux"}
-tests=(tests/test_attention.py tests/test_padding.py tests/test_patching.py tests/test_pipelines.py)
+tests=(tests/test_{attention,padding,patching,pipelines,upstream}.py)
 
 # What 0.36 imports and newer versions of its companions no longer bring.
 companions=$(mktemp -d)
@@ -26,7 +27,8 @@ for version in "${versions[@]}"; do
     echo "diffusers $found"
     # Their own deprecations are no failure of ours: warnings are not errors here.
     PYTHONPATH=$folder:$companions:${PYTHONPATH:-} "$python" -m pytest -q -W ignore \
-        -k "test_patching or padding or processor or (blocked_and_restored and ($kinds))" "${tests[@]}" || failed+=("$found")
+        -k "test_patching or test_upstream or padding or processor or (blocked_and_restored and ($kinds))" \
+        "${tests[@]}" || failed+=("$found")
     rm -rf "$folder"
 done
 ((${#failed[@]} == 0)) || { echo "failed: ${failed[*]}"; exit 1; }

@@ -15,11 +15,11 @@ import torch
 class Stream:
     def __init__(self, device=None):
         self._work = deque()
-        self._put, self._done = 0, 0
+        self.total, self._done = 0, 0  # pieces of work that were put on it, and those that are done
 
     def put(self, work):
         self._work.append(work)
-        self._put += 1
+        self.total += 1
 
     def run(self, count=None):
         while self._work and (count is None or self._done < count):
@@ -28,7 +28,7 @@ class Stream:
             work()
 
     def record_event(self):
-        return Event(self, self._put)
+        return Event(self, self.total)
 
     def wait_event(self, event):
         self.put(event.synchronize)
@@ -53,10 +53,10 @@ class Event:
 MAIN = Stream()
 
 
-def play(monkeypatch):
-    """Have `torch.cuda` deal in these streams; returns what came and was not kept for its reader."""
-    current, unkept = [MAIN], {}
-    copy, to, empty = torch.Tensor.copy_, torch.Tensor.to, torch.empty
+def play(monkeypatch, host):
+    """Have `host` copy on these streams; returns the memory that was not kept for the stream that uses it, too."""
+    current, pinned, unkept = [MAIN], {}, {}
+    copy, empty = torch.Tensor.copy_, torch.empty
 
     @contextmanager
     def on(stream):
@@ -64,30 +64,27 @@ def play(monkeypatch):
         yield
         current.pop()
 
-    def later(target, source):
-        stream = current[-1]
-        target.fill_(float("nan"))
-        stream.put(lambda: copy(target, source))
+    def key(tensor):
+        return tensor.untyped_storage().data_ptr()
 
     def play_copy(self, source, non_blocking=False):
-        if current[-1] is MAIN or not non_blocking:
+        stream = current[-1]
+        if stream is MAIN or not non_blocking:
             return copy(self, source)
-        later(self, source)
+        self.fill_(float("nan"))
+        stream.put(lambda: copy(self, source))
+        # Whoever copies to or from memory of the device does so on a stream that it does not belong to, or gives it to
+        # another one. The host's memory is watched over by torch.
+        for each in (self, source):
+            if key(each) not in pinned:
+                unkept[key(each)] = each
         return self
 
-    def play_to(self, *args, non_blocking=False, **kwargs):
-        if current[-1] is MAIN or not non_blocking:
-            return to(self, *args, **kwargs)
-        result = torch.empty_like(self)
-        later(result, self)
-        unkept[result.untyped_storage().data_ptr()] = result
-        return result
-
-    def keep(self, stream):
-        unkept.pop(self.untyped_storage().data_ptr(), None)
-
     def play_empty(*args, pin_memory=False, **kwargs):
-        return empty(*args, **kwargs)
+        result = empty(*args, **kwargs)
+        if pin_memory:
+            pinned[key(result)] = result
+        return result
 
     cuda = SimpleNamespace(
         Stream=Stream,
@@ -98,9 +95,9 @@ def play(monkeypatch):
         memory_reserved=lambda device: 0,
         memory_allocated=lambda device: 0,
     )
+    monkeypatch.setattr(host, "pins", host.serves)
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(torch, "empty", play_empty)
     monkeypatch.setattr(torch.Tensor, "copy_", play_copy)
-    monkeypatch.setattr(torch.Tensor, "to", play_to)
-    monkeypatch.setattr(torch.Tensor, "record_stream", keep)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: unkept.pop(key(self), None))
     return unkept

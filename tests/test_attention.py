@@ -1,6 +1,7 @@
 """Blocked attention against its oracle: dense attention under a mask that joins the tokens of one tile."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -22,21 +23,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
-from largerespatch import attention as attention_room
-from largerespatch.attention import (
-    COVERS,
-    BlockedAttention,
-    BlockedMapAttention,
-    Blocking,
-    ChunkedMapAttention,
-    Context,
-    MapNote,
-    MapNoting,
-    StepNote,
-    heavy_tokens,
-)
-from largerespatch.groupnorm import GivenStatistics, record
-from largerespatch.patching import PatchStack
+from largerespatch.core.maps import StoredMap
+from largerespatch.core.patching import PatchStack
+from largerespatch.core.statistics import GivenStatistics, record
+from largerespatch.core.tilings import COVERS
+from largerespatch.techniques import attention as attention_room
+from largerespatch.techniques.attention import BlockedAttention, Blocking, ChunkedAttention
+from largerespatch.techniques.context import Context, heavy_tokens
+from largerespatch.techniques.notes import MapNote, MapNoting, StepNote
 
 # Softmax over the same tokens, summed in another order.
 ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
@@ -60,7 +54,7 @@ def oracle(module, x, height, width, tiling):
 
 
 def blocked(stack, module, height, width, blocking, step=0, layer=0):
-    around = BlockedAttention(module, blocking, MapNote((height, width)), StepNote(step), layer)
+    around = BlockedAttention(module, blocking, StepNote(step), layer, MapNote((height, width)))
     stack.wrap(module, "forward", around, "attn1.forward")
 
 
@@ -147,14 +141,6 @@ def test_maps_of_at_most_full_tokens_are_attended_whole(full_tokens, whole):
         assert torch.equal(module(x), expected) == whole
 
 
-@pytest.mark.parametrize(("patch_size", "size"), [(1, (10, 6)), (2, (5, 3))])
-def test_a_transformer_notes_the_map_that_it_is_given(patch_size, size):
-    note = MapNote()
-    noting = MapNoting(note, patch_size)
-    assert noting(lambda hidden_states, scale: hidden_states * scale, torch.ones(1, 2, 10, 6), scale=3).mean() == 3
-    assert note.size == size
-
-
 def test_a_whole_transformer_is_blocked_at_each_size_it_is_given():
     torch.manual_seed(0)
     model = Transformer2DModel(2, 8, in_channels=16, norm_num_groups=4, cross_attention_dim=8).eval()
@@ -163,7 +149,7 @@ def test_a_whole_transformer_is_blocked_at_each_size_it_is_given():
     with PatchStack() as stack:
         stack.wrap(model, "forward", MapNoting(note, 1), "transformer.forward")
         attn1.to_q.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
-        around = BlockedAttention(attn1, Blocking("tile", 4, 4, 20), note, StepNote(), 0)
+        around = BlockedAttention(attn1, Blocking("tile", 4, 4, 20), StepNote(), 0, note)
         stack.wrap(attn1, "forward", around, "attn1.forward")
         for height, width in [(5, 4), (8, 8), (7, 3)]:
             model(torch.randn(1, 16, height, width), encoder_hidden_states=torch.randn(1, 3, 8))
@@ -265,7 +251,12 @@ def test_a_processor_that_cannot_be_told_the_weights_sees_the_blocks_alone():
     for context in (0, 12):
         with PatchStack() as stack:
             blocked(stack, module, 7, 9, Blocking("brick", 3, 3, full_tokens=1, context=context))
-            results.append(module(x))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                results.append(module(x))
+                module(x)
+            # Once, and only where there is a context.
+            assert [str(warning.message)[:22] for warning in caught] == ["attn_context: function"] * (context > 0)
     assert torch.equal(*results)
 
 
@@ -281,7 +272,7 @@ def test_heavy_tokens_are_those_that_queries_want():
 @pytest.mark.parametrize("qk_norm", [None, "layer_norm"])
 def test_heavy_tokens_are_ranked_by_the_head_that_wants_them_most(qk_norm, monkeypatch):
     """With everyone in the crowd, the ranking is that of the attention itself, however the map is cut for it."""
-    monkeypatch.setattr("largerespatch.attention.SCORES", 2 * 2 * 40 * 17)
+    monkeypatch.setattr("largerespatch.techniques.context.SCORES", 2 * 2 * 40 * 17)
     module, x, judges = attention(qk_norm=qk_norm), 2 * torch.randn(2, 100, 16), torch.arange(40)
     if qk_norm:
         module.norm_q.weight.data = 4 * torch.rand(8)
@@ -370,7 +361,7 @@ def map_attention(processor=None, text=False, **options):
 
 
 def blocked_map(stack, module, blocking, step=0):
-    stack.wrap(module, "forward", BlockedMapAttention(module, blocking, StepNote(step), 0), "attention.forward")
+    stack.wrap(module, "forward", BlockedAttention(module, blocking, StepNote(step), 0), "attention.forward")
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -388,9 +379,9 @@ def test_attention_to_a_map_equals_dense_attention_under_its_block_mask(text, he
 
 
 @pytest.mark.parametrize("text", [False, True])
-@pytest.mark.parametrize("in_place", [False, True])
-def test_context_of_a_map_equals_dense_attention_under_its_weights(text, in_place):
-    """With keys normalized as the whole map is."""
+@pytest.mark.parametrize("passing", [False, True])
+def test_context_of_a_map_equals_dense_attention_under_its_weights(text, passing):
+    """With keys normalized as the whole map is. A map that was passed on is written over."""
     blocking, module = Blocking("brick", 3, 4, full_tokens=3, context=20), map_attention(text=text)
     x = torch.randn(2, 16, 9, 8) + torch.linspace(-3, 3, 8)
     statistics = record(x, 4)
@@ -404,12 +395,10 @@ def test_context_of_a_map_equals_dense_attention_under_its_weights(text, in_plac
     with Masked(context_mask(context, 2, 9, 8, blocking.cover(9, 8, 1)), 5 if text else 0):
         expected = module(x, **prompt)
     with PatchStack() as stack:
-        blocked = BlockedMapAttention(module, blocking, StepNote(1), 0, in_place)
-        stack.wrap(module, "forward", blocked, "attention.forward")
-        with torch.no_grad():
-            result = module(x, **prompt)
+        blocked_map(stack, module, blocking, step=1)
+        result = module(StoredMap.of(x, passing=True) if passing else x, **prompt)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
-    assert (result.data_ptr() == x.data_ptr()) == in_place
+    assert (result.data_ptr() == x.data_ptr()) == passing
 
 
 @pytest.mark.parametrize(
@@ -450,7 +439,7 @@ def chunked_map(monkeypatch, stack, module, queries=10):
     monkeypatch.setattr(attention_room, "QUERIES", queries)
     seen = []
     module.to_q.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[-2]))
-    stack.wrap(module, "forward", ChunkedMapAttention(module), "attention.forward")
+    stack.wrap(module, "forward", ChunkedAttention(module), "attention.forward")
     return seen
 
 
@@ -467,7 +456,27 @@ def test_attention_to_a_whole_map_in_chunks_of_queries_is_dense_attention(monkey
         seen = chunked_map(monkeypatch, stack, module)
         result = module(x, temb=None)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
-    assert seen == [10] * 6 + [3]
+    assert seen == [7] * 9
+
+
+@pytest.mark.parametrize(("queries", "chunks"), [(63, [63]), (28, [21] * 3), (20, [7] + [14] * 4), (4, [3, 4] * 9)])
+def test_no_chunk_has_more_queries_than_allowed(monkeypatch, queries, chunks):
+    module, x = map_attention(), torch.randn(1, 16, 9, 7)
+    expected = module(x)
+    with PatchStack() as stack:
+        seen = chunked_map(monkeypatch, stack, module, queries)
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    assert seen == chunks
+
+
+def test_chunks_of_a_map_that_was_passed_on_are_written_over_it(monkeypatch):
+    module, x = map_attention(), torch.randn(2, 16, 9, 7)
+    expected = module(x)
+    with PatchStack() as stack:
+        chunked_map(monkeypatch, stack, module)
+        result = module(StoredMap.of(x, passing=True))
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    assert result.data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("case", ["small", "cross", "text", "gradients", "own processor"])

@@ -1,5 +1,6 @@
 """Beside what else users do to a pipeline: offloading, casting, compiling, other settings, threads."""
 
+import sys
 import threading
 
 import accelerate
@@ -12,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 import tiny
 from conftest import quiet
 from largerespatch import LargeResPatch
-from largerespatch.groupnorm import GivenStatistics, GroupStatistics
+from largerespatch.core.statistics import GivenStatistics, GroupStatistics
 from test_patch import SMALL, fingerprint, image
 
 CPU = torch.device("cpu")
@@ -282,11 +283,12 @@ def compiled(pipe):
 
 
 @pytest.mark.filterwarnings("ignore")  # of dynamo's
+@pytest.mark.parametrize("context", [0, 6])
 @pytest.mark.parametrize("compile_", [compiled_block, compiled])
-def test_what_is_compiled_before_or_inside_is_blocked_inside_and_as_before_outside(compile_):
+def test_what_is_compiled_before_or_inside_is_blocked_inside_and_as_before_outside(compile_, context):
     """Graphs are traced with the replacements or without; what is checked here is that none is used stale."""
     pipe = Pipeline()
-    sizes = {"attn_slice_x": 4, "attn_slice_y": 2, "attn_full_tokens": 16, "attn_context": 0, "ff_chunk_size": 20}
+    sizes = {"attn_slice_x": 4, "attn_slice_y": 2, "attn_full_tokens": 16, "attn_context": context, "ff_chunk_size": 20}
     patch = LargeResPatch(pipe, 4, 8, **sizes)
     unpatched = pipe()
     with patch:
@@ -313,6 +315,42 @@ def test_statistics_given_in_one_thread_are_not_seen_in_another():
     assert torch.equal(seen[0], expected)
 
 
+def test_many_threads_enter_and_leave_patches_of_pipelines_of_their_own():
+    """What is patched is noted in one table: it is looked through while others write to it."""
+
+    def work():
+        pipe = Pipeline()
+        barrier.wait(timeout=60)
+        for _ in range(60):
+            with LargeResPatch(pipe, 4, 8):
+                entered.append(1)
+
+    entered, barrier, failures = [], threading.Barrier(8), []
+    threads = [threading.Thread(target=_noting(work, failures)) for _ in range(8)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert failures == []
+    assert len(entered) == 8 * 60
+
+
+def _noting(work, failures):
+    def noting():
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    return noting
+
+
+@pytest.mark.filterwarnings("ignore:.*pre-hooks on 1 of its modules see pieces:RuntimeWarning")
 def test_two_threads_with_a_pipeline_each_give_what_they_give_alone():
     """Step by step and tile by tile in turns, under different patches."""
 

@@ -63,7 +63,7 @@ def test_two_passes_are_far_closer_to_untiled_than_upstreams_tiling(demo, latent
 def test_exact_is_untiled_to_rounding(demo, latent):
     untiled = demo.vae.decode(latent).sample
     with LargeResPatch(demo, SIDE, SIDE, vae_mode="exact", vae_chunk_size_y=24) as patch:
-        assert patch.vae_mode == "exact"
+        assert patch.options.vae_mode == "exact"
         exact = demo.vae.decode(latent).sample
     assert not torch.equal(exact, untiled), "nothing ran in strips"
     torch.testing.assert_close(exact, untiled, rtol=0, atol=2e-4)

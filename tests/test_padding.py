@@ -5,10 +5,11 @@ from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
 import tiny
-from largerespatch.padding import PADDING_MODES, install_padding, pads
-from largerespatch.patching import PatchStack
+from largerespatch.core.families import install, told
+from largerespatch.core.patching import PatchStack
+from largerespatch.techniques.padding import padding_sites
 
-MODES = [mode for mode in PADDING_MODES if mode != "constant"]
+MODES = ["circular", "reflect", "replicate"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -17,7 +18,7 @@ def test_convolutions_pad_by_the_mode(mode):
     model, x = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 1)), torch.randn(1, 2, 5, 6)
     expected = model[1](F.conv2d(F.pad(x, (1, 1, 1, 1), mode=mode), model[0].weight, model[0].bias))
     with PatchStack() as stack:
-        install_padding(stack, model, "unet", mode)
+        install(stack, padding_sites(model, "unet", mode))
         torch.testing.assert_close(model(x), expected)
         assert model[1].padding_mode == "zeros"  # nothing to pad, nothing to replace
     assert model[0].padding_mode == "zeros"
@@ -29,14 +30,14 @@ def test_the_row_and_column_that_a_downsampler_adds_follow_the_mode(mode):
     model, x = Downsample2D(2, use_conv=True, padding=0), torch.randn(1, 2, 6, 8)
     expected = F.conv2d(F.pad(x, (0, 1, 0, 1), mode=mode), model.conv.weight, model.conv.bias, stride=2)
     with PatchStack() as stack:
-        install_padding(stack, model, "vae", mode)
+        install(stack, padding_sites(model, "vae", mode))
         torch.testing.assert_close(model(x), expected)
     assert "forward" not in vars(model.conv)
 
 
 def test_constant_replaces_nothing():
     with PatchStack() as stack:
-        install_padding(stack, tiny.unet(), "unet", "constant")
+        install(stack, padding_sites(tiny.unet(), "unet", "constant"))
         assert not stack.active
 
 
@@ -49,7 +50,7 @@ def test_under_circular_padding_a_unet_commutes_with_rolling():
         return (rolled - unet(x, 500, prompt).sample.roll((2, 4), (2, 3))).abs().max()
 
     with PatchStack() as stack:
-        install_padding(stack, unet, "unet", "circular")
+        install(stack, padding_sites(unet, "unet", "circular"))
         assert error() < 1e-5
     assert error() > 1e-3
 
@@ -64,11 +65,17 @@ def test_under_circular_padding_a_t2i_adapter_commutes_with_rolling():
         )
 
     with PatchStack() as stack:
-        install_padding(stack, adapter, "adapter", "circular")
+        install(stack, padding_sites(adapter, "adapter", "circular"))
         assert error() < 1e-5
     assert error() > 1e-3
 
 
 def test_which_models_pad():
-    assert pads(tiny.t2i_adapter())
-    assert not pads(nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 2, stride=2), nn.Conv1d(2, 2, 3, padding=1)))
+    assert told(padding_sites(tiny.t2i_adapter(), "adapter", "circular")) == "convolutions pad by 'circular'"
+    assert not list(
+        padding_sites(
+            nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 2, stride=2), nn.Conv1d(2, 2, 3, padding=1)),
+            "model",
+            "circular",
+        )
+    )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from largerespatch.patching import PatchStack
+from largerespatch.core.patching import PatchStack
 
 
 class Model:

@@ -2,7 +2,7 @@
 
 Each is compared with itself unpatched where nothing needs blocking (equal), and run at a size where attention, feed-
 forward and VAE are all blocked (the patched path runs, the picture stays the picture, everything is restored).
-The outcomes of the first three tests are the README's table of pipelines: `examples/benchmarks/pipeline_table.py`.
+The outcomes of the first three tests are the table of pipelines: `examples/benchmarks/pipeline_table.py`.
 """
 
 from functools import cache
@@ -13,9 +13,10 @@ import torch
 from conftest import quiet
 from family import CASES, SIZE, TEXT, run
 from largerespatch import LargeResPatch
-from largerespatch.attention import BlockedAttention, BlockedMapAttention
-from largerespatch.feedforward import Attended, ChunkedFeedForward
-from largerespatch.vae import Exact, TwoPass
+from largerespatch.techniques.attention import BlockedAttention
+from largerespatch.techniques.chunks import Attended, ChunkedFeedForward
+from largerespatch.techniques.halves import Exact
+from largerespatch.techniques.two_pass import TwoPass
 from test_patch import SMALL, fingerprint
 
 
@@ -41,8 +42,7 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(target, method, wrapper)
 
-    counting("attention", BlockedAttention, "_blocked")
-    counting("attention", BlockedMapAttention, "_blocked")
+    counting("attention", BlockedAttention, "_attending")
     counting("feed-forward", ChunkedFeedForward, "__call__", lambda self, x: x.shape[:-1].numel() > self.chunk_size)
     counting("feed-forward", Attended, "__call__", lambda self, x: self.result is not None)
     counting("vae", TwoPass, "_run_tiled")

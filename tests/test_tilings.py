@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from largerespatch.tilings import (
+from largerespatch.core.tilings import (
     PHASES,
     Tile,
     bricks,

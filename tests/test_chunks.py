@@ -6,9 +6,10 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from hypothesis import given
 from hypothesis import strategies as st
 
-from largerespatch.feedforward import Attended, ChunkedBlock, ChunkedFeedForward, can_be_chunked
-from largerespatch.memory import LiveBytes
-from largerespatch.patching import PatchStack
+from largerespatch.core.families import install
+from largerespatch.core.patching import PatchStack
+from largerespatch.techniques.chunks import ChunkedFeedForward, can_be_chunked, chunk_sites
+from live import LiveBytes
 
 # Matrix products of different heights may be summed in another order: a few units in the last place.
 ROUNDING = {"rtol": 0, "atol": 1e-6}
@@ -82,10 +83,9 @@ def transformer_block(**options):
 def in_chunks(stack, block, chunk_size):
     """Returns a list that the tokens of each feed-forward are noted in."""
     assert can_be_chunked(block)
-    attended, seen = Attended(), []
+    seen = []
     block.ff.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
-    stack.wrap(block.attn1, "forward", attended, "attn1.forward")
-    stack.wrap(block, "forward", ChunkedBlock(block, attended, chunk_size), "block.forward")
+    install(stack, [site for site in chunk_sites(block, "block", chunk_size) if site.module is not block.ff])
     return seen
 
 
@@ -120,15 +120,25 @@ def test_every_processor_crosses_in_chunks(processor):
 
 def test_a_block_in_chunks_holds_two_maps_beside_its_input():
     block, x, prompt = transformer_block(), torch.randn(1, 4000, 16), torch.randn(1, 5, 12)
-    with LiveBytes("cpu") as whole:
+    with LiveBytes() as whole:
         block(x, encoder_hidden_states=prompt)
     with PatchStack() as stack:
         stack.wrap(block.attn1, "forward", lambda original, tokens: 2 * tokens, "attn1.forward")  # blocked elsewhere
         in_chunks(stack, block, 100)
-        with LiveBytes("cpu") as chunked:
+        with LiveBytes() as chunked:
             block(x, encoder_hidden_states=prompt)
-    assert chunked.peak < 2.2 * x.nbytes
-    assert whole.peak > 5 * x.nbytes
+    assert chunked.peak["cpu"] < 2.2 * x.nbytes
+    assert whole.peak["cpu"] > 5 * x.nbytes
+
+
+def test_what_a_hook_keeps_of_self_attention_is_not_written_over():
+    block, x, prompt, kept = transformer_block(), torch.randn(1, 30, 16), torch.randn(1, 5, 12), []
+    block.attn1.register_forward_hook(lambda _, __, output: kept.append(output))
+    expected = block(x, encoder_hidden_states=prompt)
+    with PatchStack() as stack:
+        in_chunks(stack, block, 16)
+        torch.testing.assert_close(block(x, encoder_hidden_states=prompt), expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(kept[1], kept[0])
 
 
 def test_autocast_keeps_the_dtype_of_the_whole_result():
@@ -189,5 +199,9 @@ def test_a_block_that_is_compiled_stays_whole(monkeypatch):
     ],
 )
 def test_blocks_of_another_make_are_left_alone(options):
-    assert not can_be_chunked(transformer_block(**options))
-    assert can_be_chunked(transformer_block())
+    block = transformer_block(**options)
+    assert not can_be_chunked(block)
+    assert {site.path for site in chunk_sites(block, "block", 8)} == {"block.ff"}
+    block = transformer_block()
+    assert can_be_chunked(block)
+    assert {site.path for site in chunk_sites(block, "block", 8)} == {"block", "block.attn1", "block.ff"}

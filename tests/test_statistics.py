@@ -5,9 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from largerespatch.groupnorm import GroupStatistics, SharedGroupNorm, apply, correct, pool, record, record_in_bands
-from largerespatch.patching import PatchStack
-from largerespatch.tilings import Tile, tiles, window
+from largerespatch.core.hosts import Host
+from largerespatch.core.maps import StoredMap
+from largerespatch.core.patching import PatchStack
+from largerespatch.core.statistics import GroupStatistics, apply, pool, record, record_by_rows, sharing_statistics
+from largerespatch.core.tilings import Tile, tiles, window
+from largerespatch.techniques.shared_norms import SharedGroupNorm, correct
 
 
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(2, 15), st.integers(2, 15), st.floats(0, 1000))
@@ -134,8 +137,29 @@ def test_the_original_forward_still_supplies_the_weights():
     torch.testing.assert_close(result.flatten(), torch.tensor([2 * 2.0 + 1, -1.0]))
 
 
-def test_bands_give_the_statistics_of_the_map(monkeypatch):
-    monkeypatch.setattr("largerespatch.groupnorm.BAND", 2 * 8 * 5 * 3)
+def test_runs_of_rows_give_the_statistics_of_the_map(monkeypatch):
+    monkeypatch.setattr("largerespatch.core.statistics.BAND", 2 * 8 * 5 * 3)
     plane = torch.randn(2, 8, 20, 5) + torch.linspace(0, 9, 20)[:, None]
-    for found, expected in zip(record_in_bands(plane, 4)[1:], record(plane, 4)[1:], strict=True):
+    for found, expected in zip(record_by_rows(plane, 4)[1:], record(plane, 4)[1:], strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_a_map_that_is_elsewhere_has_the_same_statistics():
+    plane = torch.randn(2, 8, 20, 5) + torch.linspace(0, 9, 20)[:, None]
+    waiting = StoredMap.of(plane, Host("cpu:0", band_bytes=900))
+    waiting.leave()
+    for runs in ((), [(0, 3), (3, 20)]):
+        for found, expected in zip(record_by_rows(waiting, 4, runs)[1:], record(plane, 4)[1:], strict=True):
+            torch.testing.assert_close(found, expected)
+    assert waiting.away
+
+
+def test_a_part_is_normalized_as_the_whole_is():
+    torch.manual_seed(0)
+    norm, plane = nn.GroupNorm(2, 4), torch.randn(2, 4, 9, 8) * torch.linspace(1, 5, 8)
+    expected = norm(plane)
+    with sharing_statistics(norm, plane):
+        torch.testing.assert_close(norm(plane[:, :, 2:5, 1:3]), expected[:, :, 2:5, 1:3])
+        torch.testing.assert_close(norm(plane.flatten(2)[:, :, 7:20]), expected.flatten(2)[:, :, 7:20])
+    assert not torch.allclose(norm(plane[:, :, 2:5, 1:3]), expected[:, :, 2:5, 1:3], atol=1e-2)
+    assert "forward" not in vars(norm)

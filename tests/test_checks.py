@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from largerespatch.validation import one_of, positive_int, whole_number
+from largerespatch.core.checks import one_of, positive_int, whole_number
 
 
 @pytest.mark.parametrize("value", [1, 64, np.int16(64), np.uint8(1)])

@@ -1,0 +1,297 @@
+"""Estimates against what real runs hold."""
+
+from functools import partial
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetUnionModel,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import family
+import tiny
+from conftest import quiet
+from largerespatch import LargeResPatch
+from largerespatch.core import pieces
+from largerespatch.core.calls import encodes
+from largerespatch.denoisers.any import seen_picture
+from largerespatch.memory.counting import LiveBytes
+from largerespatch.memory.estimate import STAGES, MemoryEstimate
+from test_patch import SMALL, fingerprint
+
+BLOCKS = {"attn_slice_x": 12, "attn_slice_y": 12, "attn_full_tokens": 144, "ff_chunk_size": 200}
+TILES = {"vae_chunk_size_x": 12, "vae_chunk_size_y": 12}
+BUILD = {
+    "sd": lambda: quiet(tiny.text_to_image()),
+    "sd image-to-image": lambda: quiet(StableDiffusionImg2ImgPipeline(**tiny.components())),
+    "xl": lambda: quiet(StableDiffusionXLPipeline(**tiny.xl_components())),
+    "xl image-to-image": lambda: quiet(StableDiffusionXLImg2ImgPipeline(**tiny.xl_components())),
+}
+
+
+def text_to_image(pipe, width, height, output_type="pt"):
+    return pipe("a house", width=width, height=height, num_inference_steps=1, output_type=output_type)
+
+
+def image_to_image(pipe, width, height):
+    image = torch.zeros(1, 3, height, width)
+    return pipe("a house", image=image, strength=1.0, num_inference_steps=1, output_type="pt")
+
+
+def measured(pipe, run, width, height):
+    """The most bytes of tensors alive at once in a real run, weights aside."""
+    with LiveBytes("cpu") as count:
+        run(pipe, width, height)
+    return count.peak
+
+
+@pytest.mark.parametrize(
+    ("kind", "run", "size", "options"),
+    [
+        ("sd", text_to_image, (256, 128), BLOCKS | TILES),
+        ("sd image-to-image", image_to_image, (192, 192), BLOCKS | TILES),
+        ("xl", text_to_image, (192, 192), {}),
+        ("xl image-to-image", image_to_image, (256, 192), {"vae_mode": "exact"} | TILES),
+    ],
+)
+def test_the_estimate_is_what_a_real_run_holds(kind, run, size, options):
+    pipe = BUILD[kind]()
+    patch = LargeResPatch(pipe, *size, **options)
+    with patch:
+        patched = measured(pipe, run, *size)
+    bare = measured(pipe, run, *size)
+    for estimate, peak in ((patch.estimate(), patched), (patch.estimate(patched=False), bare)):
+        assert estimate.peak - estimate.weights == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "Stable Diffusion: ControlNet",
+        "Stable Diffusion XL: T2I-Adapter",
+        "Stable Diffusion: inpaint",
+        "Stable Diffusion: x4 upscaler",
+        "Stable Diffusion XL: PAG",
+        "others: Kandinsky 2.2 (U-Net alone)",
+        "others: PixArt",
+        "others: Stable Diffusion 3 (VAE alone)",
+        "others: Flux (VAE alone)",
+    ],
+)
+def test_every_kind_of_pipeline_can_be_estimated(case):
+    build, arguments, _ = family.CASES[case]
+    if "Flux" in case:
+        arguments = arguments | {"prompt_embeds": torch.zeros(1, 512, 32)}  # as many as its pipeline makes of a prompt
+    pipe = quiet(build())
+    patch = LargeResPatch(pipe, family.SIZE, family.SIZE, **BLOCKS | TILES | {"attn_full_tokens": 36})
+    with patch, LiveBytes("cpu") as count:
+        family.run(pipe, arguments)
+    estimate = patch.estimate()
+    assert estimate.peak - estimate.weights == pytest.approx(count.peak, rel=0.1)
+
+
+@pytest.mark.parametrize(("case", "serial_helps"), [("text-to-image", True), ("PAG", False)])
+def test_an_estimate_knows_what_a_batch_that_stays_whole_needs(case, serial_helps):
+    pipe = quiet(family.SD[case].build())
+    whole, serial = (LargeResPatch(pipe, 256, 256, **BLOCKS, unet_serial=each).estimate() for each in (False, True))
+    assert (serial.unet < 0.8 * whole.unet) == serial_helps
+
+
+@pytest.mark.parametrize(("case", "samples"), [("T2I-Adapter", 1), ("ControlNet", 2)])
+def test_pictures_are_seen_as_often_as_pipelines_copy_them(case, samples):
+    pipe = family.SD[case].build()
+    assert seen_picture(pipe, pipe.unet, 64, 32).shape == (samples, 3, 64, 32)
+
+
+def test_a_denoiser_that_is_not_known_is_an_error(pipe):
+    class Other(type(pipe.unet)):
+        pass
+
+    pipe.unet.__class__ = Other
+    with pytest.raises(ValueError, match=r"whose memory can be estimated; it is not known .* call Other"):
+        LargeResPatch(pipe, 64, 64).estimate()
+
+
+@pytest.mark.parametrize("options", [{}, BLOCKS])
+def test_the_estimate_of_a_step_is_what_a_real_step_holds(pipe, options):
+    """Whole pipelines peak in their VAE."""
+    patch = LargeResPatch(pipe, 256, 192, **options)
+    with patch:
+        patched = measured(pipe, partial(text_to_image, output_type="latent"), 256, 192)
+    assert patch.estimate().unet == pytest.approx(patched, rel=0.1)
+
+
+def test_the_estimate_of_kandinskys_step_is_what_a_real_one_holds():
+    build, arguments, _ = family.OTHERS["Kandinsky 2.2 (U-Net alone)"]
+    pipe = build()
+    patch = LargeResPatch(pipe, family.SIZE, family.SIZE, **SMALL)
+    with patch, LiveBytes("cpu") as count:
+        family.run(pipe, arguments, output_type="latent")
+    assert patch.estimate().unet == pytest.approx(count.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_estimate_leaves_the_pipeline_alone(pipe, inside):
+    calls = []
+    handle = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    patch = LargeResPatch(pipe, 96, 64, padding_mode="circular", **SMALL)
+    outside = patch.estimate(), patch.estimate(patched=False)
+    assert outside[0] != outside[1]
+    if inside:
+        patch.enable()
+    before = fingerprint(pipe)
+    assert (patch.estimate(), patch.estimate(patched=False)) == outside
+    assert fingerprint(pipe) == before
+    patch.disable()
+    handle.remove()
+    assert not calls
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("within", ["techniques.context.sampled_cells", "techniques.shared_norms.record"])
+def test_an_interrupted_estimate_leaves_no_trace(pipe, monkeypatch, within):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    before = fingerprint(pipe)
+    monkeypatch.setattr(f"largerespatch.{within}", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        LargeResPatch(pipe, 96, 64, **SMALL).estimate()
+    assert fingerprint(pipe) == before
+    assert torch.ones(2).sum().item() == 2  # no mode is left on: this is a real tensor
+    assert not pieces.rehearsing()
+
+
+@pytest.mark.parametrize("mode", ["two-pass", "exact"])
+def test_an_estimate_allocates_nothing_and_is_no_more_work_for_a_larger_image(pipe, mode):
+    operations = {}
+    for side in (8192, 65536):
+        patch = LargeResPatch(pipe, side, side, vae_mode=mode)
+        with Operations() as work:
+            estimate = patch.estimate()
+        operations[side] = work.count
+    assert operations[65536] <= 1.1 * operations[8192]
+    assert estimate.decode > 2**36  # more than there is: one map of these is larger than this machine's memory
+
+
+def test_what_is_known_is_not_counted_again(pipe, monkeypatch):
+    patch = LargeResPatch(pipe, 64, 64)
+    estimator = patch._estimator(patch._on)
+    first = estimator.peak("step", 64, 64, patch.options)
+    monkeypatch.setattr(estimator.shadow, "peak", lambda work: 1)
+    assert estimator.peak("step", 64, 64, LargeResPatch(pipe, 96, 96).options) == first, "equal options"
+    assert estimator.peak("step", 64, 96, patch.options) == 1
+    assert estimator.peak("decode", 64, 64, patch.options) == 1
+
+
+ENCODING = {
+    "Stable Diffusion": {
+        "image-to-image",
+        "inpaint",
+        "inpaint, 9 channels",
+        "depth-to-image",
+        "InstructPix2Pix",
+        "ControlNet image-to-image",
+        "ControlNet inpaint",
+    },
+    "Stable Diffusion XL": {
+        "image-to-image",
+        "refiner",
+        "inpaint",
+        "inpaint, 9 channels",
+        "InstructPix2Pix",
+        "ControlNet image-to-image",
+        "ControlNet inpaint",
+    },
+    "others": set(),
+}
+
+
+@pytest.mark.parametrize("name", ENCODING)
+def test_it_is_known_which_pipelines_encode(name):
+    assert {case for case, (build, *_) in family.FAMILIES[name].items() if encodes(build())} == ENCODING[name]
+
+
+def test_a_picture_that_a_union_of_controlnets_looks_at_is_not_encoded():
+    settings = {key: value for key, value in tiny.XL_UNET.items() if key not in ("sample_size", "up_block_types")}
+    union = ControlNetUnionModel(**settings, **tiny.CONTROLNET_ONLY, num_control_type=2)
+    pipe = StableDiffusionXLControlNetUnionPipeline(**tiny.xl_components(controlnet=union))
+    assert not encodes(pipe)
+
+
+def test_encoding_counts_where_the_pipeline_encodes():
+    text, image = (LargeResPatch(BUILD[kind](), 64, 64).estimate() for kind in ("sd", "sd image-to-image"))
+    assert (text.encodes, image.encodes) == (False, True)
+    assert 0 < text.encode < image.encode, "the pictures that were given are held"
+    assert MemoryEstimate(5, 10, 30, 20).peak == 25
+    assert MemoryEstimate(5, 10, 30, 20, encodes=True).peak == 35
+
+
+def test_an_estimate_reads_as_a_table():
+    lines = str(MemoryEstimate(3 * 2**30, 2**31, 2**20, 2**32)).splitlines()
+    assert lines[0] == "weights         3.00 GiB"
+    assert lines[2] == "encode          1.00 MiB  (this pipeline does not encode)"
+    assert lines[4] == "peak            7.00 GiB"
+
+
+def test_the_xl_vae_counts_in_float32_where_it_is_upcast():
+    pipe = BUILD["xl"]()
+    whole = LargeResPatch(pipe, 128, 128).estimate()
+    pipe.vae.half()
+    half = LargeResPatch(pipe, 128, 128).estimate()
+    grown = sum(weight.nbytes for weight in pipe.vae.parameters())
+    assert half.decode == whole.decode + grown
+    assert half.weights < whole.weights
+
+
+def test_where_the_models_are_makes_no_difference_to_what_they_need(pipe):
+    """On an accelerator attention runs in one kernel, where fake tensors would make it quadratic."""
+    patch = LargeResPatch(pipe, 256, 256)
+    host = patch.estimate()
+    for model in (pipe.unet, pipe.vae):
+        model.to("meta")
+    device = patch.estimate()
+    assert (device.unet, device.decode) == pytest.approx((host.unet, host.decode), rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, whose allocator it asks")
+def test_the_estimate_is_what_cuda_allocates(pipe):
+    patch = LargeResPatch(pipe.to("cuda", torch.float16), 1024, 1024)
+    estimate = patch.estimate()
+    torch.cuda.reset_peak_memory_stats()
+    with patch:
+        text_to_image(pipe, 1024, 1024)
+    assert estimate.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+
+@pytest.mark.parametrize("mode", ["two-pass", "exact"])
+def test_a_rehearsal_needs_what_the_whole_needs(pipe, monkeypatch, mode):
+    patch = LargeResPatch(pipe, 320, 256, vae_mode=mode, attn_shape="tile", **BLOCKS | TILES)
+    with Operations() as few:
+        rehearsed = patch.estimate()
+    monkeypatch.setattr(pieces, "visited", lambda every: every)  # by the one loop that there is
+    with Operations() as all_of_them:
+        whole = patch.estimate()
+    assert few.count < all_of_them.count
+    for stage in ("unet", "encode", "decode"):
+        assert getattr(rehearsed, stage) == pytest.approx(getattr(whole, stage), rel=0.01)
+
+
+def test_every_stage_has_its_figure(pipe):
+    patch = LargeResPatch(pipe, 64, 64)
+    estimator, estimate = patch._estimator(patch._on), patch.estimate()
+    told = [estimator.peak(stage, 64, 64, patch.options) for stage in STAGES]
+    assert told == [estimate.unet, estimate.encode, estimate.decode]

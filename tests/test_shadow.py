@@ -1,0 +1,141 @@
+"""Pipelines without weights, and where the weights of real ones are."""
+
+import pytest
+import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module
+from torch._subclasses.fake_tensor import FakeTensor
+
+import tiny
+from largerespatch import LargeResPatch
+from largerespatch.core.families import families_in
+from largerespatch.memory.shadow import Shadow, device_of, execution_device, weights_now, weights_on
+from test_patch import SMALL, fingerprint
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def size(*models):
+    return sum(weight.nbytes for model in models for weight in [*model.parameters(), *model.buffers()])
+
+
+def test_weights_count_where_they_are_on_the_device(pipe):
+    patch = LargeResPatch(pipe, 64, 64)
+    assert patch.estimate().weights == size(pipe.unet, pipe.vae, pipe.text_encoder)
+    for model in (pipe.unet, pipe.vae):
+        model.to("meta")
+    assert patch.estimate().weights == size(pipe.unet, pipe.vae), "the text encoder is on the host"
+
+
+def test_models_offloaded_by_accelerate_count_one_at_a_time(pipe):
+    whole = LargeResPatch(pipe, 64, 64).estimate()
+    sizes = [size(model) for model in (pipe.unet, pipe.vae)]
+    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+        add_hook_to_module(model, CpuOffload("meta"))
+    offloaded = LargeResPatch(pipe, 64, 64).estimate()
+    assert offloaded.weights == max(sizes) < whole.weights
+    assert (offloaded.unet, offloaded.decode) == (whole.unet, whole.decode)
+
+
+def test_weights_that_wait_elsewhere_are_not_there_now(pipe):
+    assert weights_now(pipe, CPU) == weights_on(pipe, CPU) == size(pipe.unet, pipe.vae, pipe.text_encoder)
+    for model in (pipe.unet, pipe.vae):
+        add_hook_to_module(model, CpuOffload("meta"))
+    assert weights_now(pipe, META) == 0
+    assert weights_on(pipe, META) == max(size(pipe.unet), size(pipe.vae))
+    assert weights_now(pipe, CPU) == size(pipe.unet, pipe.vae, pipe.text_encoder)
+
+
+def test_the_device_is_the_denoisers_and_where_there_is_none_the_vaes(pipe):
+    pipe.unet.to("meta")
+    assert execution_device(pipe) == META and device_of(pipe.vae) == CPU
+    pipe.unet = None
+    assert execution_device(pipe) == CPU
+    pipe.vae.to("meta")
+    assert execution_device(pipe) == META
+    pipe.vae = None
+    assert execution_device(pipe) == CPU
+
+
+def test_a_controlnet_does_not_say_where_the_pipeline_runs():
+    from diffusers import StableDiffusionControlNetPipeline
+
+    pipe = StableDiffusionControlNetPipeline(**tiny.components(controlnet=tiny.controlnet()))
+    pipe.controlnet.to("meta")
+    assert execution_device(pipe) == CPU
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_a_shadow_has_the_same_modules_without_data(pipe, place):
+    pipe.unet.to(place)
+    before = fingerprint(pipe)
+    shadow = Shadow(pipe, [])
+    assert fingerprint(pipe) == before
+    assert shadow.pipe is not pipe and type(shadow.pipe) is type(pipe)
+    assert set(shadow.models) == {"unet", "vae"} == set(families_in(pipe))
+    for name, (copied, family) in shadow.models.items():
+        model = getattr(pipe, name)
+        assert copied is getattr(shadow.pipe, name) and copied is not model
+        assert family is families_in(pipe)[name][1]
+        for (path, own), (same, other) in zip(model.named_modules(), copied.named_modules(), strict=True):
+            assert path == same and type(own) is type(other) and own is not other
+        for own, other in zip(model.parameters(), copied.parameters(), strict=True):
+            assert isinstance(other, FakeTensor)
+            assert (own.shape, own.stride(), own.dtype) == (other.shape, other.stride(), other.dtype)
+            assert own.device.type == other.device.type
+
+
+def test_a_shadow_has_no_replacements_and_no_hooks(pipe):
+    handle = pipe.vae.decoder.register_forward_hook(lambda *_: None)
+    add_hook_to_module(pipe.unet, CpuOffload("cpu"))
+    patch = LargeResPatch(pipe, 96, 64, padding_mode="circular", **SMALL)
+    with patch:
+        shadow = Shadow(pipe, [patch._stack])
+    for copied, _ in shadow.models.values():
+        for module in copied.modules():
+            assert not {"forward", "_hf_hook", "_old_forward", "_diffusers_hook"} & vars(module).keys()
+            assert not module._forward_hooks
+            assert getattr(module, "padding_mode", "zeros") == "zeros"
+    handle.remove()
+
+
+def test_what_is_layerwise_cast_counts_as_it_is_computed(pipe):
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    unet, _ = Shadow(pipe, []).models["unet"]
+    assert pipe.unet.mid_block.resnets[0].conv1.weight.dtype == torch.bfloat16
+    assert unet.mid_block.resnets[0].conv1.weight.dtype == torch.float32
+
+
+def test_the_peak_is_what_is_alive_at_once(pipe):
+    shadow = Shadow(pipe, [])
+
+    def work():
+        first = torch.ones(1000)
+        second = first + 1
+        del first
+        third = second + 1
+        assert isinstance(third, FakeTensor) and not third.requires_grad
+
+    assert shadow.peak(work) == 8000
+    assert torch.ones(2).sum().item() == 2
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_blocks_that_are_alike_are_counted_by_one_of_them(monkeypatch, patched):
+    """The same result, with fewer calls, as when each block runs for itself."""
+    from diffusers import StableDiffusionXLPipeline
+
+    unet = tiny.unet(**tiny.XL_UNET | {"transformer_layers_per_block": (1, 9)})
+    patch = LargeResPatch(StableDiffusionXLPipeline(**tiny.xl_components(unet=unet)), 128, 128, **SMALL)
+    ran = []
+    around = type(unet.mid_block.attentions[0].transformer_blocks[0]).forward
+
+    def counted(self, *args, **kwargs):
+        ran.append(self)
+        return around(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(unet.mid_block.attentions[0].transformer_blocks[0]), "forward", counted)
+    alike, few = patch.estimate(patched).unet, len(ran)
+    ran.clear()
+    monkeypatch.setattr("largerespatch.memory.shadow._make", id)
+    assert patch.estimate(patched).unet == alike
+    assert few < len(ran)
