@@ -23,10 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import largerespatch
+
 RESULTS = Path(__file__).parent / "results"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 FACTOR = 8  # sample pixels along each axis of a latent pixel
-PACKAGES = ("torch", "diffusers", "transformers", "largerespatch")
+PACKAGES = ("torch", "diffusers", "transformers")
 
 
 class Candidate(NamedTuple):
@@ -99,6 +101,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
+        "largerespatch": largerespatch.__version__,  # which may be a checkout, that nobody has installed
     }
 
 

@@ -43,9 +43,9 @@ from _common import (
     write_json,
 )
 from largerespatch import LargeResPatch
-from largerespatch.groupnorm import GivenStatistics, GroupStatistics, record
-from largerespatch.patching import PatchStack
-from largerespatch.tilings import tiles, window
+from largerespatch.core.patching import PatchStack
+from largerespatch.core.statistics import GivenStatistics, GroupStatistics, record
+from largerespatch.core.tilings import tiles, window
 
 EXAMPLES = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(EXAMPLES))

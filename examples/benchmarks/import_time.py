@@ -12,9 +12,10 @@ from _common import add_common_options, environment, positive, print_table, rati
 STATEMENTS = {
     "largerespatch": "import largerespatch",
     "diffusers": (
-        "from diffusers.models.attention import FeedForward; "
+        "from diffusers.models.attention import BasicTransformerBlock, FeedForward; "
         "from diffusers.models.attention_processor import Attention; "
         "from diffusers.models.downsampling import Downsample2D; "
+        "from diffusers.models.resnet import ResnetBlock2D; "
         "from diffusers.models.upsampling import Upsample2D"
     ),
 }

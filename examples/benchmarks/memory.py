@@ -8,8 +8,8 @@ step grows with the image is counted from the shapes of real calls, and timed on
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,11 +37,15 @@ from _common import (
     seconds,
     write_json,
 )
-from largerespatch import LargeResPatch, stages
-from largerespatch.planner import DENOISER_SAVERS, HOST, VAE_SAVERS, Estimator, bare
+from largerespatch import LargeResPatch
+from largerespatch.core.families import families_in
+from largerespatch.memory.estimate import Estimator, as_called, bare, play
+from largerespatch.memory.planner import DENOISER_SAVERS, VAE_SAVERS
+from largerespatch.memory.shadow import HOST
+from largerespatch.options import Options
 
 GIB = 2**30
-FACTOR = 8  # sample pixels along each axis of a latent pixel
+STAGES = {"unet": "step", "decode": "decode"}  # by what a row calls them
 SPARE = 0.05  # of a limit, that the headline cases should leave
 HEADLINES = (("sd15", 8192, 8), ("sdxl", 8192, 12), ("sdxl", 4096, 8))  # model, side, GiB
 
@@ -175,17 +179,16 @@ def tiled_by_diffusers(pipe: Any) -> Any:
 def simulate(model: str, sizes: list[int]) -> Iterator[dict[str, Any]]:
     """A row for each size and way."""
     pipe = build_pipeline(model, "meta", torch.float16)
-    unpatched = Estimator(pipe, FACTOR, [], bare)
-    tiled = Estimator(tiled_by_diffusers(pipe), FACTOR, [], bare)
-    on_host = Estimator(pipe, FACTOR, [], bare)
+    unpatched = Estimator(pipe, [], bare)
+    patched, on_host = (Estimator(pipe, [], LargeResPatch(pipe, 512, 512)._on) for _ in range(2))
     on_host.shadow.place = HOST  # counts there, though the models are not
+    tiled = Estimator(tiled_by_diffusers(pipe), [], bare)
     for size in sizes:
         for way, settings in WAYS.items():
-            estimator = tiled if way == "diffusers' tiling" else unpatched
-            estimator.patched = bare if settings is None else LargeResPatch(pipe, size, size)._on
-            step = (unpatched if settings is None else estimator).step(size, size, settings or {})
-            decode = estimator.decode(size, size, settings or {})
-            on_host.patched = estimator.patched
+            options = Options(**settings or {})
+            estimator = unpatched if settings is None else patched
+            step = estimator.peak("step", size, size, options)
+            decode = (tiled if way == "diffusers' tiling" else estimator).peak("decode", size, size, options)
             leaves = any(name.endswith("_offload") for name in settings or ())
             yield {
                 "kind": "simulated",
@@ -197,7 +200,7 @@ def simulate(model: str, sizes: list[int]) -> Iterator[dict[str, Any]]:
                 "unet": step,
                 "decode": decode,
                 "peak": estimator.weights + max(step, decode),
-                "host": max(on_host.step(size, size, settings), on_host.decode(size, size, settings)) if leaves else 0,
+                "host": max(on_host.peak(stage, size, size, options) for stage in STAGES.values()) if leaves else 0,
             }
 
 
@@ -226,44 +229,30 @@ def measure(model: str, sizes: list[int], caps: list[int], device: str) -> Itera
             for way, settings in WAYS.items():
                 if way == "diffusers' tiling":
                     pipe.vae.enable_tiling()
-                context = nullcontext() if settings is None else LargeResPatch(pipe, size, size)._on(pipe, **settings)
+                context = nullcontext() if settings is None else LargeResPatch(pipe, size, size, **settings)
                 row = {"kind": "measured", "model": model, "size": size, "way": way, "cap": cap * GIB}
                 with context:
-                    row |= measure_stage(pipe, "unet", size, device) | measure_stage(pipe, "decode", size, device)
+                    for name in STAGES:
+                        row |= measure_stage(pipe, name, size, device)
                 pipe.vae.disable_tiling()
                 yield row
     torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def measure_stage(pipe: Any, stage: str, size: int, device: str) -> dict[str, Any]:
-    """``<stage>`` in bytes allocated at most, weights included, and ``<stage>_seconds``; None for what did not fit."""
-
-    def run() -> None:
-        if stage == "unet":
-            stages.step(pipe, size, size, FACTOR)
-        else:
-            with upcast(pipe):
-                stages.decode(pipe, size, size, FACTOR)
-
+def measure_stage(pipe: Any, name: str, size: int, device: str) -> dict[str, Any]:
+    """`name` in bytes allocated at most, weights included, and ``<name>_seconds``; None for what did not fit."""
+    models, stage = list(families_in(pipe).values()), STAGES[name]
+    run = stage_of(pipe, stage, size)
     try:
-        with torch.no_grad():
-            run()  # kernels are chosen at the first sight of a shape
-        torch.cuda.reset_peak_memory_stats(device)
-        took = seconds(Candidate(run), device)
-        return {stage: torch.cuda.max_memory_allocated(device), f"{stage}_seconds": took}
+        with torch.no_grad(), as_called(stage, models, pipe):
+            run.run()  # kernels are chosen at the first sight of a shape
+            torch.cuda.reset_peak_memory_stats(device)
+            took = seconds(run, device)
+        return {name: torch.cuda.max_memory_allocated(device), f"{name}_seconds": took}
     except torch.cuda.OutOfMemoryError:
-        return {stage: None, f"{stage}_seconds": None}
+        return {name: None, f"{name}_seconds": None}
     finally:
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def upcast(pipe: Any) -> Iterator[None]:
-    """As SDXL's pipelines decode: with the VAE in float32."""
-    dtype = pipe.vae.dtype
-    torch.nn.Module.to(pipe.vae, torch.float32 if pipe.vae.config.force_upcast else dtype)
-    yield
-    torch.nn.Module.to(pipe.vae, dtype)
 
 
 def growth(rows: list[dict[str, Any]], small: int, large: int) -> list[dict[str, Any]]:
@@ -301,18 +290,16 @@ def prove(size: int) -> Iterator[dict[str, Any]]:
     small |= {"vae_chunk_size_x": 16, "vae_chunk_size_y": 16}
     for way, settings in PROVED.items():
         patch = LargeResPatch(pipe, size, size, **small | (settings or {}))
-        estimator = Estimator(pipe, FACTOR, [], bare if settings is None else patch._on)
+        estimate = patch.estimate(patched=settings is not None)
         with nullcontext() if settings is None else patch:
-            yield {
-                "kind": "measured on the CPU",
-                "model": "tiny",
-                "size": size,
-                "way": way,
-                "unet": peak_live_bytes(Candidate(lambda: stages.step(pipe, size, size, FACTOR))),
-                "decode": peak_live_bytes(Candidate(lambda: stages.decode(pipe, size, size, FACTOR))),
-                "unet_estimated": estimator.step(size, size, {}),
-                "decode_estimated": estimator.decode(size, size, {}),
-            }
+            lived = {name: peak_live_bytes(stage_of(pipe, stage, size)) for name, stage in STAGES.items()}
+        row = {"kind": "measured on the CPU", "model": "tiny", "size": size, "way": way, **lived}
+        yield row | {"unet_estimated": estimate.unet, "decode_estimated": estimate.decode}
+
+
+def stage_of(pipe: Any, stage: str, size: int, context: Callable[[], Any] = nullcontext) -> Candidate:
+    """The calls that a pipeline makes to its models for a stage of its work."""
+    return Candidate(partial(play, stage, list(families_in(pipe).values()), pipe, size, size), context)
 
 
 # --- growth -------------------------------------------------------------------------------------------------------
@@ -332,8 +319,7 @@ def grow(models: list[str], small: int, large: int, clock: str) -> Iterator[dict
 
 def patched_steps(pipe: Any, sizes: dict[str, int]) -> dict[str, Candidate]:
     return {
-        name: Candidate(partial(stages.step, pipe, size, size, FACTOR), partial(LargeResPatch, pipe, size, size))
-        for name, size in sizes.items()
+        name: stage_of(pipe, "step", size, partial(LargeResPatch, pipe, size, size)) for name, size in sizes.items()
     }
 
 

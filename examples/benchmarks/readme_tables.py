@@ -1,12 +1,21 @@
-"""The tables of the README, in Markdown, from the JSON files that the other benchmarks have written."""
+"""The tables of the READMEs, from the JSON files that the other benchmarks have written, and from the list of options.
+
+Run, this puts them in place of those that are there: a table is known by its first line.
+"""
 
 import json
+import re
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from largerespatch.options import Options
+
+HERE = Path(__file__).parent
+README = HERE.parents[1] / "README.md"
+RESULTS = HERE / "results"
 MODEL_NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 GIB, TERA = 2**30, 1e12
 
@@ -189,17 +198,53 @@ def growth_table() -> str:
     return markdown((f"from {sizes}", "grows by"), rows)
 
 
-TABLES = (
-    headline_table,
-    vae_fidelity_table,
-    attention_fidelity_table,
-    memory_table,
-    host_table,
-    unet_table,
-    growth_table,
-    vae_table,
-    pipeline_table,
-)
+def options_table() -> str:
+    """What may be given after the image's size, in the order of the signature."""
+    rows = []
+    for option in fields(Options):
+        unit = re.match("a whole number of (.*?),", option.metadata["accepts"])
+        default = f'"{option.default}"' if isinstance(option.default, str) else f"{option.default}"
+        told = f"`{default}`" + (f" {unit[1]}" if unit else "")
+        rows.append([f"`{option.name}`", told, option.metadata["help"]])
+    return markdown(("option", "default", "meaning"), rows)
+
+
+TABLES = {
+    README: (headline_table, options_table),
+    HERE / "README.md": (
+        memory_table,
+        host_table,
+        vae_fidelity_table,
+        attention_fidelity_table,
+        unet_table,
+        growth_table,
+        vae_table,
+        pipeline_table,
+    ),
+}
+
+
+def with_table(text: str, table: str) -> str:
+    """`text` with `table` in place of the one that begins alike, and of how that was measured if it is said.
+
+    Raises:
+        ValueError: there is no such table, or more than one.
+    """
+    first = re.escape(table.partition("\n")[0])
+    rest = r"(?:\n\|.*)*" + (r"\n\n.*" if "\n\n" in table else "")
+    changed, count = re.subn(f"^{first}{rest}$", lambda _: table, text, flags=re.MULTILINE)
+    if count != 1:
+        raise ValueError(f"text must have one table that begins with {table.partition(chr(10))[0]!r}; got {count}")
+    return changed
+
+
+def main() -> None:
+    for path, tables in TABLES.items():
+        text = path.read_text(encoding="utf-8")
+        for table in tables:
+            text = with_table(text, table())
+        path.write_text(text, encoding="utf-8")
+
 
 if __name__ == "__main__":
-    print(*(table() for table in TABLES), sep="\n\n")
+    main()
