@@ -18,6 +18,9 @@ from .memory.estimate import Estimator, MemoryEstimate, bare
 from .memory.planner import Plan, Planner, limit_bytes
 from .options import Options, given, help_lines, signature
 
+# Of a side: a map of both sides so long, with 2^14 channels, has as many values as a 64-bit index can count.
+MOST_PIXELS = 2**24
+
 
 class _Occupied:
     """Which models are patched now, by which patch: the models themselves carry no mark. Any thread may ask."""
@@ -209,6 +212,10 @@ def _known_families(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
 
 def _image_size(option: str, value: object, factor: int) -> int:
     size = whole_number(option, value, "sample pixels", 1)
+    if size > MOST_PIXELS:
+        raise ValueError(
+            f"{option} must be at most {MOST_PIXELS} sample pixels, since indices of larger maps overflow; got {size}"
+        )
     if size % factor:
         below = size - size % factor
         nearest = " and ".join(str(each) for each in (below, below + factor) if each > 0)

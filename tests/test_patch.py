@@ -1,6 +1,7 @@
 """Contracts 1, 4, 6 and 7 on whole pipelines."""
 
 import gc
+import random
 import re
 import weakref
 from itertools import pairwise
@@ -13,7 +14,9 @@ from diffusers import HeunDiscreteScheduler
 import tiny
 from conftest import quiet
 from largerespatch import LargeResPatch
+from largerespatch import patch as patch_room
 from largerespatch.core.patching import PatchStack
+from largerespatch.techniques import halves, two_pass
 
 SMALL = {"attn_slice_x": 4, "attn_slice_y": 4, "attn_full_tokens": 16, "ff_chunk_size": 30}
 SMALL |= {"vae_chunk_size_x": 6, "vae_chunk_size_y": 6}
@@ -545,3 +548,106 @@ def test_a_pipe_must_hold_something_to_patch():
         LargeResPatch(Empty(), 64, 64)
     with pytest.raises(TypeError, match="pipe must be a diffusers pipeline, with `components`; got Linear"):
         LargeResPatch(torch.nn.Linear(1, 1), 64, 64)
+
+
+@pytest.mark.parametrize(("size", "where"), [(8, "encode"), (8, "decode"), (16, "unet")])
+def test_reflection_of_an_image_too_small_inside_the_block_says_what_it_needs(pipe, size, where):
+    """Inside the block images may have another size than the patch was made for."""
+    calls = {
+        "encode": lambda: pipe.vae.encode(torch.zeros(1, 3, size, 96)),
+        "decode": lambda: pipe.vae.decode(torch.zeros(1, 4, size // 8, 12)),
+        "unet": lambda: pipe.unet(torch.zeros(1, 4, size // 8, 12), 500, torch.zeros(1, 7, 32)),
+    }
+    before = fingerprint(pipe)
+    with (
+        LargeResPatch(pipe, 96, 96, padding_mode="reflect"),
+        torch.no_grad(),
+        pytest.raises(ValueError, match=rf"padding_mode 'reflect' needs an image of at least \d+ .*; got 96x{size}"),
+    ):
+        calls[where]()
+    assert fingerprint(pipe) == before
+
+
+@pytest.mark.parametrize("size", [2**24 + 8, 8 * 10**20])
+@pytest.mark.parametrize("option", ["width", "height"])
+def test_sizes_beyond_what_an_index_can_hold_are_refused(pipe, option, size):
+    with pytest.raises(ValueError, match=rf"{option} must be at most 16777216 sample pixels.*; got {size}"):
+        LargeResPatch(pipe, **({"width": 64, "height": 64} | {option: size}))
+
+
+def test_passes_of_a_vae_that_has_none_are_refused(pipe):
+    with pytest.raises(ValueError, match="vae_passes=3 needs vae_mode 'two-pass'; got vae_mode 'exact'"):
+        LargeResPatch(pipe, 64, 64, vae_mode="exact", vae_passes=3)
+
+
+def test_an_option_that_is_none_is_named_with_the_nearest_that_is(pipe):
+    with pytest.raises(TypeError, match=r"vae_ofload is no option \(did you mean vae_offload\?\).*got vae_ofload=True"):
+        LargeResPatch(pipe, 64, 64, vae_ofload=True)
+
+
+@pytest.mark.parametrize("mode", ["two-pass", "exact"])
+def test_a_vae_in_double_precision_stays_in_it(pipe, mode):
+    pipe.vae.to(torch.float64)
+    latents = torch.randn(1, 4, 12, 12, dtype=torch.float64)
+    with torch.no_grad():
+        whole = pipe.vae.decode(latents).sample
+        with LargeResPatch(pipe, 96, 96, **SMALL, vae_mode=mode, **({"vae_passes": 4} if mode == "two-pass" else {})):
+            pieces = pipe.vae.decode(latents).sample
+    assert pieces.dtype == torch.float64
+    assert not torch.equal(pieces, whole)
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-12 if mode == "exact" else 0.1)
+
+
+@pytest.mark.parametrize("mode", ["two-pass", "exact"])
+def test_slicing_runs_the_samples_of_a_batch_in_turns(pipe, mode, monkeypatch):
+    """Upstream's own would join what is on the device to what found no room there."""
+    places = iter(["meta", "cpu"])
+    real = halves.delivered
+    monkeypatch.setattr(halves, "delivered", lambda result: _Elsewhere.of(real(result), next(places)))
+    monkeypatch.setattr(two_pass, "delivered", halves.delivered)
+    pipe.vae.enable_slicing()
+    before, latents = fingerprint(pipe), torch.randn(2, 4, 12, 12)
+    with torch.no_grad(), LargeResPatch(pipe, 96, 96, **SMALL, vae_mode=mode):
+        assert pipe.vae.use_slicing is False
+        both = pipe.vae.decode(latents).sample
+    assert fingerprint(pipe) == before
+    assert pipe.vae.use_slicing is True
+    assert both.shape == (2, 3, 96, 96)
+    assert both.device.type == "cpu"
+
+
+class _Elsewhere(torch.Tensor):
+    """A result that says that it is on another device."""
+
+    @classmethod
+    def of(cls, result, place):
+        made = result.as_subclass(cls)
+        made.place = place
+        return made
+
+    @property
+    def device(self):
+        return torch.device(getattr(self, "place", "cpu"))
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_shuffled_sites_of_a_pipeline_with_every_option_give_the_same(pipe, monkeypatch):
+    options = SMALL | {"attn_context": 12, "padding_mode": "circular", "vae_attn": "blocked", "vae_offload": True}
+    options |= {"unet_serial": True, "unet_strip_rows": 3, "unet_offload": True, "vae_mode": "exact"}
+    patch, pictures = LargeResPatch(pipe, 96, 64, **options, vae_recompute=True), []
+    real, seeds = patch_room.install, iter(range(4))
+
+    def shuffled(stack, sites):
+        random.Random(next(seeds)).shuffle(sites)
+        real(stack, sites)
+
+    with patch:
+        pictures.append(image(pipe, 96))
+    monkeypatch.setattr(patch_room, "install", shuffled)
+    for _ in range(2):
+        with patch:
+            pictures.append(image(pipe, 96))
+    assert next(seeds) == 2  # they were shuffled
+    assert all(torch.equal(each, pictures[0]) for each in pictures)

@@ -11,7 +11,7 @@ from ..core.hosts import Host
 from ..techniques.attention import BlockedAttention, ChunkedAttention, attends_map, blocking_of
 from ..techniques.halves import Cutting, Exact
 from ..techniques.notes import StepNote
-from ..techniques.padding import padding_sites
+from ..techniques.padding import padding_sites, reflection_sites
 from ..techniques.stages import decoder_splits, encoder_splits
 from ..techniques.two_pass import TwoPass
 from .any import AnyAutoencoder
@@ -32,19 +32,22 @@ class KL(AnyAutoencoder):
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
         yield Site(model, name, Order.IN_STRIPS, False, "use_tiling")  # upstream's own, which blends tiles
+        if in_turns := getattr(model, "use_slicing", False):  # upstream's would mix results on device and host
+            yield Site(model, name, Order.IN_STRIPS, False, "use_slicing")
         for half in HALVES:
-            yield from self._half(getattr(model, half), f"{name}.{half}", self.factor(model), options, pipe)
+            yield from self._half(model, half, name, in_turns, options, pipe)
         yield from padding_sites(model, name, options.padding_mode)
 
-    def _half(self, half: Any, path: str, factor: int, options: Any, pipe: Any) -> Iterator[Site]:
-        encodes = path.endswith("encoder")
+    def _half(self, model: Any, which: str, name: str, in_turns: bool, options: Any, pipe: Any) -> Iterator[Site]:
+        half, path, encodes = getattr(model, which), f"{name}.{which}", which == "encoder"
         cutting = Cutting(
             tile_height=options.vae_chunk_size_y,
             tile_width=options.vae_chunk_size_x,
-            latent_scale=factor if encodes else 1,
+            latent_scale=self.factor(model) if encodes else 1,
             wrap=options.padding_mode == "circular",
             progress_bar=pipe.progress_bar,
-            title="VAE encoder" if encodes else "VAE decoder",
+            title=f"VAE {which}",
+            in_turns=in_turns,
         )
         host = Host() if options.vae_offload else None
         in_pieces: Exact | TwoPass
@@ -54,6 +57,9 @@ class KL(AnyAutoencoder):
             splits = encoder_splits(half) if encodes else decoder_splits(half)
             in_pieces = TwoPass(half, path, splits, cutting, options.vae_passes, host)
         yield Site(half, path, Order.IN_STRIPS, in_pieces, says=_way(options))
+        scale = 1 if encodes else self.factor(model)
+        least = 2 * self.factor(model) // scale
+        yield from reflection_sites(half, path, options.padding_mode, least, scale)
         for layer, (place, module) in enumerate(_attentions(half, path)):
             if options.vae_attn == "blocked":
                 blocked = BlockedAttention(module, blocking_of(options), StepNote(), layer)

@@ -26,6 +26,7 @@ class Order(IntEnum):
     tokens, so what answers comes before what attends.
     """
 
+    CHECKED = auto()
     STEP_NOTED = auto()
     MAP_NOTED = auto()
     BATCH_IN_TURNS = auto()

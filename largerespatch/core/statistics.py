@@ -20,7 +20,7 @@ BAND = 2**24
 
 
 class GroupStatistics(NamedTuple):
-    """Mean and population variance ``[B, groups]`` in float32, over `cells` cells of a map."""
+    """Mean and population variance ``[B, groups]`` in float32 or better, over `cells` cells of a map."""
 
     cells: int
     mean: torch.Tensor
@@ -30,8 +30,12 @@ class GroupStatistics(NamedTuple):
 def record(hidden_states: torch.Tensor, groups: int) -> GroupStatistics:
     """The statistics of a map ``[B, C, H, W]``, per sample and group."""
     batch, _, height, width = hidden_states.shape
-    variance, mean = torch.var_mean(hidden_states.float().reshape(batch, groups, -1), dim=-1, correction=0)
+    variance, mean = torch.var_mean(_precise(hidden_states).reshape(batch, groups, -1), dim=-1, correction=0)
     return GroupStatistics(height * width, mean, variance)
+
+
+def _precise(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def pool(parts: Sequence[GroupStatistics]) -> GroupStatistics:
@@ -80,8 +84,8 @@ def apply(
         hidden_states.reshape(1, batch * channels, *cells),
         spread(statistics.mean),
         spread(statistics.variance),
-        None if weight is None else weight.float().repeat(batch),
-        None if bias is None else bias.float().repeat(batch),
+        None if weight is None else _precise(weight).repeat(batch),
+        None if bias is None else _precise(bias).repeat(batch),
         training=False,
         eps=eps,
     )

@@ -14,7 +14,7 @@ from ..core.families import Family, Order, Site, factor_of, register, unknown_ca
 from ..techniques.attention import attends_cells, attends_map, attention_sites
 from ..techniques.chunks import chunk_sites
 from ..techniques.notes import StepNote, StepNoting
-from ..techniques.padding import padding_sites
+from ..techniques.padding import padding_sites, reflection_sites
 from ..techniques.serial import SerialBatch
 from ..techniques.strips import Strips, strip_sites
 
@@ -64,6 +64,8 @@ class AnyDenoiser(Family):
             yield from strip_sites(model, name, strips)
         if options.unet_serial:
             yield Site(model, name, Order.BATCH_IN_TURNS, SerialBatch(model), says="one sample at a time")
+        least = 2 ** self.halvings(model) + 1
+        yield from reflection_sites(model, name, options.padding_mode, least, factor_of(pipe))
         yield from padding_sites(model, name, options.padding_mode)
 
     def halvings(self, model: Any) -> int:

@@ -35,16 +35,17 @@ def parse_bytes(text: str) -> int | None:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]+)\s*", text, flags=re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
         return None
-    return math.floor(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    return math.floor(size) if math.isfinite(size) else None
 
 
 def amount(option: str, value: object) -> int | str | None:
-    """Bytes of an amount such as ``"8GiB"`` or a number of bytes; None and ``"auto"`` as they are.
+    """Checks that `value` is an amount such as ``"8GiB"``, a number of bytes, ``"auto"`` or None, and returns it.
 
     Raises:
         TypeError, ValueError: it is none of these, or no device could hold as much.
     """
-    if value is None or value == "auto":
+    if value is None or (isinstance(value, str) and value == "auto"):
         return value
     message = (
         f"{option} must be None, a positive amount such as '8GiB', '7.5 GB' or a whole number of bytes, or 'auto'; got "
@@ -58,7 +59,7 @@ def amount(option: str, value: object) -> int | str | None:
         raise TypeError(message) from None
     if found is None or not 0 < found < MOST_BYTES:
         raise ValueError(message)
-    return found
+    return value if isinstance(value, str) else found
 
 
 class _Storage(NamedTuple):

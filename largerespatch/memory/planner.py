@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..core.families import factor_of
-from .counting import gibibytes
+from .counting import gibibytes, parse_bytes
 from .estimate import Estimator, MemoryEstimate
 from .shadow import HOST, execution_device, weights_now, weights_on
 
@@ -50,13 +50,13 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def limit_bytes(limit: int | str, pipe: Any) -> int:
-    """Bytes that a pipeline may take on its device, weights included, for a `memory_limit` in bytes or ``"auto"``.
+    """Bytes that a pipeline may take on its device, weights included, for a `memory_limit` that has been checked.
 
     Raises:
         ValueError: it is less than the weights alone, or ``"auto"`` where the device does not say what it has free.
     """
     device = execution_device(pipe)
-    if isinstance(limit, str):
+    if limit == "auto":
         free = free_bytes(device)
         if free is None:
             raise ValueError(
@@ -64,13 +64,13 @@ def limit_bytes(limit: int | str, pipe: Any) -> int:
                 f"{device}; accepted there are None and amounts such as '8GiB'"
             )
         return int((1 - MARGIN) * free) + weights_now(pipe, device)
+    size = (parse_bytes(limit) or 0) if isinstance(limit, str) else limit
     weights = weights_on(pipe, device)
-    if limit <= weights:
+    if size <= weights:
         raise ValueError(
-            f"memory_limit must be more than the weights on {device}, which take {gibibytes(weights)}; got "
-            f"{gibibytes(limit)}"
+            f"memory_limit must be more than the weights on {device}, which take {gibibytes(weights)}; got {limit!r}"
         )
-    return limit
+    return size
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 from ..core.hosts import Host
 from ..core.maps import StoredMap
 from ..core.patching import PatchStack
-from ..core.pieces import rehearsing
+from ..core.pieces import collect, rehearsing
 from .strips import Forward
 from .walk import Walk, inner_modules, listen_everywhere, listeners, silence, steps, walked
 
@@ -27,7 +27,7 @@ class Cutting:
 
     `latent_scale` is the size of its input relative to the latent (1 for a decoder, 8 for SD's encoder), `wrap` says
     whether the plane's opposite edges are neighbours (circular padding), `progress_bar` is the pipeline's, called with
-    ``total``, and `title` goes with it.
+    ``total``, and `title` goes with it. `in_turns` says whether the samples of a batch run one after another.
     """
 
     tile_height: int
@@ -36,6 +36,7 @@ class Cutting:
     wrap: bool
     progress_bar: ProgressBar
     title: str
+    in_turns: bool = False
 
 
 class InPieces(ABC):
@@ -63,8 +64,14 @@ class InPieces(ABC):
                 f"{self.cutting.title} of {width}x{height} latent pixels runs in pieces, which have no gradients: "
                 "detach its input, leave the block of LargeResPatch, or give it larger vae_chunk_size_x and _y"
             )
+
+        def run(some: torch.Tensor) -> torch.Tensor:
+            return self._run(lambda part: original(part, *args, **kwargs), some)
+
         with torch.no_grad():
-            return self._run(lambda part: original(part, *args, **kwargs), sample)
+            if not self.cutting.in_turns or len(sample) == 1:
+                return run(sample)
+            return _together(collect(range(len(sample)), lambda i: run(sample[i : i + 1])))
 
     @abstractmethod
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
@@ -158,6 +165,13 @@ def _is_of_user(hook: object) -> bool:
 
 def _some(paths: Sequence[str]) -> str:
     return ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+
+
+def _together(results: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The results for the samples of a batch: on their device, or on the host if some did not find room there."""
+    if len({result.device for result in results}) > 1:
+        results = [result.cpu() for result in results]
+    return torch.cat(list(results))
 
 
 def delivered(result: torch.Tensor) -> torch.Tensor:

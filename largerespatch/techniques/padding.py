@@ -1,6 +1,7 @@
 """What convolutions see beyond the image's edge."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,33 @@ class AsymmetricPadding:
 
     def __call__(self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
         return original(F.pad(hidden_states[:, :, :-1, :-1], (0, 1, 0, 1), mode=self.mode))
+
+
+class Reflectable:
+    """Takes the place of the ``forward`` of a model whose convolutions reflect: a map needs two cells for that.
+
+    `least` counts cells of the model's input, and `scale` sample pixels to such a cell.
+    """
+
+    def __init__(self, least: int, scale: int) -> None:
+        self.least = least
+        self.scale = scale
+
+    def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        sample = args[0] if args else next(iter(kwargs.values()))
+        height, width = sample.shape[-2:]
+        if min(height, width) < self.least:
+            raise ValueError(
+                f"padding_mode 'reflect' needs an image of at least {self.least * self.scale} sample pixels a side "
+                f"(two cells on the smallest map); got {width * self.scale}x{height * self.scale}"
+            )
+        return original(*args, **kwargs)
+
+
+def reflection_sites(model: nn.Module, path: str, mode: str, least: int, scale: int) -> Iterator[Site]:
+    """The check of a model's input, where its convolutions are to reflect; see `Reflectable`."""
+    if mode == "reflect":
+        yield Site(model, path, Order.CHECKED, Reflectable(least, scale))
 
 
 def padding_sites(model: nn.Module, name: str, mode: str) -> Iterator[Site]:
