@@ -117,7 +117,7 @@ def _check_count(width: int, height: int, slice_x: int, slice_y: int) -> None:
         )
 
 
-def _panel(cover: list[Tile], shape: str, phase: int, size: tuple[int, int], rng: np.random.Generator) -> _Panel:
+def _panel(cover: Sequence[Tile], shape: str, phase: int, size: tuple[int, int], rng: np.random.Generator) -> _Panel:
     edges = np.fromiter(chain.from_iterable(cover), np.int64, 4 * len(cover)).reshape(-1, 4)
     upright = shape == "brick" and phase % 2 == 1
     title = f"Phase {phase}: {PHASE_NAMES[shape][phase]}"

@@ -85,12 +85,14 @@ def test_what_was_read_for_a_piece_is_gone_before_the_next_is_read():
 
 @given(SIZES, SIZES, st.integers(1, 9), st.integers(0, 3))
 def test_a_rehearsal_visits_few_and_one_of_the_largest_of_them(height, width, size, phase):
-    cover = bricks(height, width, phase, size, size)
-    assert list(visited(cover)) == cover
+    tiling = bricks(height, width, phase, size, size)
+    cover = list(tiling)
+    assert list(visited(tiling)) == cover
     with rehearsal():
-        few = list(visited(cover))
+        few = list(visited(tiling))
+        assert {tile.size() for tile in few} == {tile.size() for tile in visited(cover)}  # a list is looked through
     assert few == [tile for tile in cover if tile in few]  # in turn
-    assert few[0] is cover[0] and few[-1] is cover[-1]
+    assert few[0] == cover[0] and few[-1] == cover[-1]
     for tile in cover:
         assert any(tile.height <= other.height and tile.width <= other.width for other in few)
     largest = {tile.size() for tile in few}

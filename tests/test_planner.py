@@ -5,6 +5,7 @@ import torch
 
 from largerespatch import LargeResPatch
 from largerespatch.memory import planner
+from largerespatch.memory.counting import gibibytes
 from largerespatch.memory.estimate import MemoryEstimate, bare
 from largerespatch.memory.planner import Planner, free_bytes, limit_bytes
 from largerespatch.options import Options
@@ -147,7 +148,8 @@ def test_auto_is_what_the_device_has_free_less_a_margin(pipe, monkeypatch):
     monkeypatch.setattr(planner, "free_bytes", lambda device: 100 * MIB)
     weights = LargeResPatch(pipe, 64, 64).estimate().weights
     assert limit_bytes("auto", pipe) == 95 * MIB + weights
-    assert "memory_limit of 96.12 MiB" in repr(LargeResPatch(pipe, 64, 64, memory_limit="auto"))
+    said = f"memory_limit of {gibibytes(95 * MIB + weights)}: no saver needed"
+    assert said in repr(LargeResPatch(pipe, 64, 64, memory_limit="auto"))
 
 
 def test_free_bytes_count_what_torch_has_in_its_cache(monkeypatch):

@@ -1,5 +1,7 @@
 """Contract 3: exact cover, no permanent seam, no slivers, for every map and slice size."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from largerespatch.core.tilings import (
     PHASES,
+    Each,
+    Runs,
     Tile,
     bricks,
     even_cuts,
@@ -46,6 +50,41 @@ def test_every_phase_covers_each_cell_once_and_no_seam_stays(cover, height, widt
     assert not always_column_seam.any()
 
 
+@SHAPES
+@given(SIZES, SIZES, SLICES, SLICES, st.integers(0, PHASES - 1))
+def test_tiles_are_the_same_by_place_as_in_turn_and_few_tell_of_all(cover, height, width, slice_y, slice_x, phase):
+    tiling = cover(height, width, phase, slice_y, slice_x)
+    every = list(tiling)
+    assert len(tiling) == len(every)
+    assert [tiling[i] for i in range(len(tiling))] == every == tiling[:]
+    assert tiling[-1] == every[-1]
+    few = [every[i] for i in tiling.telling()]
+    assert few[0] == every[0] and few[-1] == every[-1]
+    there = Counter(tile.size() for tile in every)
+    told = Counter(tile.size() for tile in few)
+    assert all(told[size] >= min(count, 3) for size, count in there.items())
+
+
+@pytest.mark.parametrize("side", [2**14, 2**21])
+@SHAPES
+def test_few_tiles_tell_of_however_many(cover, side):
+    for phase in range(PHASES):
+        tiling = cover(side, side, phase, 64, 64)
+        assert len(tiling.telling()) < 400
+        assert tiling[len(tiling) // 2].area > 0
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_runs_follow_one_another(length, longest):
+    runs = Runs(length, longest)
+    cells = [cell for start, stop in runs for cell in range(start, stop)]
+    assert cells == list(range(length))
+    assert all(stop - start == longest for start, stop in runs[:-1])
+    halved = Each(lambda run: slice(*run), runs)
+    assert list(halved) == [slice(*run) for run in runs] == halved[:]
+    assert halved.telling() == runs.telling() == sorted({*range(min(len(runs), 3)), len(runs) - 1})
+
+
 @given(st.integers(1, 4000), st.integers(2, 300))
 def test_cuts_are_within_the_limit_disjoint_and_without_slivers(length, longest):
     even, staggered = even_cuts(length, longest), staggered_cuts(length, longest)
@@ -73,7 +112,7 @@ def test_tiles_respect_their_slices(cover, height, width, slice_y, slice_x, phas
 
 
 def test_the_four_phases_of_the_default_bricks():
-    wide, tall, wide_flipped, tall_flipped = (bricks(256, 256, phase, 64, 64) for phase in range(PHASES))
+    wide, tall, wide_flipped, tall_flipped = (list(bricks(256, 256, phase, 64, 64)) for phase in range(PHASES))
     assert wide[:2] == [Tile(0, 0, 64, 128), Tile(0, 128, 64, 256)]
     assert wide[2:5] == [Tile(64, 0, 128, 85), Tile(64, 85, 128, 171), Tile(64, 171, 128, 256)]
     assert wide_flipped[:3] == [Tile(0, 0, 64, 85), Tile(0, 85, 64, 171), Tile(0, 171, 64, 256)]
@@ -84,7 +123,7 @@ def test_the_four_phases_of_the_default_bricks():
 @SHAPES
 @pytest.mark.parametrize("phase", range(PHASES))
 def test_a_plane_that_fits_one_tile_is_not_cut(cover, phase):
-    assert cover(7, 5, phase, 8, 8) == [Tile(0, 0, 7, 5)]
+    assert list(cover(7, 5, phase, 8, 8)) == [Tile(0, 0, 7, 5)]
 
 
 def test_scaled_keeps_the_rectangle_in_place():

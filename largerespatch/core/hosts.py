@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 
-from .tilings import Tile
+from .tilings import Run, Runs, Tile
 
 BAND_BYTES = 2**24  # of one copy: long enough for the bus, small beside any map that is worth moving
 
 # Of an image, so that what a pipeline does to it next still fits: it makes up to three copies.
 COPIES_TO_COME = 3
-
-Run = tuple[int, int]  # rows, half-open
 
 
 def _by_rows(plane: torch.Tensor) -> torch.Tensor:
@@ -57,11 +55,11 @@ class Host:
     def serves(self, device: torch.device) -> bool:
         return device != self.where
 
-    def cuts(self, plane: torch.Tensor) -> list[Run]:
+    def cuts(self, plane: torch.Tensor) -> Runs:
         """The runs of rows in which a map travels."""
         height = plane.shape[2]
         rows = max(self.band_bytes * height // max(plane.numel() * plane.element_size(), 1), 1)
-        return [(top, min(top + rows, height)) for top in range(0, height, rows)]
+        return Runs(height, rows)
 
     def fetch(self, rows: "HostRows", runs: Sequence[Run]) -> Iterator[torch.Tensor]:
         """Runs of rows on the device, in turn. Later ones may not be stored to before they have been yielded."""

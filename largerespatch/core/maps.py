@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from .hosts import Host, HostRows, Run
+from .hosts import Host, HostRows
 from .pieces import assemble
 from .planes import OPERATIONS, Map, copy, fetch, whole
-from .tilings import Tile
+from .tilings import Run, Tile
 
 _PASSED_ON = "this map was passed on: the module that read it has written over it"
 

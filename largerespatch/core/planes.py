@@ -15,9 +15,9 @@ from typing import Any, Self
 import torch
 from torch.utils._pytree import tree_map_only
 
-from .hosts import Host, Run
+from .hosts import Host
 from .pieces import assemble
-from .tilings import Tile
+from .tilings import Run, Tile
 
 _TENSOR: Any = torch.Tensor
 _KNOWN_WITHOUT_DATA = {

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .hosts import Run
 from .patching import PatchStack
 from .pieces import collect
 from .planes import fetch
+from .tilings import Run, Runs
 
 # Values whose statistics are taken together.
 BAND = 2**24
@@ -58,7 +58,7 @@ def record_by_rows(plane: torch.Tensor, groups: int, runs: Sequence[Run] = ()) -
     """The same as `record` for a tensor or map, run of rows by run, so that no float32 copy of all of it is alive."""
     if not runs:
         rows = max(BAND // max(plane.numel() // plane.shape[2], 1), 1)
-        runs = [(top, min(top + rows, plane.shape[2])) for top in range(0, plane.shape[2], rows)]
+        runs = Runs(plane.shape[2], rows)
     return pool(collect(runs, lambda run, rows: record(rows, groups), read=partial(fetch, plane)))
 
 

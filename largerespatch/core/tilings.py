@@ -7,13 +7,17 @@ every phase: what one phase separates, another one joins, and information can cr
 Sizes are in cells of whatever plane is tiled, in ``(height, width)`` order. Nothing here depends on torch.
 """
 
-from collections.abc import Callable, Sequence
+from bisect import bisect
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 PHASES = 4
+
+P = TypeVar("P")
+Run = tuple[int, int]  # half-open
 
 
 class Tile(NamedTuple):
@@ -79,23 +83,121 @@ def staggered_cuts(length: int, longest: int) -> list[int]:
     return [*cuts, length]
 
 
-def grid(row_cuts: Sequence[int], column_cuts: Sequence[int]) -> list[Tile]:
-    """The tiles between cuts of both axes, row by row."""
-    return [
-        Tile(top, left, bottom, right) for top, bottom in pairwise(row_cuts) for left, right in pairwise(column_cuts)
-    ]
+class Runs(Sequence[Run]):
+    """Half-open runs of `longest` cells, one after another, the last of what remains. Made when asked for."""
+
+    def __init__(self, length: int, longest: int) -> None:
+        self.length = length
+        self.longest = longest
+
+    def __len__(self) -> int:
+        return -(-self.length // self.longest)
+
+    def __getitem__(self, index: Any) -> Any:
+        which = range(len(self))[index]
+        return self._run(which) if isinstance(which, int) else list(map(self._run, which))
+
+    def _run(self, i: int) -> Run:
+        return i * self.longest, min((i + 1) * self.longest, self.length)
+
+    def telling(self) -> list[int]:
+        return _few(len(self))
 
 
-def _wide_bricks(height: int, width: int, slice_y: int, slice_x: int, flipped: bool) -> list[Tile]:
+class Tiling(Sequence[Tile]):
+    """The tiles between cuts of both axes, row by row; rows take the columns' cuts in turns.
+
+    Tiles are made when asked for, since there may be more of them than a list should hold. `turned`: the axes are
+    exchanged.
+    """
+
+    def __init__(self, row_cuts: Sequence[int], *column_cuts: Sequence[int], turned: bool = False) -> None:
+        self.row_cuts = row_cuts
+        self.column_cuts = column_cuts
+        self.turned = turned
+        ends = [0]  # how many tiles there are before each of the rows until cuts of columns come again
+        for cuts in column_cuts:
+            ends.append(ends[-1] + len(cuts) - 1)
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return self._before(len(self.row_cuts) - 1)
+
+    def __getitem__(self, index: Any) -> Any:
+        which = range(len(self))[index]
+        return self._tile(which) if isinstance(which, int) else list(map(self._tile, which))
+
+    def __iter__(self) -> Iterator[Tile]:
+        for i, (top, bottom) in enumerate(pairwise(self.row_cuts)):
+            for left, right in pairwise(self.column_cuts[i % len(self.column_cuts)]):
+                yield self._laid(top, left, bottom, right)
+
+    def telling(self) -> list[int]:
+        """Places of few tiles, among them the first, the last, and three of each size if there are as many."""
+        turns = len(self.column_cuts)
+        rows = _few_sizes([(bottom - top, i % turns) for i, (top, bottom) in enumerate(pairwise(self.row_cuts))])
+        places = set()
+        for row in rows:
+            cuts = self.column_cuts[row % turns]
+            columns = _few_sizes([right - left for left, right in pairwise(cuts)])
+            places |= {self._before(row) + column for column in columns}
+        return sorted(places)
+
+    def _before(self, row: int) -> int:
+        cycles, rest = divmod(row, len(self.column_cuts))
+        return cycles * self._ends[-1] + self._ends[rest]
+
+    def _tile(self, i: int) -> Tile:
+        cycles, rest = divmod(i, self._ends[-1])
+        turn = bisect(self._ends, rest) - 1
+        row, column, cuts = cycles * len(self.column_cuts) + turn, rest - self._ends[turn], self.column_cuts[turn]
+        return self._laid(self.row_cuts[row], cuts[column], self.row_cuts[row + 1], cuts[column + 1])
+
+    def _laid(self, top: int, left: int, bottom: int, right: int) -> Tile:
+        return Tile(left, top, right, bottom) if self.turned else Tile(top, left, bottom, right)
+
+
+class Each(Sequence[P]):
+    """What `make` makes of each piece of a sequence, when asked for."""
+
+    def __init__(self, make: Callable[[Any], P], pieces: Any) -> None:
+        self.make = make
+        self.pieces = pieces
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self.pieces[index]
+        return list(map(self.make, found)) if isinstance(index, slice) else self.make(found)
+
+    def telling(self) -> list[int]:
+        places: list[int] = self.pieces.telling()
+        return places
+
+
+def _few(count: int) -> list[int]:
+    return sorted({*range(min(count, 3)), *range(max(count - 1, 0), count)})
+
+
+def _few_sizes(sizes: Sequence[Hashable]) -> list[int]:
+    """Places of the first and the last, and of three of each size."""
+    left = dict.fromkeys(sizes, 3)
+    places = []
+    for i, size in enumerate(sizes):
+        if left[size] or i == len(sizes) - 1:
+            places.append(i)
+            left[size] = max(left[size] - 1, 0)
+    return places
+
+
+def _wide_bricks(height: int, width: int, slice_y: int, slice_x: int, flipped: bool, turned: bool) -> Tiling:
     """Courses of at most `slice_y` rows; the joints of every other course are staggered."""
     joints = (even_cuts(width, 2 * slice_x), staggered_cuts(width, 2 * slice_x))
-    courses = pairwise(even_cuts(height, slice_y))
-    return [
-        brick for i, (top, bottom) in enumerate(courses) for brick in grid((top, bottom), joints[(i + flipped) % 2])
-    ]
+    return Tiling(even_cuts(height, slice_y), *(reversed(joints) if flipped else joints), turned=turned)
 
 
-def bricks(height: int, width: int, phase: int, slice_y: int, slice_x: int) -> list[Tile]:
+def bricks(height: int, width: int, phase: int, slice_y: int, slice_x: int) -> Tiling:
     """Cover a plane of ``height x width`` cells with bricks in one of the four running-bond tilings.
 
     Phases 0 and 2 lay *wide* bricks of at most ``slice_y`` rows by ``2 * slice_x`` columns, phases 1 and 3 *tall*
@@ -104,12 +206,11 @@ def bricks(height: int, width: int, phase: int, slice_y: int, slice_x: int) -> l
     """
     flipped = phase % PHASES >= 2
     if phase % 2 == 0:
-        return _wide_bricks(height, width, slice_y, slice_x, flipped)
-    turned = _wide_bricks(width, height, slice_x, slice_y, flipped)
-    return [Tile(left, top, right, bottom) for top, left, bottom, right in turned]
+        return _wide_bricks(height, width, slice_y, slice_x, flipped, turned=False)
+    return _wide_bricks(width, height, slice_x, slice_y, flipped, turned=True)
 
 
-def tiles(height: int, width: int, phase: int, slice_y: int, slice_x: int) -> list[Tile]:
+def tiles(height: int, width: int, phase: int, slice_y: int, slice_x: int) -> Tiling:
     """Cover a plane of ``height x width`` cells with a grid of tiles of at most ``slice_y x slice_x`` cells.
 
     Phase 0 cuts both axes evenly, phase 1 both staggered, phases 2 and 3 one each. A slice of one cell counts as
@@ -121,10 +222,10 @@ def tiles(height: int, width: int, phase: int, slice_y: int, slice_x: int) -> li
         (even_cuts, staggered_cuts),
         (staggered_cuts, even_cuts),
     )[phase % PHASES]
-    return grid(row_cut(height, max(slice_y, 2)), column_cut(width, max(slice_x, 2)))
+    return Tiling(row_cut(height, max(slice_y, 2)), column_cut(width, max(slice_x, 2)))
 
 
-COVERS: dict[str, Callable[[int, int, int, int, int], list[Tile]]] = {"brick": bricks, "tile": tiles}
+COVERS: dict[str, Callable[[int, int, int, int, int], Tiling]] = {"brick": bricks, "tile": tiles}
 
 
 def sampled_cells(height: int, width: int, count: int, seed: str) -> list[int]:
@@ -140,7 +241,7 @@ def sampled_cells(height: int, width: int, count: int, seed: str) -> list[int]:
     random = Random(seed)
     return [
         random.randrange(tile.top, tile.bottom) * width + random.randrange(tile.left, tile.right)
-        for tile in grid(row_cuts, column_cuts)
+        for tile in Tiling(row_cuts, column_cuts)
     ]
 
 

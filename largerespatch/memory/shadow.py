@@ -160,8 +160,16 @@ def _without_weights(model: nn.Module, stacks: list[PatchStack], fake: Any) -> n
         dtype = _compute_dtype(original)
         if dtype is not None:
             with fake:
-                module.to(dtype)
+                _cast(module, dtype)
     return shadow
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Not by `Module.to`, which cannot exchange tensors that hold no data."""
+    for each in module.modules():
+        for name, weight in each._parameters.items():
+            if weight is not None and weight.is_floating_point():
+                each._parameters[name] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
 
 
 class _Alike:

@@ -30,7 +30,7 @@ from ..core.families import Order, Site
 from ..core.maps import taken
 from ..core.pieces import assemble, rehearsing
 from ..core.statistics import sharing_statistics
-from ..core.tilings import COVERS, PHASES, Tile, even_cuts, grid
+from ..core.tilings import COVERS, PHASES, Tile, Tiling, even_cuts
 from .context import Context
 from .notes import MapNote, MapNoting, StepNote
 
@@ -68,7 +68,7 @@ class Blocking:
     context: int = 0
     warned: set[str] = field(default_factory=set, compare=False)
 
-    def cover(self, height: int, width: int, phase: int) -> list[Tile]:
+    def cover(self, height: int, width: int, phase: int) -> Tiling:
         return COVERS[self.shape](height, width, phase, self.slice_y, self.slice_x)
 
     def __str__(self) -> str:
@@ -176,7 +176,7 @@ class BlockedAttention:
         attends_itself = others["encoder_hidden_states"] is None or self.attention.added_kv_proj_dim is not None
         return attends_itself and others["attention_mask"] is None and size[0] * size[1] > self.blocking.full_tokens
 
-    def _cut(self, height: int, width: int) -> list[Tile]:
+    def _cut(self, height: int, width: int) -> Tiling:
         return self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES)
 
     def _attending(
@@ -254,8 +254,8 @@ class ChunkedAttention(BlockedAttention):
         known = type(self.attention.processor) in TAKES_OTHER_KEYS
         return alone and known and size[0] * size[1] > QUERIES and not torch.is_grad_enabled()
 
-    def _cut(self, height: int, width: int) -> list[Tile]:
-        return grid(even_cuts(height, max(QUERIES // width, 1)), even_cuts(width, QUERIES))
+    def _cut(self, height: int, width: int) -> Tiling:
+        return Tiling(even_cuts(height, max(QUERIES // width, 1)), even_cuts(width, QUERIES))
 
     def _attending(
         self, original: Forward, cells: torch.Tensor, kwargs: dict[str, Any]

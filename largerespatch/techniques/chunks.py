@@ -4,7 +4,7 @@ A feed-forward holds four to eight times its input, and a block, beside input an
 more. In chunks neither grows with the map.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core.families import Order, Site
 from ..core.pieces import assemble
+from ..core.tilings import Each, Runs
 
 # What chunks must know the inside of: a block calls ``attn1(norm1(hidden_states))`` first, and all else, as all of a
 # feed-forward, looks at tokens one by one.
@@ -22,8 +23,8 @@ LEANS_ON = (
 )
 
 
-def _runs(tokens: int, length: int) -> list[slice]:
-    return [slice(start, start + length) for start in range(0, tokens, length)]
+def _runs(tokens: int, length: int) -> Sequence[slice]:
+    return Each(lambda run: slice(*run), Runs(tokens, length))
 
 
 class ChunkedFeedForward:

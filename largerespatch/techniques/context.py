@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from ..core.pieces import assemble
-from ..core.tilings import Tile, sampled_cells
+from ..core.tilings import Runs, Tile, sampled_cells
 
 # Queries that say which tokens are heavy, and keys that say how much attention there is to get.
 JUDGES = 128
@@ -54,9 +54,9 @@ def heavy_tokens(
     total = scores(tokens[:, crowd]).logsumexp(dim=-1, keepdim=True) + math.log(tokens.shape[1] / len(crowd))
     length = max(SCORES // query[..., 0].numel(), 1)
     received = assemble(
-        [slice(start, start + length) for start in range(0, tokens.shape[1], length)],
-        lambda run: scores(tokens[:, run]).sub_(total).clamp_(max=0).exp_().sum(dim=-2).amax(dim=1),
-        place=lambda run: (slice(None), run),
+        Runs(tokens.shape[1], length),
+        lambda run: scores(tokens[:, slice(*run)]).sub_(total).clamp_(max=0).exp_().sum(dim=-2).amax(dim=1),
+        place=lambda run: (slice(None), slice(*run)),
         into=torch.zeros(tokens.shape[:2], device=tokens.device),
     )
     return received.topk(count).indices  # type: ignore[no-any-return]

@@ -13,11 +13,11 @@ from math import ceil
 import torch
 from torch import nn
 
-from ..core.hosts import Host, Run
+from ..core.hosts import Host
 from ..core.patching import PatchStack
 from ..core.pieces import assemble, collect
 from ..core.planes import part
-from ..core.tilings import Tile, Window, scatter, tiles, window
+from ..core.tilings import Each, Run, Tile, Window, scatter, tiles, window
 from .halves import Cutting, InPieces, delivered
 from .shared_norms import SharedGroupNorm
 from .stages import Split, scale_of
@@ -118,14 +118,14 @@ class TwoPass(InPieces):
             yield
         walk.spare = None
 
-    def _windows(self, plane: torch.Tensor, split: Split) -> list[Window]:
+    def _windows(self, plane: torch.Tensor, split: Split) -> Sequence[Window]:
         """The tiled part's windows on its input plane, their edges on the grid of its coarser side."""
         height, width = plane.shape[-2:]
         step = ceil(1 / split.scale)
         per_latent = self.cutting.latent_scale * scale_of(split.stages[: split.tiled.start]) / step
         slice_y, slice_x = (int(per_latent * size) for size in (self.cutting.tile_height, self.cutting.tile_width))
         cover = tiles(height // step, width // step, 0, slice_y, slice_x)
-        return [window(tile.scaled(step), split.halo, height, width, self.cutting.wrap) for tile in cover]
+        return Each(lambda tile: window(tile.scaled(step), split.halo, height, width, self.cutting.wrap), cover)
 
     def _sample(self, plane: torch.Tensor, split: Split, outer: Tile) -> list[Tile]:
         """Small parts of the plane, evenly over it, in all smaller than a tile's window, `outer`.
