@@ -111,8 +111,16 @@ def test_whole_numbers_of_other_kinds_are_numbers_of_bytes():
 @pytest.mark.parametrize(
     ("value", "error"),
     [
-        *((each, ValueError) for each in (0, -1, "0GiB", "8", "9" * 400 + "B", 2**62)),
-        *((each, TypeError) for each in (True, 8.0, math.nan, [])),
+        (0, ValueError),
+        (-1, ValueError),
+        (2**62, ValueError),
+        ("0GiB", ValueError),
+        ("8", ValueError),
+        ("9" * 400 + "B", ValueError),
+        (True, TypeError),
+        (8.0, TypeError),
+        (math.nan, TypeError),
+        ([], TypeError),
     ],
 )
 def test_amounts_that_are_none_name_the_option(value, error):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderKLFlux2, AutoencoderKLTemporalDecoder
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKLFlux2, AutoencoderKLTemporalDecoder, VQModel
 from torch import nn
 
 import tiny
@@ -43,6 +43,7 @@ OTHERS = {
         down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(32, 32), layers_per_block=1, sample_size=64
     ),
     "norms that look at the latent": tiny.movq,
+    "such norms alone": lambda: VQModel(**DOWN, **UP, block_out_channels=(32,) * 4, norm_type="spatial"),
 }
 
 

@@ -145,5 +145,5 @@ def test_ci_runs_its_script_at_each_push_and_tries_every_diffusers_once_a_week()
     triggers = workflow[True]  # YAML 1.1 reads the key `on` so
     assert {"push", "pull_request", "schedule"} <= set(triggers)
     jobs = {name: (job["if"], [step.get("run") for step in job["steps"]]) for name, job in workflow["jobs"].items()}
-    assert jobs["run"][0] == "github.event_name != 'schedule'" and ".ci/run" in jobs["run"][1]
+    assert jobs["run"][0] == "github.event_name != 'schedule'" and "bash .ci/run" in jobs["run"][1]
     assert "github.event_name == 'schedule'" in jobs["compat"][0] and "tests/compat.sh" in jobs["compat"][1]
