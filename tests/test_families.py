@@ -19,7 +19,7 @@ from largerespatch.denoisers.unet import skip_sites
 from largerespatch.techniques.attention import attention_sites
 from largerespatch.techniques.chunks import chunk_sites
 from largerespatch.techniques.notes import StepNote, StepNoting
-from largerespatch.techniques.padding import padding_sites
+from largerespatch.techniques.padding import padding_sites, reflection_sites
 from largerespatch.techniques.serial import SerialBatch
 from largerespatch.techniques.strips import Strips, strip_sites
 
@@ -53,6 +53,7 @@ def all_sites(unet):
     yield from chunk_sites(unet, "unet", 7)
     yield from strip_sites(unet, "unet", Strips(3, wrap=True))
     yield from padding_sites(unet, "unet", "circular")
+    yield from reflection_sites(unet, "unet", "reflect", least=3, scale=8)
     yield from skip_sites(unet, "unet", Host("cpu:0", band_bytes=1500))
 
 
