@@ -47,7 +47,7 @@ OPTIONS = SimpleNamespace(attn_shape="brick", attn_slice_y=2, attn_slice_x=2, at
 
 def all_sites(unet):
     note = StepNote()
-    yield Site(unet, "unet", Order.STEP_NOTED, StepNoting(note, lambda: None))
+    yield Site(unet, "unet", Order.STEP_NOTED, StepNoting(note, list))
     yield Site(unet, "unet", Order.BATCH_IN_TURNS, SerialBatch(unet))
     yield from attention_sites(unet, "unet", OPTIONS, note)
     yield from chunk_sites(unet, "unet", 7)
