@@ -158,7 +158,7 @@ def given(call: inspect.Signature, args: Sequence[object], kwargs: dict[str, Any
     Raises:
         TypeError: a parameter that is not there, with the nearest that is; one given twice, or not given.
     """
-    for name in kwargs.keys() - call.parameters.keys():
+    for name in sorted(kwargs.keys() - call.parameters.keys()):
         near = difflib.get_close_matches(name, call.parameters, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise TypeError(
@@ -175,5 +175,5 @@ def help_lines(indent: int) -> str:
     return "\n".join(lines).removeprefix(hanging)
 
 
-def _help(option: "Field[Any]") -> str:
+def _help(option: Field[Any]) -> str:
     return f"{option.metadata['help']}. Accepted: {option.metadata['accepts']}; default {option.default!r}."

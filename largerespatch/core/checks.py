@@ -1,12 +1,8 @@
 """Checks of options, shared by the public names; messages say the option, what is accepted and what was received."""
 
-import functools
-import inspect
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
-
-Init = TypeVar("Init", bound=Callable[..., None])
+from collections.abc import Sequence
+from typing import Any
 
 
 def whole_number(option: str, value: object, unit: str, least: int) -> int:
@@ -61,15 +57,3 @@ def boolean(option: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{option} must be one of True, False; got {value!r}")
     return value
-
-
-def noting_given(init: Init) -> Init:
-    """Makes an ``__init__`` note in `_given` which of its options the caller gave, be it with their default values."""
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def noting(self: Any, *args: Any, **kwargs: Any) -> None:
-        self._given = frozenset(signature.bind_partial(self, *args, **kwargs).arguments)
-        init(self, *args, **kwargs)
-
-    return cast(Init, noting)
