@@ -69,7 +69,7 @@ class AnyDenoiser(Family):
         yield from padding_sites(model, name, options.padding_mode)
 
     def halvings(self, model: Any) -> int:
-        return max(len(getattr(model.config, "block_out_channels", ())) - 1, 0)
+        return max(len(getattr(getattr(model, "config", None), "block_out_channels", ())) - 1, 0)
 
     def repeated(self, model: nn.Module) -> Iterator[nn.Module]:
         return (module for module in model.modules() if isinstance(module, BasicTransformerBlock))
