@@ -77,8 +77,20 @@ def refine(
 ) -> Image.Image:
     """The picture enlarged to this size, with the details that belong there."""
     refiner = AutoPipelineForImage2Image.from_pipe(pipe)
-    enlarged = image.resize(size, Image.Resampling.LANCZOS)
+    enlarged = enlarge(image, size, around=options.padding_mode == "circular")
     return _call(refiner, words, size, options, patch, image=enlarged, strength=options.strength)
+
+
+def enlarge(image: Image.Image, size: Size, around: bool) -> Image.Image:
+    """By Lanczos; `around` lets the right edge look at the left one as its neighbour, and the other way round."""
+    if not around:
+        return image.resize(size, Image.Resampling.LANCZOS)
+    width, height = image.size
+    margin = min(8, width)
+    wider = Image.new(image.mode, (width + 2 * margin, height))
+    for left in (margin - width, margin, margin + width):
+        wider.paste(image, (left, 0))
+    return wider.resize(size, Image.Resampling.LANCZOS, box=(margin, 0, margin + width, height))
 
 
 def _call(

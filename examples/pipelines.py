@@ -130,6 +130,12 @@ def add_patch_options(parser: argparse.ArgumentParser) -> None:
         help="two-pass takes less memory and more time (%(default)s, in strips of --vae-chunk rows)",
     )
     group.add_argument(
+        "--vae-attn",
+        choices=("blocked", "full"),
+        default="blocked",
+        help="of the VAE's mid block: full costs as the square of the image (%(default)s)",
+    )
+    group.add_argument(
         "--padding-mode",
         choices=("constant", "circular", "reflect", "replicate"),
         default="circular",
@@ -160,6 +166,7 @@ def patch_builder(parser: argparse.ArgumentParser, options: argparse.Namespace) 
                 attn_full_tokens=options.attn_full_tokens or 4 * attn_slice**2,
                 attn_context=options.attn_context,
                 vae_mode=options.vae_mode,
+                vae_attn=options.vae_attn,
             )
         except ValueError as error:
             parser.error(str(error))

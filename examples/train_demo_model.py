@@ -2,7 +2,7 @@
 
 Stages, each of which resumes where an interrupted run left it: fetch the maps and CLIP's vocabulary with pip, train the
 VAE (in the last third of its steps its decoder alone), encode windows of the maps, train the text encoder, the
-transformer and the U-Net on them. Then the folders are written, with half-precision weights. The longitudes 110 to 180 E
+transformer and the U-Net on them. Then the folders are written, with half-precision weights. Longitudes 110 to 180 E
 from 50 S to the equator are never trained on.
 """
 
@@ -39,8 +39,8 @@ def parse_arguments() -> argparse.Namespace:
         "--out", type=Path, default=Path(__file__).parent, help="folder to write both models into (%(default)s)"
     )
     parser.add_argument("--vae-steps", type=int, default=1800, help="optimizer steps of the VAE (%(default)s)")
-    parser.add_argument("--transformer-steps", type=int, default=1800, help="of the transformer (%(default)s)")
-    parser.add_argument("--unet-steps", type=int, default=2400, help="of the U-Net (%(default)s)")
+    parser.add_argument("--transformer-steps", type=int, default=1400, help="of the transformer (%(default)s)")
+    parser.add_argument("--unet-steps", type=int, default=1050, help="of the U-Net (%(default)s)")
     parser.add_argument("--windows", type=float, default=1.0, help="share of the usual number (%(default)s)")
     parser.add_argument(
         "--stages",

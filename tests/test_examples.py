@@ -119,6 +119,18 @@ def test_rungs_of_the_ladder(monkeypatch, small, large, expected):
     assert list(ladder.sizes_between(small, large, 8)) == expected
 
 
+def test_an_enlarged_planet_still_goes_on_at_its_left_edge(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import ladder
+
+    planet = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
+    turned = [
+        np.asarray(ladder.enlarge(Image.fromarray(np.roll(planet, by, axis=1)), (64, 32), True)) for by in (0, 16)
+    ]
+    assert (np.roll(turned[0], 32, axis=1) == turned[1]).all()
+    assert (turned[0] != np.asarray(ladder.enlarge(Image.fromarray(planet), (64, 32), False))).any()
+
+
 def test_gallery(run, capsys):
     """Four sheets; at this size one map is blocked, and every way to decode has seams."""
     run(EXAMPLES / "gallery.py", "--size", 64, "--times", 3, "--steps", 2, "--planet-width", 512, "--out", "sheets")
@@ -317,6 +329,36 @@ def test_fidelity(run, tmp_path, capsys, size):
     if size == 128:
         assert all(blocked[steps, shape, 64] > blocked[steps, shape, 0] for steps, shape, _ in blocked)
     assert "2022 recipe" in capsys.readouterr().out
+
+
+def test_figures_of_the_demo_model_are_printed_from_what_is_committed(run, capsys):
+    figures = json.loads((BENCHMARKS / "results" / "demo_model.json").read_text())
+    run(BENCHMARKS / "demo_model.py")
+    printed = capsys.readouterr().out
+    assert all(f"{value:.2f}" in printed for value in figures["psnr_db"].values())
+    assert f"blind test: {figures['blind_test']['right']} of 20 right" in printed
+
+
+def test_figures_of_the_demo_model_are_measured(run, tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
+    for name in ("bmng.jpg", "etopo1.jpg", "shadedrelief.jpg"):
+        Image.fromarray(noise).resize((800, 400), Image.Resampling.BICUBIC).save(tmp_path / name)
+    run(BENCHMARKS / "demo_model.py", "--measure", "--maps", tmp_path, "--out", tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len(figures["psnr_db"]) == 8 and min(figures["psnr_db"].values()) > 20
+    assert all(figures["psnr_db_without_residual_branches"][name] != psnr for name, psnr in figures["psnr_db"].items())
+    assert "mean, native" in capsys.readouterr().out
+
+
+def test_blind_test_counts_right_answers(run, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    out.write_text((BENCHMARKS / "results" / "demo_model.json").read_text())
+    few = ("--blind", tmp_path / "quiz", "--out", out)
+    run(BENCHMARKS / "demo_model.py", *few, "--samples", 3, "--size", 32, "--steps", 2)
+    right = json.loads((tmp_path / "quiz" / "answers.json").read_text())["answers"]
+    wrong = "b" if right[0] == "a" else "a"
+    run(BENCHMARKS / "demo_model.py", *few, "--answers", wrong + right[1] + right[2].upper(), "--by", "a test")
+    assert "blind test: 2 of 3 right (chance: 1 in 5); a test" in capsys.readouterr().out
 
 
 JUNIT = """<testsuites><testsuite>

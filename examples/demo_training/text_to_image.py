@@ -122,7 +122,7 @@ def train_unet(
 ) -> tuple[UNet2DConditionModel, float]:
     """Train, or finish training, the U-Net; return its averaged weights and the seconds spent."""
     torch.manual_seed(seed)
-    unet = build_unet(text_encoder.config.hidden_size).to(device, memory_format=torch.channels_last)
+    unet = build_unet(text_encoder.config.hidden_size).to(device)
     average = copy.deepcopy(unet).requires_grad_(False).eval()
     signal_shares = build_scheduler().alphas_cumprod.to(device)
 
