@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--width", type=positive, default=4096, metavar="N", help="in sample pixels (%(default)s)")
     parser.add_argument("--height", type=positive, default=2048, metavar="N", help="in sample pixels (%(default)s)")
-    add_ladder_options(parser, strength=0.4, steps=16)
+    add_ladder_options(parser)
     parser.add_argument(
         "--at-once", action="store_true", help="from noise at full size, without the small picture and the refining"
     )

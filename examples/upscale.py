@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", metavar="NAME_OR_PATH", help="a checkpoint on the hub or a folder in diffusers' format"
     )
-    add_ladder_options(parser, strength=0.4, steps=16)
+    add_ladder_options(parser)
     parser.add_argument("--out", type=image_path, default="upscaled.png", help="the file to write (%(default)s)")
     parser.add_argument("--stages", action="store_true", help="also write the picture at every size on the way")
     add_patch_options(parser)

@@ -70,8 +70,7 @@ def committed(path: Path) -> dict[str, Any]:
 
 def report(figures: dict[str, Any]) -> None:
     psnr, silent = figures["psnr_db"], figures["psnr_db_without_residual_branches"]
-    rows = [[name, f"{value:.2f}", f"{silent[name]:.2f}"] for name, value in psnr.items()]
-    rows += [[f"mean, {kind}", *(f"{mean(table, kind):.2f}" for table in (psnr, silent))] for kind in ("native", "1/2")]
+    rows = [[name, f"{value:.2f}", f"{silent[name]:.2f}" if name in silent else ""] for name, value in psnr.items()]
     print_table(["PSNR in dB, held-out region", "", "without residual branches"], rows)
     print(f"scaling factor {figures['scaling_factor']}, folder {figures['folder_bytes'] / 1e6:.1f} MB")
     if "blind_test" in figures:
@@ -79,8 +78,10 @@ def report(figures: dict[str, Any]) -> None:
         print(f"blind test: {blind['right']} of {blind['pictures']} right (chance: 1 in {CANDIDATES}); {blind['by']}")
 
 
-def mean(table: dict[str, float], kind: str) -> float:
-    return statistics.fmean(value for name, value in table.items() if name.startswith(kind))
+def with_means(table: dict[str, float]) -> dict[str, float]:
+    """The figures of all crops, and of each size their mean."""
+    kinds = {kind: [value for name, value in table.items() if name.startswith(kind)] for kind in ("native", "1/2")}
+    return table | {f"mean, {kind}": statistics.fmean(values) for kind, values in kinds.items()}
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -89,10 +90,10 @@ def measure(options: argparse.Namespace) -> None:
     crops = held_out_crops(load_map(fetch_maps(options.maps), "bmng.jpg"))
     figures = {
         "question": "How well does the demo model's VAE restore maps of a region that it has never seen?",
-        "psnr_db": held_out_psnr(vae, crops),
+        "psnr_db": with_means(held_out_psnr(vae, crops)),
     }
     with branches_silent(vae):
-        figures["psnr_db_without_residual_branches"] = held_out_psnr(vae, crops)
+        figures["psnr_db_without_residual_branches"] = with_means(held_out_psnr(vae, crops))
     figures |= {
         "scaling_factor": vae.config.scaling_factor,
         "folder_bytes": sum(path.stat().st_size for path in options.model.rglob("*") if path.is_file()),
