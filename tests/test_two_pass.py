@@ -435,7 +435,9 @@ def test_hooks_on_all_modules_there_are_are_told_of():
     try:
         with PatchStack() as stack:
             install_two_pass(stack, vae, (6, 4))
-            with pytest.warns(RuntimeWarning, match="so the hooks on all modules there are see pieces;") as caught:
+            with pytest.warns(
+                RuntimeWarning, match="so hooks that are registered for every module there is see pieces;"
+            ) as caught:
                 vae.decode(x)
                 vae.decode(x)
     finally:

@@ -239,7 +239,9 @@ def test_a_hook_on_every_module_there_is_keeps_right_values_too():
         run(vae, x)
         with PatchStack() as stack:
             install_exact(stack, vae, (3, 4))
-            with pytest.warns(RuntimeWarning, match="so the hooks on all modules there are see pieces"):
+            with pytest.warns(
+                RuntimeWarning, match="so hooks that are registered for every module there is see pieces"
+            ):
                 run(vae, x)
     finally:
         handle.remove()

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -27,6 +26,7 @@ from _common import (
     Candidate,
     add_common_options,
     add_device_options,
+    build_sized_vae,
     cost_on_paper,
     interleaved,
     mebibytes,
@@ -130,15 +130,7 @@ def build_pipeline(model: str, device: str, dtype: torch.dtype) -> Any:
     tiny = model == "tiny"
     with torch.device(device):
         unet = UNet2DConditionModel(**{"sd15": SD15, "sdxl": SDXL, "tiny": TINY}[model])
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(16, 16, 32, 32) if tiny else (128, 256, 512, 512),
-            layers_per_block=2,
-            norm_num_groups=8 if tiny else 32,
-            sample_size=512,
-            force_upcast=model == "sdxl",
-        )
+        vae = build_sized_vae((16, 16, 32, 32) if tiny else (128, 256, 512, 512), force_upcast=model == "sdxl")
     for each in (unet, vae):
         torch.nn.Module.to(each, dtype).eval().requires_grad_(False)
     scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)

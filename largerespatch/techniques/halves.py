@@ -91,7 +91,7 @@ class InPieces(ABC):
         if ahead:
             consequences.append(f"the forward pre-hooks on {len(ahead)} of its modules see pieces ({_some(ahead)})")
         if listen_everywhere():
-            consequences.append("the hooks on all modules there are see pieces")
+            consequences.append("hooks that are registered for every module there is see pieces")
         if consequences and not self._warned and not rehearsing():
             self._warned = True
             warnings.warn(
