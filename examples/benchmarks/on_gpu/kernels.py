@@ -114,20 +114,20 @@ def ways(
 
 
 def in_channels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weights of minus infinity become as low as half precision allows without becoming NaN beside another."""
+    """Weights of minus infinity become as low as half precision has room for."""
     scale = 1 / math.sqrt(query.shape[-1])
-    wanted = weights.clamp(min=-(2.0**12))[:, None, :, None]
+    constant = 2.0 ** round(-math.log2(scale))  # a power of two, for it has to be exact
+    wanted = (weights / (scale * constant)).clamp(min=-(2.0**12))[:, None, :, None].expand(-1, key.shape[1], -1, -1)
     coarse = wanted.to(key.dtype)
     fine = (wanted - coarse.float()).to(key.dtype)
-    # The queries' constant undoes the scale; it is a power of two times that, so as to be nearly exact itself.
-    extra = key.new_zeros(*key.shape[:-1], CHANNELS)
-    extra[..., 0:1], extra[..., 1:2] = coarse, fine
-    constant = query.new_zeros(*query.shape[:-1], CHANNELS)
-    constant[..., :2] = 1.0
-    wide_query = torch.cat([query * scale, constant], dim=-1)
-    wide_key = torch.cat([key, extra], dim=-1)
-    wide_value = F.pad(value, (0, CHANNELS))
-    result = F.scaled_dot_product_attention(wide_query, wide_key, wide_value, scale=1.0)
+    nothing = key.new_zeros(*key.shape[:-1], CHANNELS - 2)
+    met = query.new_full((*query.shape[:-1], CHANNELS), constant)
+    result = F.scaled_dot_product_attention(
+        torch.cat([query, met], dim=-1),
+        torch.cat([key, coarse, fine, nothing], dim=-1),
+        F.pad(value, (0, CHANNELS)),
+        scale=scale,
+    )
     return result[..., : value.shape[-1]]
 
 
