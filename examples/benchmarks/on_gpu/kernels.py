@@ -1,8 +1,6 @@
 """Which attention kernel runs, with the log-weights of a context as a mask, as extra channels, as a score modification.
 
-A mask keeps flash attention away. The weights can be part of the dot product instead: a channel of the keys holds them,
-one of the queries holds a constant. In half precision the weight is split in two channels, the second for what the
-first one rounds off; zeros fill up to a multiple of eight.
+`largerespatch.techniques.weights` says how they become channels.
 """
 
 import math
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from _common import Candidate
+from largerespatch.techniques.weights import in_channels
 
 from .copies import profiled
 from .lab import Lab, Row
@@ -28,7 +27,6 @@ BACKENDS = {
 }
 ROUNDS = 15
 CHECKED_QUERIES = 64
-CHANNELS = 8  # that are added
 
 
 class Case(NamedTuple):
@@ -104,31 +102,16 @@ def ways(
     mask = weights[:, None, None].to(query.dtype)
     plain: Attend = lambda: F.scaled_dot_product_attention(query, key, value)  # noqa: E731
     masked: Attend = lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # noqa: E731
-    wide: Attend = lambda: in_channels(query, key, value, weights)  # noqa: E731
+
+    def wide() -> torch.Tensor:
+        return in_channels(F.scaled_dot_product_attention, query, key, value, log_weights=weights[:, None, None])
+
     found = {"no weights (wrong)": plain, "mask": masked, "channels": wide}
     if lab.cuda:
         for name, backend in BACKENDS.items():
             found |= {f"{way}, {name}": forced(found[way], backend) for way in ("mask", "channels")}
         found["flex"] = flexible(query, key, value, weights)
     return found
-
-
-def in_channels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weights of minus infinity become as low as half precision has room for."""
-    scale = 1 / math.sqrt(query.shape[-1])
-    constant = 2.0 ** round(-math.log2(scale))  # a power of two, for it has to be exact
-    wanted = (weights / (scale * constant)).clamp(min=-(2.0**12))[:, None, :, None].expand(-1, key.shape[1], -1, -1)
-    coarse = wanted.to(key.dtype)
-    fine = (wanted - coarse.float()).to(key.dtype)
-    nothing = key.new_zeros(*key.shape[:-1], CHANNELS - 2)
-    met = query.new_full((*query.shape[:-1], CHANNELS), constant)
-    result = F.scaled_dot_product_attention(
-        torch.cat([query, met], dim=-1),
-        torch.cat([key, coarse, fine, nothing], dim=-1),
-        F.pad(value, (0, CHANNELS)),
-        scale=scale,
-    )
-    return result[..., : value.shape[-1]]
 
 
 def forced(attend: Attend, backend: Any) -> Attend:
