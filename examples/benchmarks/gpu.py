@@ -24,18 +24,31 @@ ROOT = Path(__file__).parents[2]
 
 def cuda_tests(lab: Lab) -> Iterator[Row]:
     """``pytest -m gpu``, in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--numprocesses=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-n0",
+        "-ra",
+        "-W",
+        "default",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(lab.clock.left(), 60))
     yield {"status": done.returncode, "output": (done.stdout + done.stderr).splitlines()[-60:]}
 
 
 # Each with its share of what is left when its turn comes.
 PARTS: dict[str, tuple[Callable[[Lab], Iterator[Row]], float]] = {
-    "tests": (cuda_tests, 0.25),
-    "kernels": (kernels.rows, 0.12),
-    "times": (times.rows, 0.4),
-    "copies": (copies.rows, 0.25),
-    "frictions": (frictions.rows, 0.3),
+    "kernels": (kernels.rows, 0.2),
+    "times": (times.rows, 0.5),
+    "copies": (copies.rows, 0.3),
+    "frictions": (frictions.rows, 0.7),
+    "tests": (cuda_tests, 0.5),
     "peaks": (peaks.rows, 1.0),
 }
 
@@ -72,7 +85,12 @@ def make_paper(lab: Lab) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    lab = Lab(options.device, options.small, Paper(options.paper), Clock(60 * options.minutes))
+    lab = Lab(
+        options.device,
+        options.small,
+        Paper(options.paper, closed=options.paper is not None and not options.paper_only),
+        Clock(60 * options.minutes),
+    )
     if options.paper_only:
         lab.device = "cuda"  # figures are those of a GPU
         make_paper(lab)

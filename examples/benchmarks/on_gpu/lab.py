@@ -51,14 +51,20 @@ class Clock:
 
 
 class Paper:
-    """Figures that need no GPU, each made once and kept in a file: minutes on a GPU are dear."""
+    """Figures that need no GPU, each made once and kept in a file: minutes on a GPU are dear.
 
-    def __init__(self, path: Path | None) -> None:
+    `closed`: those that are not there are None and not made now.
+    """
+
+    def __init__(self, path: Path | None, closed: bool = False) -> None:
         self.path = path
+        self.closed = closed
         self.known = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         if key not in self.known:
+            if self.closed:
+                return None
             self.known[key] = make()
             if self.path:
                 write_json(self.path, self.known)
@@ -141,12 +147,13 @@ def timed(lab: Lab, candidate: Candidate, rounds: int = 3) -> list[float]:
         return [seconds(bare, lab.device) for _ in range(rounds)]
 
 
-def flops(lab: Lab, model: str, name: str, size: int, settings: Settings | None) -> int:
+def flops(lab: Lab, model: str, name: str, size: int, settings: Settings | None) -> int | None:
     """Arithmetic of a stage, counted from the shapes of its calls. Where maps are makes no difference to it."""
     if settings is not None:
         settings = {key: value for key, value in settings.items() if not key.endswith("_offload")}
     key = f"flops {model} {name} {size} {settings}"
-    return int(lab.paper.get(key, lambda: cost_on_paper(stage(lab.on_paper(model), name, size, settings)).flops))
+    made: int | None = lab.paper.get(key, lambda: cost_on_paper(stage(lab.on_paper(model), name, size, settings)).flops)
+    return made
 
 
 def called(pipe: Any, name: str) -> Any:

@@ -72,5 +72,6 @@ def run(lab: Lab, model: str, name: str, size: int, way: str, settings: Settings
     row: dict[str, Any] = {"seconds": samples, "median": statistics.median(samples)}
     if not tiled:
         row["flops"] = flops(lab, model, name, size, settings)
-        row["tflops_per_second"] = row["flops"] / row["median"] / 1e12
+        if row["flops"] is not None:
+            row["tflops_per_second"] = row["flops"] / row["median"] / 1e12
     return row
