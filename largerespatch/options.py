@@ -62,7 +62,7 @@ class Options:
         "brick", tuple(COVERS), '"brick" for the four running-bond tilings, "tile" for four shifted grids'
     )
     ff_chunk_size: int = _count(
-        4096,
+        32768,
         "tokens",
         "tokens that pass at once through a feed-forward, and through all else that follows self-attention in a "
         "transformer block",

@@ -347,7 +347,7 @@ REPR = """\
 LargeResPatch on StableDiffusionPipeline, 96x64 sample pixels, not active
   vae (AutoencoderKL): encoder and decoder in two passes over tiles of 64x64 latent pixels
   unet (UNet2DConditionModel): 4 self-attentions in bricks of 128x64 and 64x128 tokens with 512 of context on \
-maps of over 16384, 4 feed-forwards in chunks of 4096 tokens"""
+maps of over 16384, 4 feed-forwards in chunks of 32768 tokens"""
 
 
 def test_repr_says_what_is_replaced_and_with_which_settings(pipe):

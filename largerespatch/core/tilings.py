@@ -238,10 +238,11 @@ def sampled_cells(height: int, width: int, count: int, seed: str) -> list[int]:
     rows = min(count // columns, height)
     row_cuts = [i * height // rows for i in range(rows + 1)]
     column_cuts = [i * width // columns for i in range(columns + 1)]
-    random = Random(seed)
+    random = Random(seed).random  # `random` alone is fast and the same in all versions of Python
     return [
-        random.randrange(tile.top, tile.bottom) * width + random.randrange(tile.left, tile.right)
-        for tile in Tiling(row_cuts, column_cuts)
+        (top + int(random() * (bottom - top))) * width + left + int(random() * (right - left))
+        for top, bottom in pairwise(row_cuts)
+        for left, right in pairwise(column_cuts)
     ]
 
 
