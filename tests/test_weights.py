@@ -1,13 +1,15 @@
 """Log-weights of keys: as channels they are what they are as a mask."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from calls import noise
-from largerespatch.techniques.weights import WeightedKeys, in_channels
+from largerespatch.techniques import weights as weights_room
+from largerespatch.techniques.weights import WeightedKeys, channels_are_faster, in_channels
 
 ACCURACY = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -53,3 +55,28 @@ def test_a_part_of_the_batch_gets_its_own_and_other_calls_none():
     assert weighted.met
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=log_weights[:1, None])
     torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("channels", "capability", "faster"),
+    [(40, (9, 0), True), (80, (9, 0), True), (64, (9, 0), False), (128, (10, 0), False), (64, (8, 6), True)],
+)
+def test_channels_are_added_where_there_is_room_for_them_or_no_kernel_for_masks(
+    monkeypatch, channels, capability, faster
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16, shape=(2, 8, 100, channels))
+    assert channels_are_faster(query) is faster
+    query.dtype = torch.float32
+    assert not channels_are_faster(query)
+
+
+def test_where_channels_are_faster_the_result_is_that_of_a_mask(monkeypatch):
+    query, key, value = (noise(1, 2, 20, 16) for _ in range(3))
+    results = []
+    for faster in (False, True):
+        monkeypatch.setattr(weights_room, "channels_are_faster", lambda query, faster=faster: faster)
+        with WeightedKeys(weights(1, 20)):
+            results.append(F.scaled_dot_product_attention(query, key, value))
+    assert not torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)

@@ -49,6 +49,7 @@ PARTS: dict[str, tuple[Callable[[Lab], Iterator[Row]], float]] = {
     "copies": (copies.rows, 0.3),
     "frictions": (frictions.rows, 0.7),
     "tests": (cuda_tests, 0.5),
+    "compiled": (frictions.compiled, 0.5),
     "peaks": (peaks.rows, 1.0),
 }
 

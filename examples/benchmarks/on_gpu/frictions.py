@@ -10,7 +10,6 @@ import torch
 
 from _common import Candidate, interleaved
 from largerespatch import LargeResPatch
-from largerespatch.core.families import families_in
 from largerespatch.core.statistics import record_by_rows
 
 from .copies import length, profiled, union
@@ -21,7 +20,7 @@ KERNELS = 14  # that are told
 
 
 def rows(lab: Lab) -> Iterator[Row]:
-    parts = (synchronizations, launches, where_time_goes, group_statistics, memory_format, bfloat16, compiled)
+    parts = (synchronizations, launches, where_time_goes, group_statistics, memory_format, bfloat16)
     for part in parts:
         yield from attempts(named(part, lab))
         lab.clear()
@@ -138,10 +137,8 @@ def output(lab: Lab, pipe: Any, model: str, size: int, settings: Any) -> torch.T
 
 
 def compiled(lab: Lab) -> Iterator[Row]:
-    """`compile_repeated_blocks` with inductor: first call, warm step, and what it changes."""
+    """A part of its own, for compiling takes long: `compile_repeated_blocks` with inductor: first call, warm step, and what it changes."""
     pipe, size = lab.pipeline("sd15"), lab.sizes[1]
-    models = list(families_in(pipe).values())
-    assert models
     eager = output(lab, pipe, "unet", size, {})
     with torch.no_grad():
         plain = timed(lab, stage(pipe, "step", size, {}))

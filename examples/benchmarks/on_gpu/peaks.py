@@ -78,6 +78,7 @@ def measure_stage(lab: Lab, pipe: Any, name: str, size: int) -> Row:
     try:
         with torch.no_grad(), called(pipe, name):
             if lab.cuda:
+                found["before"] = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
             since = time.monotonic()
             run()
