@@ -73,10 +73,17 @@ def test_channels_are_added_where_there_is_room_for_them_or_no_kernel_for_masks(
 
 def test_where_channels_are_faster_the_result_is_that_of_a_mask(monkeypatch):
     query, key, value = (noise(1, 2, 20, 16) for _ in range(3))
+    widths, attend = [], F.scaled_dot_product_attention
+
+    def watched(func, query, *others, **kwargs):
+        widths.append(query.shape[-1])
+        return in_channels(func, query, *others, **kwargs)
+
+    monkeypatch.setattr(weights_room, "in_channels", watched)
     results = []
     for faster in (False, True):
         monkeypatch.setattr(weights_room, "channels_are_faster", lambda query, faster=faster: faster)
         with WeightedKeys(weights(1, 20)):
-            results.append(F.scaled_dot_product_attention(query, key, value))
-    assert not torch.equal(*results)
+            results.append(attend(query, key, value))
+    assert widths == [16]
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)

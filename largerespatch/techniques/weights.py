@@ -57,8 +57,8 @@ class WeightedKeys(TorchFunctionMode):
 def channels_are_faster(query: torch.Tensor) -> bool:
     """Measured, for queries ``[B, heads, N, C]`` on an H200.
 
-    40 and 80 channels: 8 % faster than a mask, 64 and 128: 12 and 17 % slower. Without cuDNN, which older devices do not
-    prefer, the mask takes twice as long at 40 and at 64.
+    40 and 80 channels: 8 % faster than a mask, 64 and 128: 12 and 17 % slower. Without cuDNN, which torch does not
+    prefer on older devices, the mask takes twice as long at 40 and at 64.
     """
     if query.device.type != "cuda" or query.dtype not in HALVES:
         return False
