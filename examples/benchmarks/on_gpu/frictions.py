@@ -137,7 +137,7 @@ def output(lab: Lab, pipe: Any, model: str, size: int, settings: Any) -> torch.T
 
 
 def compiled(lab: Lab) -> Iterator[Row]:
-    """`compile_repeated_blocks` with inductor: first call, warm step, what it changes. Takes long: a part of its own."""
+    """`compile_repeated_blocks` with inductor: first call, warm step, what it changes.."""
     pipe, size = lab.pipeline("sd15"), lab.sizes[1]
     eager = output(lab, pipe, "unet", size, {})
     with torch.no_grad():
