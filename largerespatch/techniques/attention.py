@@ -31,8 +31,8 @@ from ..core.pieces import assemble, rehearsing
 from ..core.statistics import sharing_statistics
 from ..core.tilings import COVERS, PHASES, Tile, Tiling, even_cuts
 from .context import Context
+from .log_weights import WeightedKeys
 from .notes import MapNote, MapNoting, StepNote
-from .weights import WeightedKeys
 
 # Queries of a chunk: enough to keep a device busy, and to make the projection of the keys for each chunk a small part.
 # An H200 takes 1.6 microseconds a query of 512 channels in chunks of 2^12, 0.96 in those of 2^13, 1.0 to 1.1 in larger.
