@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import accelerate.hooks
 import pytest
 import torch
-from diffusers.hooks import group_offloading
+from diffusers.hooks import apply_group_offloading, group_offloading
 from diffusers.hooks.group_offloading import GroupOffloadingConfig, GroupOffloadingType, ModuleGroup
 from test_company import CPU, cpu_offload, group_offload, leaf_group_offload
 from torch import nn
@@ -17,6 +17,7 @@ import tiny
 from conftest import quiet
 from halves import HALVES, INPUTS
 from largerespatch import LargeResPatch
+from largerespatch.core.weights import weights_held
 from largerespatch.memory.shadow import weights_on
 from test_patch import SMALL
 
@@ -176,6 +177,35 @@ def test_a_group_of_blocks_comes_once_for_all_tiles(way, loads):
         unpatched = counted(loads, stage, pipe)[1]
         with LargeResPatch(pipe, 96, 64, **SMALL, **WAYS[way]):
             assert counted(loads, stage, pipe)[1] == unpatched
+
+
+def by_layer(model):
+    accelerate.cpu_offload(model, execution_device=CPU)
+
+
+def by_group(model):
+    apply_group_offloading(model, onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("offload", [by_layer, by_group])
+def test_what_is_held_twice_leaves_with_the_outer_one_and_what_is_not_called_never_comes(offload, loads):
+    model, x = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3))), torch.ones(1, 3)
+    expected = model[1](model[0](model[1](x)))
+    offload(model)
+    loads.clear()
+    size = sum(weight.numel() for weight in nn.Linear(3, 3).parameters()) * 4
+    with weights_held(model[:2].modules()):
+        for _ in range(3):
+            with weights_held(model[1].modules()):
+                assert torch.equal(model[1](model[0](model[1](x))), expected)
+                with weights_held(model[1].modules()):
+                    model[1](x)
+            assert sum(loads.there.values()) == 2 * size
+        model[2](x)
+        assert sum(loads.there.values()) == 2 * size  # it is not among what is held
+    assert not loads.there and set(loads.values()) == {1}
+    model[1](x)
+    assert set(loads.values()) == {1, 2} and not loads.there
 
 
 class Stop(BaseException):
