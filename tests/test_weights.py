@@ -124,7 +124,8 @@ def holders(module):
         yield from registry._fn_refs
         for hook in registry.hooks.values():
             yield hook
-            yield hook.group
+            if hasattr(hook, "group"):
+                yield hook.group
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -206,6 +207,17 @@ def test_what_is_held_twice_leaves_with_the_outer_one_and_what_is_not_called_nev
     assert not loads.there and set(loads.values()) == {1}
     model[1](x)
     assert set(loads.values()) == {1, 2} and not loads.there
+
+
+def test_what_is_brought_ahead_for_a_later_call_stays(loads):
+    """As by the group before it, on its last call."""
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), torch.ones(1, 3)
+    by_group(model)
+    groups = [layer._diffusers_hook.hooks["group_offloading"].group for layer in model]
+    with weights_held(model.modules()):
+        model(x)
+        groups[0].onload_()
+    assert list(loads.there) == [groups[0]]
 
 
 class Stop(BaseException):
@@ -321,3 +333,14 @@ def test_groups_that_come_ahead_on_a_stream_are_there_for_every_piece(way, patch
         for stage in STAGES:
             with patches[0] if patched else nullcontext(), patches[1] if patched else nullcontext():
                 assert torch.equal(STAGES[stage](pipe), STAGES[stage](unhooked))
+
+
+def test_with_a_stream_another_group_is_there_by_the_estimate(offload_on_a_stream):
+    pipe = offload_on_a_stream(quiet(tiny.text_to_image()))
+    groups = {holder for model in (pipe.unet, pipe.vae) for module in model.modules() for holder in holders(module)}
+    groups = [group for group in groups if getattr(group, "stream", None) is not None]
+    with_streams, in_unet = weights_on(pipe, CPU), set(pipe.unet.modules())  # where most visit at once
+    ahead = (group._kept.values() for group in groups if group.offload_leader in in_unet)
+    for group in groups:
+        group.stream = None
+    assert with_streams - weights_on(pipe, CPU) == max(sum(weight.nbytes for weight in kept) for kept in ahead)
