@@ -104,7 +104,7 @@ class LargeResPatch:
         self._plan: Plan | None = None
         self._limit: int | None = None
         if self.options.memory_limit is not None:
-            self._limit = limit_bytes(self.options.memory_limit, self.pipe)
+            self._limit = limit_bytes(self.options.memory_limit, self.pipe, self.options)
             planner = Planner(self._estimator(self._on), self._limit, self.options, frozenset(chosen))
             self._plan = planner.plan(self.height, self.width)
             self.options = replace(self.options, **self._plan.settings)
@@ -163,7 +163,8 @@ class LargeResPatch:
         return self._estimator(self._on if patched else bare).estimate(self.height, self.width, self.options)
 
     def _estimator(self, patched: Any) -> Estimator:
-        return Estimator(self.pipe, [patch._stack for patch in _OCCUPIED.on(models_of(self.pipe))], patched)
+        stacks = [patch._stack for patch in _OCCUPIED.on(models_of(self.pipe))]
+        return Estimator(self.pipe, stacks, patched, None if patched is bare else self.options)
 
     def _on(self, pipe: Any, options: Options) -> AbstractContextManager[Any]:
         """This patch for another pipeline, with other options."""

@@ -120,7 +120,7 @@ def test_an_interrupt_in_either_pass_of_the_vae_restores(pipe, patch):
 
 
 def test_a_failure_at_any_install_unwinds_all(pipe, patch, monkeypatch):
-    before, real = fingerprint(pipe), PatchStack.set
+    before, real = fingerprint(pipe), PatchStack._put
     with patch:
         installs = len(patch._stack._replaced)
     assert installs > 10
@@ -135,7 +135,7 @@ def test_a_failure_at_any_install_unwinds_all(pipe, patch, monkeypatch):
                 raise Failure
         real(self, *args)
 
-    monkeypatch.setattr(PatchStack, "set", failing)
+    monkeypatch.setattr(PatchStack, "_put", failing)
     for k in range(1, installs + 1):
         count = []
         with pytest.raises(Failure), patch:

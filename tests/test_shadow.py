@@ -1,5 +1,7 @@
 """Pipelines without weights, and where the weights of real ones are."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module
@@ -43,6 +45,54 @@ def test_weights_that_wait_elsewhere_are_not_there_now(pipe):
     assert weights_now(pipe, META) == 0
     assert weights_on(pipe, META) == max(size(pipe.unet), size(pipe.vae))
     assert weights_now(pipe, CPU) == size(pipe.unet, pipe.vae, pipe.text_encoder)
+
+
+class OnDevice(torch.Tensor):
+    """A weight that is said to be on a device that may not be there."""
+
+    @staticmethod
+    def __new__(cls, like, device):
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func is torch.ops.aten.detach.default
+        return cls(args[0], args[0].device)
+
+
+def put(model, device):
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = torch.nn.Parameter(OnDevice(weight, device), requires_grad=False)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_two_devices_of_a_type_count_apart(pipe, current, monkeypatch):
+    """One without a number is the current one."""
+    backend = SimpleNamespace(is_available=lambda: True, current_device=lambda: current)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
+    put(pipe.unet, "cuda:0")
+    put(pipe.vae, "cuda:1")
+    unet, vae, text = size(pipe.unet), size(pipe.vae), size(pipe.text_encoder)
+    for count in (weights_now, weights_on):
+        assert count(pipe, torch.device("cuda:0")) == unet
+        assert count(pipe, torch.device("cuda:1")) == vae
+        assert count(pipe, torch.device("cuda")) == [unet, vae][current]
+        assert count(pipe, torch.device("cuda:2")) == count(pipe, torch.device("xpu:0")) == 0
+        assert count(pipe, CPU) == count(pipe, torch.device("cpu:0")) == text
+    put(pipe.vae, "cuda")
+    assert weights_on(pipe, torch.device("cuda:0")) == unet + (vae if current == 0 else 0)
+    add_hook_to_module(pipe.text_encoder, CpuOffload("cuda:2"))
+    assert weights_on(pipe, torch.device("cuda:2")) == text
+    assert weights_on(pipe, torch.device("cuda:0")) == unet + (vae if current == 0 else 0)
+
+
+def test_a_device_that_is_not_there_has_no_current_one(pipe):
+    put(pipe.unet, "cuda:0")
+    assert weights_now(pipe, torch.device("cuda")) == (0 if torch.cuda.is_available() else size(pipe.unet))
+    assert weights_now(pipe, torch.device("cpu:0")) == size(pipe.vae, pipe.text_encoder)
+    assert weights_now(pipe, META) == 0
 
 
 def test_the_device_is_the_denoisers_and_where_there_is_none_the_vaes(pipe):

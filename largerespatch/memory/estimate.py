@@ -50,12 +50,13 @@ class Estimator:
     """Estimates one pipeline's memory for any size and options.
 
     `stacks` hold the replacements that are on the pipeline now; what is underneath them is estimated, inside `patched`.
+    `options` say which weights a patch holds; None: there is none. (Which ones depends on them little.)
     """
 
-    def __init__(self, pipe: Any, stacks: list[PatchStack], patched: Patched) -> None:
+    def __init__(self, pipe: Any, stacks: list[PatchStack], patched: Patched, options: Any = None) -> None:
         self.device = execution_device(pipe)
         self.shadow = Shadow(pipe, stacks)
-        self.weights = weights_on(pipe, self.device)
+        self.weights = weights_on(pipe, self.device, options)
         self.encodes = encodes(pipe)
         self.patched = patched
         self._known: dict[Any, int] = {}

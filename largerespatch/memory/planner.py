@@ -49,8 +49,10 @@ def free_bytes(device: torch.device) -> int | None:
     return int(free + backend.memory_reserved(device) - backend.memory_allocated(device))
 
 
-def limit_bytes(limit: int | str, pipe: Any) -> int:
+def limit_bytes(limit: int | str, pipe: Any, options: Any = None) -> int:
     """Bytes that a pipeline may take on its device, weights included, for a `memory_limit` that has been checked.
+
+    `options` are those of the patch that is to be on.
 
     Raises:
         ValueError: it is less than the weights alone, or ``"auto"`` where the device does not say what it has free.
@@ -65,7 +67,7 @@ def limit_bytes(limit: int | str, pipe: Any) -> int:
             )
         return int((1 - MARGIN) * free) + weights_now(pipe, device)
     size = (parse_bytes(limit) or 0) if isinstance(limit, str) else limit
-    weights = weights_on(pipe, device)
+    weights = weights_on(pipe, device, options)
     if size <= weights:
         raise ValueError(
             f"memory_limit must be more than the weights on {device}, which take {gibibytes(weights)}; got {limit!r}"
