@@ -22,6 +22,7 @@ from largerespatch.core.calls import encodes
 from largerespatch.denoisers.any import seen_picture
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.memory.estimate import STAGES, MemoryEstimate
+from largerespatch.memory.shadow import _Alike
 from test_patch import SMALL, fingerprint
 
 BLOCKS = {"attn_slice_x": 12, "attn_slice_y": 12, "attn_full_tokens": 144, "ff_chunk_size": 200}
@@ -277,17 +278,46 @@ def test_the_estimate_is_what_cuda_allocates(pipe):
     assert estimate.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
 
 
-@pytest.mark.parametrize("mode", ["two-pass", "exact"])
-def test_a_rehearsal_needs_what_the_whole_needs(pipe, monkeypatch, mode):
-    patch = LargeResPatch(pipe, 320, 256, vae_mode=mode, attn_shape="tile", **BLOCKS | TILES)
+SHORT = {"attn_slice_x": 6, "attn_slice_y": 6, "attn_full_tokens": 36, "ff_chunk_size": 50, "attn_context": 8}
+SHORT |= {"vae_chunk_size_x": 6, "vae_chunk_size_y": 6}
+SAVERS = {"unet_serial": True, "unet_offload": True, "unet_strip_rows": 5, "vae_offload": True}
+AROUND = {"padding_mode": "circular", "attn_shape": "tile"}
+REHEARSED = [
+    ("sd image-to-image", (64, 64), {}),
+    ("sd image-to-image", (104, 136), {}),
+    ("sd image-to-image", (176, 88), SAVERS),
+    ("sd image-to-image", (136, 136), {"vae_mode": "exact"}),
+    ("sd image-to-image", (120, 200), {"vae_mode": "exact", "vae_recompute": True} | SAVERS),
+    ("sd image-to-image", (152, 104), AROUND | {"vae_attn": "blocked"}),
+    ("xl image-to-image", (96, 96), {}),
+    ("xl image-to-image", (184, 72), SAVERS),
+    ("xl image-to-image", (136, 168), {"vae_mode": "exact", "vae_recompute": True}),
+    ("xl image-to-image", (168, 104), {"vae_mode": "exact", "attn_context": 0} | AROUND),
+    ("xl image-to-image", (200, 88), SAVERS | AROUND),
+    ("xl image-to-image", (144, 152), {"vae_passes": 3, "unet_serial": True}),
+    ("xl image-to-image", (136, 120), {"padding_mode": "reflect", "vae_attn": "blocked"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "size", "options"), REHEARSED)
+def test_a_rehearsal_needs_what_the_whole_needs(monkeypatch, kind, size, options):
+    """Every piece visited, every block run: the same bytes with much less work."""
+    pipe = BUILD[kind]()
+    for model in (pipe.unet, pipe.vae):
+        model.to("meta")  # what leaves the device counts there no more
+    patch = LargeResPatch(pipe, *size, **SHORT | options)
     with Operations() as few:
         rehearsed = patch.estimate()
     monkeypatch.setattr(pieces, "visited", lambda every: every)  # by the one loop that there is
+    monkeypatch.setattr(_Alike, "__call__", lambda self, known, key, work, given, **named: work(*given, **named))
     with Operations() as all_of_them:
         whole = patch.estimate()
-    assert few.count < all_of_them.count
+    assert few.count < 0.8 * all_of_them.count
+    if "padding_mode" not in options:
+        assert rehearsed.unet == whole.unet
+    # A few numbers per piece are left for the statistics of group norms.
     for stage in ("unet", "encode", "decode"):
-        assert getattr(rehearsed, stage) == pytest.approx(getattr(whole, stage), rel=0.01)
+        assert getattr(rehearsed, stage) == pytest.approx(getattr(whole, stage), rel=0.005)
 
 
 def test_every_stage_has_its_figure(pipe):

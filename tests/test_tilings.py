@@ -177,3 +177,13 @@ def test_scattered_pieces_are_equal_on_the_grid_and_within_their_budget(height, 
 
 def test_scattered_pieces_lie_evenly():
     assert [piece.left for piece in scatter(Tile(0, 0, 4, 12), 4, 4, 100)] == [16, 48, 80]
+
+
+def test_a_window_over_an_edge_is_larger_than_one_that_is_not():
+    """It is put together of several parts, so a rehearsal must not take one for the other."""
+    corner, side, inner = (
+        window(Tile(top, left, top + 8, left + 8), 4, 24, 32, wrap=True) for top, left in ((16, 0), (8, 24), (8, 8))
+    )
+    assert (corner.beyond, side.beyond, inner.beyond) == ((4, 4), (0, 4), (0, 0))
+    assert corner.size()[:4] == inner.size()[:4] and corner.size() > inner.size()
+    assert window(corner.tile, 4, 24, 32).beyond == (0, 0)

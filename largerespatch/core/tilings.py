@@ -246,13 +246,17 @@ def sampled_cells(height: int, width: int, count: int, seed: str) -> list[int]:
 
 
 class Window(NamedTuple):
-    """A tile and what is read around it: `outer` on the plane (it may reach over the edge where the plane wraps)."""
+    """A tile and what is read around it: `outer` on the plane.
+
+    Where the plane wraps it may reach over the edge, `beyond` it by so many rows and columns.
+    """
 
     outer: Tile
     tile: Tile
+    beyond: tuple[int, int] = (0, 0)
 
-    def size(self) -> tuple[int, int, int, int]:
-        return *self.outer.size(), *self.tile.size()
+    def size(self) -> tuple[int, ...]:
+        return *self.outer.size(), *self.tile.size(), *self.beyond
 
     def owned(self, height: int, width: int) -> Tile:
         """The tile's place on a map of the window, ``height x width`` cells at whatever scale."""
@@ -282,7 +286,8 @@ def window(tile: Tile, halo: int, height: int, width: int, wrap: bool = False) -
 
     top, bottom = reach(tile.top, tile.bottom, height)
     left, right = reach(tile.left, tile.right, width)
-    return Window(Tile(top, left, bottom, right), tile)
+    beyond = max(-top, bottom - height, 0), max(-left, right - width, 0)
+    return Window(Tile(top, left, bottom, right), tile, beyond)
 
 
 def scatter(budget: Tile, side: int, height: int, width: int, step: int = 1) -> list[Tile]:

@@ -78,7 +78,7 @@ class Estimator:
 
     def _count(self, stage: str, height: int, width: int, options: Any) -> int:
         pipe, models = self.shadow.pipe, list(self.shadow.models.values())
-        with self.patched(pipe, options), self.shadow.fake, as_called(stage, models, pipe) as grown:
+        with self.patched(pipe, options), as_called(stage, models, pipe) as grown:
             return grown + self.shadow.peak(lambda: play(stage, models, pipe, height, width))
 
 
