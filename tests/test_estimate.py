@@ -100,7 +100,7 @@ def test_every_kind_of_pipeline_can_be_estimated(case):
 def test_an_estimate_knows_what_a_batch_that_stays_whole_needs(case, serial_helps):
     pipe = quiet(family.SD[case].build())
     whole, serial = (LargeResPatch(pipe, 256, 256, **BLOCKS, unet_serial=each).estimate() for each in (False, True))
-    assert (serial.unet < 0.8 * whole.unet) == serial_helps
+    assert (serial.step < 0.8 * whole.step) == serial_helps
 
 
 @pytest.mark.parametrize(("case", "samples"), [("T2I-Adapter", 1), ("ControlNet", 2)])
@@ -124,7 +124,7 @@ def test_the_estimate_of_a_step_is_what_a_real_step_holds(pipe, options):
     patch = LargeResPatch(pipe, 256, 192, **options)
     with patch:
         patched = measured(pipe, partial(text_to_image, output_type="latent"), 256, 192)
-    assert patch.estimate().unet == pytest.approx(patched, rel=0.1)
+    assert patch.estimate().step == pytest.approx(patched, rel=0.1)
 
 
 def test_the_estimate_of_kandinskys_step_is_what_a_real_one_holds():
@@ -133,7 +133,7 @@ def test_the_estimate_of_kandinskys_step_is_what_a_real_one_holds():
     patch = LargeResPatch(pipe, family.SIZE, family.SIZE, **SMALL)
     with patch, LiveBytes("cpu") as count:
         family.run(pipe, arguments, output_type="latent")
-    assert patch.estimate().unet == pytest.approx(count.peak, rel=0.1)
+    assert patch.estimate().step == pytest.approx(count.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -264,7 +264,7 @@ def test_where_the_models_are_makes_no_difference_to_what_they_need(pipe):
     for model in (pipe.unet, pipe.vae):
         model.to("meta")
     device = patch.estimate()
-    assert (device.unet, device.decode) == pytest.approx((host.unet, host.decode), rel=0.05)
+    assert (device.step, device.decode) == pytest.approx((host.step, host.decode), rel=0.05)
 
 
 @pytest.mark.gpu
@@ -308,15 +308,15 @@ def test_a_rehearsal_needs_what_the_whole_needs(monkeypatch, kind, size, options
     patch = LargeResPatch(pipe, *size, **SHORT | options)
     with Operations() as few:
         rehearsed = patch.estimate()
-    monkeypatch.setattr(pieces, "visited", lambda every: every)  # by the one loop that there is
+    monkeypatch.setattr(pieces, "visited", lambda every, chained: every)  # by the one loop that there is
     monkeypatch.setattr(_Alike, "__call__", lambda self, known, key, work, given, **named: work(*given, **named))
     with Operations() as all_of_them:
         whole = patch.estimate()
     assert few.count < 0.8 * all_of_them.count
     if "padding_mode" not in options:
-        assert rehearsed.unet == whole.unet
+        assert rehearsed.step == whole.step
     # A few numbers per piece are left for the statistics of group norms.
-    for stage in ("unet", "encode", "decode"):
+    for stage in STAGES:
         assert getattr(rehearsed, stage) == pytest.approx(getattr(whole, stage), rel=0.005)
 
 
@@ -324,4 +324,4 @@ def test_every_stage_has_its_figure(pipe):
     patch = LargeResPatch(pipe, 64, 64)
     estimator, estimate = patch._estimator(patch._on), patch.estimate()
     told = [estimator.peak(stage, 64, 64, patch.options) for stage in STAGES]
-    assert told == [estimate.unet, estimate.encode, estimate.decode]
+    assert told == [estimate.step, estimate.encode, estimate.decode]

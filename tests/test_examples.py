@@ -246,10 +246,10 @@ def test_memory(run, tmp_path, capsys):
     assert peaks["every saver"] <= peaks["unpatched"]
     assert {row["way"] for row in report["rows"] if row["host"]} == {"every saver", "every saver, exact VAE"}
     proof = {row["way"]: row for row in report["proof"]}
-    assert proof["unet_serial"]["unet"] < proof["patched"]["unet"]
+    assert proof["unet_serial"]["step"] < proof["patched"]["step"]
     assert proof["vae_mode exact"]["decode"] < proof["unpatched"]["decode"]
     for row in report["proof"]:
-        for stage in ("unet", "decode"):
+        for stage in ("step", "decode"):
             assert math.isclose(row[stage], row[f"{stage}_estimated"], rel_tol=0.1)
     counted, timed = report["growth"]
     assert 4 < counted["ratio"] < 16  # between linear and quadratic: so small a map is attended whole

@@ -33,7 +33,7 @@ def test_models_offloaded_by_accelerate_count_one_at_a_time(pipe):
         add_hook_to_module(model, CpuOffload("meta"))
     offloaded = LargeResPatch(pipe, 64, 64).estimate()
     assert offloaded.weights == max(sizes) < whole.weights
-    assert (offloaded.unet, offloaded.decode) == (whole.unet, whole.decode)
+    assert (offloaded.step, offloaded.decode) == (whole.step, whole.decode)
 
 
 def test_weights_that_wait_elsewhere_are_not_there_now(pipe):
@@ -134,8 +134,8 @@ def test_blocks_that_are_alike_are_counted_by_one_of_them(monkeypatch, patched):
         return around(self, *args, **kwargs)
 
     monkeypatch.setattr(type(unet.mid_block.attentions[0].transformer_blocks[0]), "forward", counted)
-    alike, few = patch.estimate(patched).unet, len(ran)
+    alike, few = patch.estimate(patched).step, len(ran)
     ran.clear()
     monkeypatch.setattr("largerespatch.memory.shadow._make", id)
-    assert patch.estimate(patched).unet == alike
+    assert patch.estimate(patched).step == alike
     assert few < len(ran)

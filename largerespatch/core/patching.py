@@ -34,6 +34,11 @@ def _kept_by_hooks(target: Any, replacement: Any) -> Iterator[tuple[dict[str, An
         yield from ((owner.__dict__, name) for name, value in vars(owner).items() if value is replacement)
 
 
+def attribute_of(target: Any, method: str) -> str:
+    """Where a method of `target` is that hooks run around."""
+    return _BENEATH_HOOK if method == "forward" and _BENEATH_HOOK in vars(target) else method
+
+
 class PatchStack:
     """Replacements of instance attributes, undone in reverse order.
 
@@ -60,7 +65,7 @@ class PatchStack:
 
         After `undo` a wrapper that somebody kept only calls the original, so nothing of ours outlives the stack.
         """
-        attribute = _BENEATH_HOOK if method == "forward" and _BENEATH_HOOK in vars(target) else method
+        attribute = attribute_of(target, method)
         original = getattr(target, attribute)
 
         @functools.wraps(original)
@@ -70,6 +75,15 @@ class PatchStack:
             return around(original, *args, **kwargs)
 
         self.set(target, attribute, replacement, label)
+
+    def overlaid(self) -> list[str]:
+        """Labels of the replacements that other code has replaced since."""
+        outermost = {(id(each.target), each.attribute): each for each in self._replaced}
+        return [
+            label
+            for target, attribute, _, replacement, label in outermost.values()
+            if vars(target).get(attribute) is not replacement and not any(_kept_by_hooks(target, replacement))
+        ]
 
     def undo(self) -> None:
         """Take every replacement out again; a second call does nothing.

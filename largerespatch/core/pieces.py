@@ -43,8 +43,8 @@ def rehearsing() -> bool:
     return _rehearsing.get() is not None
 
 
-def visited(pieces: Sequence[P]) -> Sequence[P]:
-    """All of them; in a rehearsal the first, and three of each size that no other one contains.
+def visited(pieces: Sequence[P], chained: bool = False) -> Sequence[P]:
+    """All of them; in a rehearsal three of each size that no other one contains, and the first where they are chained.
 
     A piece that has a method `size` is as large as that says, a slice or a run as it is long; others are all alike. Of
     pieces that have a method `telling`, which says at what places those are found, the others are not even looked at.
@@ -57,7 +57,7 @@ def visited(pieces: Sequence[P]) -> Sequence[P]:
     needed = Counter({each: _ENOUGH for each in sizes if not _exceeded(each, sizes)})
     few = []
     for i, piece in enumerate(looked_at):
-        if i == 0 or needed[_size(piece)] > 0:
+        if (chained and i == 0) or needed[_size(piece)] > 0:
             few.append(piece)
             needed[_size(piece)] -= 1
     return few
@@ -104,7 +104,7 @@ def collect(
 
 
 def _loop(pieces: Sequence[P], work: Callable[..., R], read: Callable[[Sequence[P]], Iterator[Any]] | None) -> list[R]:
-    which = visited(pieces)
+    which = visited(pieces, chained=read is not None)  # what is read may hand something on from piece to piece
     # Not a loop with variables of its own: they would keep what was read for one piece while the next one is read.
     results = list(map(work, which) if read is None else map(work, which, read(which)))
     if len(results) != len(which):
