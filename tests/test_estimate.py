@@ -308,7 +308,7 @@ def test_a_rehearsal_needs_what_the_whole_needs(monkeypatch, kind, size, options
     patch = LargeResPatch(pipe, *size, **SHORT | options)
     with Operations() as few:
         rehearsed = patch.estimate()
-    monkeypatch.setattr(pieces, "visited", lambda every, chained: every)  # by the one loop that there is
+    monkeypatch.setattr(pieces, "visited", lambda every: every)  # by the one loop that there is
     monkeypatch.setattr(_Alike, "__call__", lambda self, known, key, work, given, **named: work(*given, **named))
     with Operations() as all_of_them:
         whole = patch.estimate()

@@ -277,6 +277,23 @@ def test_import_time(run, tmp_path):
     assert 0 < theirs["modules"] < ours["modules"], "the list of what we need of diffusers is out of date"
 
 
+def test_planning(run, tmp_path, capsys):
+    out = tmp_path / "planning.json"
+    few = ("--models", "tiny", "--sizes", 512, "--limits", "8GiB", "1GiB", "--rounds", 1)
+    run(BENCHMARKS / "planning.py", *few, "--out", out)
+    report = json.loads(out.read_text())
+    check_environment(report)
+    assert [row["of"] for row in report["rows"]] == [
+        "first estimate",
+        "second estimate",
+        "plan for 8GiB",
+        "plan for 1GiB",
+    ]
+    assert all(row["median"] > 0 for row in report["rows"])
+    assert "no saver needed" in report["rows"][2]["said"]
+    assert "plan for 1GiB" in capsys.readouterr().out
+
+
 def test_measures(monkeypatch):
     """The instruments themselves, against values known beforehand."""
     monkeypatch.syspath_prepend(BENCHMARKS)

@@ -21,7 +21,7 @@ Runner = Callable[..., Any]
 
 _rehearsing: ContextVar[Runner | None] = ContextVar("rehearsing", default=None)
 
-_ENOUGH = 3  # the first may lack a halo, and what is left of a full one is still alive during the next
+_ENOUGH = 2  # what is left of a full one is still alive during the next
 
 
 def _run_each(known: object, key: Hashable, work: Callable[..., R], given: tuple[Any, ...], **named: Any) -> R:
@@ -43,8 +43,8 @@ def rehearsing() -> bool:
     return _rehearsing.get() is not None
 
 
-def visited(pieces: Sequence[P], chained: bool = False) -> Sequence[P]:
-    """All of them; in a rehearsal three of each size that no other one contains, and the first where they are chained.
+def visited(pieces: Sequence[P]) -> Sequence[P]:
+    """All of them; in a rehearsal the first, and two more of each size that no other one contains.
 
     A piece that has a method `size` is as large as that says, a slice or a run as it is long; others are all alike. Of
     pieces that have a method `telling`, which says at what places those are found, the others are not even looked at.
@@ -55,9 +55,9 @@ def visited(pieces: Sequence[P], chained: bool = False) -> Sequence[P]:
     looked_at = [pieces[i] for i in places]
     sizes = set(map(_size, looked_at))
     needed = Counter({each: _ENOUGH for each in sizes if not _exceeded(each, sizes)})
-    few = []
-    for i, piece in enumerate(looked_at):
-        if (chained and i == 0) or needed[_size(piece)] > 0:
+    few = looked_at[:1]  # which may lack a halo
+    for piece in looked_at[len(few) :]:
+        if needed[_size(piece)] > 0:
             few.append(piece)
             needed[_size(piece)] -= 1
     return few
@@ -104,7 +104,7 @@ def collect(
 
 
 def _loop(pieces: Sequence[P], work: Callable[..., R], read: Callable[[Sequence[P]], Iterator[Any]] | None) -> list[R]:
-    which = visited(pieces, chained=read is not None)  # what is read may hand something on from piece to piece
+    which = visited(pieces)
     # Not a loop with variables of its own: they would keep what was read for one piece while the next one is read.
     results = list(map(work, which) if read is None else map(work, which, read(which)))
     if len(results) != len(which):

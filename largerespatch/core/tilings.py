@@ -10,6 +10,7 @@ Sizes are in cells of whatever plane is tiled, in ``(height, width)`` order. Not
 from bisect import bisect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
 from random import Random
 from typing import Any, NamedTuple, TypeVar
@@ -228,7 +229,8 @@ def tiles(height: int, width: int, phase: int, slice_y: int, slice_x: int) -> Ti
 COVERS: dict[str, Callable[[int, int, int, int, int], Tiling]] = {"brick": bricks, "tile": tiles}
 
 
-def sampled_cells(height: int, width: int, count: int, seed: str) -> list[int]:
+@lru_cache(maxsize=64)  # the samples of a batch that run in turns ask for the same, layer by layer
+def sampled_cells(height: int, width: int, count: int, seed: str) -> tuple[int, ...]:
     """At most `count` cells, one from a random place in each tile of a coarse grid: stratified, without clumps.
 
     As ``row * width + column``; which ones follows from `seed` alone. The grid's tiles are as square as `count` allows.
@@ -239,10 +241,10 @@ def sampled_cells(height: int, width: int, count: int, seed: str) -> list[int]:
     row_cuts = [i * height // rows for i in range(rows + 1)]
     column_cuts = [i * width // columns for i in range(columns + 1)]
     random = Random(seed)
-    return [
+    return tuple(
         random.randrange(tile.top, tile.bottom) * width + random.randrange(tile.left, tile.right)
         for tile in Tiling(row_cuts, column_cuts)
-    ]
+    )
 
 
 class Window(NamedTuple):
