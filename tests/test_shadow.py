@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module
-from torch._subclasses.fake_tensor import FakeTensor
 
 import tiny
 from largerespatch import LargeResPatch
 from largerespatch.core.families import families_in
 from largerespatch.memory.shadow import Shadow, device_of, execution_device, weights_now, weights_on
+from largerespatch.memory.weightless import Weightless
 from test_patch import SMALL, fingerprint
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -35,7 +35,7 @@ def test_models_offloaded_by_accelerate_count_one_at_a_time(pipe):
         add_hook_to_module(model, CpuOffload("meta"))
     offloaded = LargeResPatch(pipe, 64, 64).estimate()
     assert offloaded.weights == max(sizes) < whole.weights
-    assert (offloaded.unet, offloaded.decode) == (whole.unet, whole.decode)
+    assert (offloaded.step, offloaded.decode) == (whole.step, whole.decode)
 
 
 def test_weights_that_wait_elsewhere_are_not_there_now(pipe):
@@ -129,7 +129,7 @@ def test_a_shadow_has_the_same_modules_without_data(pipe, place):
         for (path, own), (same, other) in zip(model.named_modules(), copied.named_modules(), strict=True):
             assert path == same and type(own) is type(other) and own is not other
         for own, other in zip(model.parameters(), copied.parameters(), strict=True):
-            assert isinstance(other, FakeTensor)
+            assert isinstance(other, Weightless)
             assert (own.shape, own.stride(), own.dtype) == (other.shape, other.stride(), other.dtype)
             assert own.device.type == other.device.type
 
@@ -163,7 +163,7 @@ def test_the_peak_is_what_is_alive_at_once(pipe):
         second = first + 1
         del first
         third = second + 1
-        assert isinstance(third, FakeTensor) and not third.requires_grad
+        assert isinstance(third, Weightless) and not third.requires_grad
 
     assert shadow.peak(work) == 8000
     assert torch.ones(2).sum().item() == 2
@@ -184,8 +184,8 @@ def test_blocks_that_are_alike_are_counted_by_one_of_them(monkeypatch, patched):
         return around(self, *args, **kwargs)
 
     monkeypatch.setattr(type(unet.mid_block.attentions[0].transformer_blocks[0]), "forward", counted)
-    alike, few = patch.estimate(patched).unet, len(ran)
+    alike, few = patch.estimate(patched).step, len(ran)
     ran.clear()
     monkeypatch.setattr("largerespatch.memory.shadow._make", id)
-    assert patch.estimate(patched).unet == alike
+    assert patch.estimate(patched).step == alike
     assert few < len(ran)

@@ -97,12 +97,13 @@ class Family(ABC):
     `rank` decides where several families match a model: the highest takes it. Below zero are those for models that
     nobody else knows, 1 is for a special case of another family. `stages` are the parts of a pipeline's call that a
     model of this family stands for, of ``"step"``, ``"encode"`` and ``"decode"``. `known` says whether there is more
-    to do for its models than padding.
+    to do for its models than padding, `entries` name the methods that pipelines call.
     """
 
     rank: int = 0
     stages: tuple[str, ...] = ()
     known: bool = True
+    entries: tuple[str, ...] = ("forward",)
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:

@@ -39,7 +39,7 @@ def _references(target: Any) -> list[Any]:
     return list(getattr(vars(target).get("_diffusers_hook"), "_fn_refs", ()))
 
 
-def _beneath_hooks(target: Any, method: str) -> tuple[Any, str]:
+def beneath_hooks(target: Any, method: str) -> tuple[Any, str]:
     """Who holds, as which attribute, the `method` that hooks on `target` call in the end."""
     if method == "forward" and _BENEATH_HOOK in vars(target):
         return target, _BENEATH_HOOK
@@ -84,7 +84,7 @@ class PatchStack:
 
         After `undo` a wrapper that somebody kept only calls the original, so nothing of ours outlives the stack.
         """
-        holder, attribute = _beneath_hooks(target, method)
+        holder, attribute = beneath_hooks(target, method)
         original = getattr(holder, attribute)
 
         @functools.wraps(original)
@@ -94,6 +94,15 @@ class PatchStack:
             return around(original, *args, **kwargs)
 
         self._put(target, holder, attribute, replacement, label)
+
+    def overlaid(self) -> list[str]:
+        """Labels of the replacements that other code has replaced since."""
+        outermost = {(id(each.holder), each.attribute): each for each in self._replaced}
+        return [
+            label
+            for target, holder, attribute, _, replacement, label in outermost.values()
+            if vars(holder).get(attribute) is not replacement and not any(_kept_by_hooks(target, replacement))
+        ]
 
     def undo(self) -> None:
         """Take every replacement out again; a second call does nothing.

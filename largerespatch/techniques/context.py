@@ -5,7 +5,7 @@ it stands for. Approximate; with all tokens as context a block attends as dense 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -62,7 +62,7 @@ def heavy_tokens(
     return received.topk(count).indices  # type: ignore[no-any-return]
 
 
-def _uploaded(numbers: list[int], device: torch.device) -> torch.Tensor:
+def _uploaded(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     """On CUDA from pinned memory: from any other the host would wait until all work before it is done."""
     kept = torch.tensor(numbers)
     return (kept.pin_memory() if device.type == "cuda" else kept).to(device, non_blocking=True)

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 
 from largerespatch import LargeResPatch
 from largerespatch.memory.estimate import STAGES
+from largerespatch.options import Options
 
 from .lab import GIB, Lab, Row, called, stage
 
@@ -30,6 +32,7 @@ CASES: tuple[tuple[str, int, int | None], ...] = (
     ("sdxl", 8192, None),
 )
 SMALL_CASES = (("sd15", 128, None), ("sd15", 256, 8), ("flux", 128, None))
+DEFAULTS = Options()
 GROWTH = 4.5  # in seconds, from one size to its double
 
 
@@ -45,17 +48,14 @@ def plan(lab: Lab, model: str, size: int, limit: int | None) -> dict[str, Any]:
     """The settings that are picked for a limit and the estimate of each stage, as for an accelerator."""
 
     def make() -> dict[str, Any]:
-        patch = LargeResPatch(lab.on_paper(model), size, size, memory_limit=allowed(limit))
-        estimator = patch._estimator(patch._on)
-        settings = patch._plan.settings if patch._plan is not None else {}
-        peaks = {name: estimator.peak(name, size, size, patch.options) for name in STAGES}
-        return {"settings": settings, "weights": estimator.weights} | peaks
+        patch = LargeResPatch(lab.on_paper(model), size, size, memory_limit=None if limit is None else limit * GIB)
+        picked = {each.name: getattr(patch.options, each.name) for each in fields(Options)}
+        settings = {
+            name: value for name, value in picked.items() if value != getattr(DEFAULTS, name) and name != "memory_limit"
+        }
+        return {"settings": settings} | asdict(patch.estimate())
 
     return dict(lab.paper.get(f"plan {model} {size} {limit}", make))
-
-
-def allowed(limit: int | None) -> int | None:
-    return None if limit is None else limit * GIB - max(limit * GIB // 10, GIB // 2)
 
 
 def measure(lab: Lab, model: str, size: int, limit: int | None) -> Row:
