@@ -16,7 +16,14 @@ def written(plane):
 # Of a map [2, 8, 6, 5] and tokens [2, 30, 8].
 WORK = {
     "convolution": lambda plane, tokens: F.conv2d(plane, torch.ones(4, 8, 3, 3), stride=2, padding=1),
-    "group norm": lambda plane, tokens: F.group_norm(plane, 4),
+    "group norm": lambda plane, tokens: torch.ops.aten.native_group_norm(plane, None, None, 2, 8, 30, 4, 1e-5),
+    "batch norm": lambda plane, tokens: torch.ops.aten.native_batch_norm(
+        plane, None, None, torch.ones(8), torch.ones(8), False, 0.1, 1e-5
+    ),
+    "batch norm of its own statistics": lambda plane, tokens: torch.ops.aten.native_batch_norm(
+        plane, None, None, None, None, True, 0.1, 1e-5
+    ),
+    "layer norm": lambda plane, tokens: torch.ops.aten.native_layer_norm(tokens, [30, 8], None, None, 1e-5),
     "another layout": lambda plane, tokens: plane.permute(0, 2, 3, 1).contiguous() + 1,
     "views": lambda plane, tokens: (plane[:, 2:4, ..., 1:], plane.flatten(2).transpose(1, 2), *plane.chunk(3, dim=1)),
     "reshaped by a copy": lambda plane, tokens: plane.permute(0, 2, 3, 1).reshape(2, 30, 8).unflatten(1, (6, 5)),
