@@ -94,7 +94,8 @@ def test_what_an_encoder_needs_counts_where_the_pipeline_encodes(encodes, no_mar
 def test_what_was_given_is_kept():
     options = Options(unet_strip_rows=8, vae_mode="exact", vae_recompute=False)
     estimator = Invented({"step": least, "encode": least, "decode": least}, options)
-    found = Planner(estimator, 2**40, options, frozenset({"unet_strip_rows", "vae_mode", "vae_recompute"}))
+    kept = frozenset({"unet_strip_rows", "ff_chunk_size", "vae_mode", "vae_recompute"})
+    found = Planner(estimator, 2**40, options, kept)
     assert found.denoiser == [{}, {"unet_serial": True}, {"unet_serial": True, "unet_offload": True}]
     assert found.vae[1] == {"vae_offload": True} and found.vae[-1] == {"vae_offload": True, "vae_chunk_size_y": 16}
 

@@ -9,6 +9,7 @@ from accelerate.hooks import CpuOffload, add_hook_to_module
 import tiny
 from largerespatch import LargeResPatch
 from largerespatch.core.families import families_in
+from largerespatch.memory import shadow
 from largerespatch.memory.shadow import Shadow, device_of, execution_device, weights_now, weights_on
 from largerespatch.memory.weightless import Weightless
 from test_patch import SMALL, fingerprint
@@ -35,7 +36,7 @@ def test_models_offloaded_by_accelerate_count_one_at_a_time(pipe):
         add_hook_to_module(model, CpuOffload("meta"))
     offloaded = LargeResPatch(pipe, 64, 64).estimate()
     assert offloaded.weights == max(sizes) < whole.weights
-    assert (offloaded.step, offloaded.decode) == (whole.step, whole.decode)
+    assert min(offloaded.step - whole.step, offloaded.decode - whole.decode) >= shadow.LIBRARIES  # not on the host
 
 
 def test_weights_that_wait_elsewhere_are_not_there_now(pipe):

@@ -94,3 +94,17 @@ def test_what_is_real_stays_real_outside():
     with WithoutData("cpu"):
         torch.ones(2)
     assert torch.ones(2).sum().item() == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel", "workspace"),
+    [("meta", 3, 2 * (8 * 20 * 30 + 16 * 8 * 9 + 16 * 20 * 30)), ("meta", 1, 0), ("cpu", 3, 0)],
+)
+def test_a_convolution_counts_what_an_accelerator_lays_out_anew(device, kernel, workspace):
+    place = {"device": device, "dtype": torch.float16}
+    with WithoutData(device) as count:
+        plane, weight = torch.empty(1, 8, 20, 30, **place), torch.empty(16, 8, kernel, kernel, **place)
+        result = torch.nn.functional.conv2d(plane, weight, padding=kernel // 2)
+        alive = count.alive
+    assert result.shape == (1, 16, 20, 30)
+    assert count.peak == alive + workspace

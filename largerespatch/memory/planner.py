@@ -25,12 +25,12 @@ class Saver(NamedTuple):
 
 
 # What is tried, in this order, from the cheapest: each line added to those before it, exact ones before the others.
-# A denoiser's are all exact: samples do not look at each other, skip connections only wait elsewhere, and strips get
-# the statistics of the whole map.
+# A denoiser's are all exact: samples do not look at each other, nor tokens in chunks, skip connections only wait
+# elsewhere, and strips get the statistics of the whole map.
 DENOISER_SAVERS: tuple[Saver, ...] = (
     Saver({"unet_serial": True}),
     Saver({"unet_offload": True}),
-    Saver({"unet_strip_rows": 64}),
+    Saver({"unet_strip_rows": 64, "ff_chunk_size": 4096}),
     Saver({"unet_strip_rows": 16}),
 )
 VAE_SAVERS: Mapping[str, tuple[Saver, ...]] = {

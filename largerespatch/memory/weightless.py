@@ -64,10 +64,20 @@ class Weightless(torch.Tensor):
 
 
 class WithoutData(LiveBytes):  # type: ignore[no-untyped-call]
-    """Inside, whatever makes a tensor makes a `Weightless` one; those on `device` count as if they had data."""
+    """Inside, whatever makes a tensor makes a `Weightless` one; those on `device` count as if they had data.
+
+    So does the workspace of convolutions, but not on the host: cuDNN lays input, kernel and result out anew.
+    """
 
     def run(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return run(func, types, args, kwargs)
+
+    def workspace(self, func: Any, args: tuple[Any, ...], result: Any) -> int:
+        if func is not torch.ops.aten.convolution.default or self.device == _HOST.type:
+            return 0
+        plane, kernel = args[:2]
+        pointwise = kernel.shape[2:].numel() == 1  # a product of matrices as it stands
+        return 0 if pointwise else sum(each.numel() * each.element_size() for each in (plane, kernel, result))
 
 
 @cache
