@@ -127,12 +127,14 @@ def test_weights_may_come_and_go(offload, options):
         assert (patched_image(pipe, **options) - expected).abs().max() < 1e-3
 
 
-def test_auto_counts_what_the_device_has_free():
+def test_auto_plans_when_the_first_call_starts(caplog):
     pipe = quiet(tiny.text_to_image()).to("cuda")
-    with LargeResPatch(pipe, 512, 512, memory_limit="auto") as patch:
+    with caplog.at_level("INFO", logger="largerespatch"), LargeResPatch(pipe, 512, 512, **SMALL) as patch:
+        assert "when the first call starts" in repr(patch)
         image(pipe, 96)
         told = repr(patch)
-    assert "memory_limit of" in told
+    assert "no saver needed" in told
+    assert "no saver needed" in caplog.text
 
 
 def test_a_limit_holds_on_the_device():

@@ -45,9 +45,9 @@ def cuda_tests(lab: Lab) -> Iterator[Row]:
 # Each with its share of what is left when its turn comes.
 PARTS: dict[str, tuple[Callable[[Lab], Iterator[Row]], float]] = {
     "kernels": (kernels.rows, 0.2),
-    "times": (times.rows, 0.5),
-    "copies": (copies.rows, 0.3),
-    "frictions": (frictions.rows, 0.7),
+    "times": (times.rows, 0.6),
+    "copies": (copies.rows, 0.35),
+    "frictions": (frictions.rows, 0.8),
     "tests": (cuda_tests, 0.5),
     "compiled": (frictions.compiled, 0.5),
     "peaks": (peaks.rows, 1.0),

@@ -65,6 +65,8 @@ def measure(lab: Lab, model: str, size: int, limit: int | None) -> Row:
     row: Row = {"model": model, "size": size, "limit": limit, "settings": planned["settings"]}
     with capped(lab, limit), LargeResPatch(pipe, size, size, memory_limit=None, **planned["settings"]):
         for name in STAGES:
+            if name == "encode" and limit is not None and not planned["encodes"]:
+                continue  # nothing was planned for it
             row[name] = measure_stage(lab, pipe, name, size) | {"estimated": planned["weights"] + planned[name]}
             if row[name]["allocated"]:
                 row[name]["ratio"] = row[name]["estimated"] / row[name]["allocated"]
