@@ -344,3 +344,15 @@ def test_with_a_stream_another_group_is_there_by_the_estimate(offload_on_a_strea
     for group in groups:
         group.stream = None
     assert with_streams - weights_on(pipe, CPU) == max(sum(weight.nbytes for weight in kept) for kept in ahead)
+
+
+@pytest.mark.parametrize("way", ["two-pass", "exact"])
+def test_groups_that_come_ahead_on_a_stream_are_there_for_every_slice(way, offload_on_a_stream):
+    pipe, unhooked = offload_on_a_stream(quiet(tiny.text_to_image())), quiet(tiny.text_to_image())
+    patches = [LargeResPatch(each, 96, 64, **SMALL, **WAYS[way]) for each in (pipe, unhooked)]
+    for each in (pipe, unhooked):
+        each.vae.enable_slicing()
+    x = INPUTS["decode"](3, 8, 12)
+    with patches[0], patches[1]:
+        for _ in range(2):
+            assert torch.equal(HALVES["decode"](pipe.vae, x), HALVES["decode"](unhooked.vae, x))
