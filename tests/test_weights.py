@@ -347,12 +347,15 @@ def test_with_a_stream_another_group_is_there_by_the_estimate(offload_on_a_strea
 
 
 @pytest.mark.parametrize("way", ["two-pass", "exact"])
-def test_groups_that_come_ahead_on_a_stream_are_there_for_every_slice(way, offload_on_a_stream):
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_groups_that_come_ahead_on_a_stream_are_there_for_every_slice(way, patched_first, offload_on_a_stream):
     pipe, unhooked = offload_on_a_stream(quiet(tiny.text_to_image())), quiet(tiny.text_to_image())
     patches = [LargeResPatch(each, 96, 64, **SMALL, **WAYS[way]) for each in (pipe, unhooked)]
     for each in (pipe, unhooked):
         each.vae.enable_slicing()
     x = INPUTS["decode"](3, 8, 12)
+    if not patched_first:
+        HALVES["decode"](pipe.vae, x)
     with patches[0], patches[1]:
         for _ in range(2):
             assert torch.equal(HALVES["decode"](pipe.vae, x), HALVES["decode"](unhooked.vae, x))
