@@ -303,8 +303,8 @@ def offload_on_a_stream(request, monkeypatch):
     """Group offload, each group on its way while the one before it runs; as on CUDA, on a stream that is played."""
     monkeypatch.setattr(group_offloading, "ModuleGroup", PlayedGroup)
 
-    def offload(pipe):
-        for model in (pipe.unet, pipe.vae):
+    def offload(*models):
+        for model in models:
             config = GroupOffloadingConfig(
                 onload_device=CPU,
                 offload_device=META,
@@ -317,16 +317,35 @@ def offload_on_a_stream(request, monkeypatch):
                 block_modules=getattr(model, "_group_offload_block_modules", None),
             )
             group_offloading._apply_group_offloading(model, config)
-        return pipe
 
     return offload
 
 
+@pytest.fixture
+def streamed(offload_on_a_stream):
+    pipe = quiet(tiny.text_to_image())
+    offload_on_a_stream(pipe.unet, pipe.vae)
+    return pipe
+
+
+def test_where_weights_are_held_a_call_that_nobody_foresaw_finds_them_and_a_foreseen_one_waits(offload_on_a_stream):
+    layers = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+    model, x = nn.Sequential(layers, nn.Linear(3, 3)).requires_grad_(False), torch.ones(1, 3)
+    first, second, third = (layer(x) for layer in layers)
+    offload_on_a_stream(model)
+    model(x)  # so it is learnt which one comes next
+    with weights_held(model.modules()):
+        assert torch.equal(layers[1](x), second)
+        layers[0]._diffusers_hook.hooks["group_offloading"].group.onload_()  # under way
+        assert torch.equal(layers[0](x), first)  # ahead of which the second one would come, but is there
+        assert torch.equal(layers[2](x), third)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("patched_first", [False, True])
-def test_groups_that_come_ahead_on_a_stream_are_there_for_every_piece(way, patched_first, offload_on_a_stream):
+def test_groups_that_come_ahead_on_a_stream_are_there_for_every_piece(way, patched_first, streamed):
     """Which one comes next is learnt in the first call. That may be one with the patch on, or without."""
-    pipe, unhooked = offload_on_a_stream(quiet(tiny.text_to_image())), quiet(tiny.text_to_image())
+    pipe, unhooked = streamed, quiet(tiny.text_to_image())
     options = SMALL | WAYS[way]
     patches = [LargeResPatch(each, 96, 64, **options) for each in (pipe, unhooked)]
     for patched in (patched_first, not patched_first, patched_first):
@@ -335,8 +354,8 @@ def test_groups_that_come_ahead_on_a_stream_are_there_for_every_piece(way, patch
                 assert torch.equal(STAGES[stage](pipe), STAGES[stage](unhooked))
 
 
-def test_with_a_stream_another_group_is_there_by_the_estimate(offload_on_a_stream):
-    pipe = offload_on_a_stream(quiet(tiny.text_to_image()))
+def test_with_a_stream_another_group_is_there_by_the_estimate(streamed):
+    pipe = streamed
     groups = {holder for model in (pipe.unet, pipe.vae) for module in model.modules() for holder in holders(module)}
     groups = [group for group in groups if getattr(group, "stream", None) is not None]
     with_streams, in_unet = weights_on(pipe, CPU), set(pipe.unet.modules())  # where most visit at once
@@ -344,3 +363,18 @@ def test_with_a_stream_another_group_is_there_by_the_estimate(offload_on_a_strea
     for group in groups:
         group.stream = None
     assert with_streams - weights_on(pipe, CPU) == max(sum(weight.nbytes for weight in kept) for kept in ahead)
+
+
+@pytest.mark.parametrize("way", ["two-pass", "exact"])
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_groups_that_come_ahead_on_a_stream_are_there_for_every_slice(way, patched_first, streamed):
+    pipe, unhooked = streamed, quiet(tiny.text_to_image())
+    patches = [LargeResPatch(each, 96, 64, **SMALL, **WAYS[way]) for each in (pipe, unhooked)]
+    for each in (pipe, unhooked):
+        each.vae.enable_slicing()
+    x = INPUTS["decode"](3, 8, 12)
+    if not patched_first:
+        HALVES["decode"](pipe.vae, x)
+    with patches[0], patches[1]:
+        for _ in range(2):
+            assert torch.equal(HALVES["decode"](pipe.vae, x), HALVES["decode"](unhooked.vae, x))
