@@ -22,6 +22,8 @@ KERNELS = 14  # that are told
 def rows(lab: Lab) -> Iterator[Row]:
     parts = (synchronizations, launches, where_time_goes, group_statistics, memory_format, bfloat16)
     for part in parts:
+        if lab.clock.left() < 0:
+            return
         yield from attempts(named(part, lab))
         lab.clear()
 
