@@ -58,6 +58,12 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu measures in float32, cuda in float16 (%(default)s)",
     )
+    add_clock_options(parser)
+
+
+def add_clock_options(parser: argparse.ArgumentParser) -> None:
+    """``--threads`` and ``--clock``, for what runs on a CPU alone; apply them with `prepare`."""
+    parser.set_defaults(device=parser.get_default("device") or "cpu")
     parser.add_argument(
         "--threads",
         type=positive,

@@ -1,10 +1,10 @@
-"""What whole pipelines need in memory, from 1024 to 16384 sample pixels: told beforehand, and measured where CUDA is.
+"""What whole pipelines need in memory, from 1024 to 16384 sample pixels, told beforehand.
 
 Simulated rows come from the library's own estimate on models that have no data: real architectures, half precision,
-guidance on, text encoders off the device (they are needed before the first step only; what they add is told, too). On
-CUDA each way is run under caps on the device's memory, with random weights, and timed (that part has never run: no GPU
-was at hand). On a CPU the estimate and the savers are proved on small models, by counting live bytes. How a patched
-step grows with the image is counted from the shapes of real calls, and timed on a U-Net narrow enough for a CPU.
+guidance on, text encoders off the device (they are needed before the first step only; what they add is told, too).
+`gpu.py` says how near that is to what a GPU allocates. On a CPU the estimate and the savers are proved on small models,
+by counting live bytes. How a patched step grows with the image is counted from the shapes of real calls, and timed on a
+U-Net narrow enough for a CPU.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from _common import (
     Candidate,
+    add_clock_options,
     add_common_options,
-    add_device_options,
     build_sized_vae,
     cost_on_paper,
     interleaved,
@@ -34,12 +34,11 @@ from _common import (
     positive,
     prepare,
     print_table,
-    seconds,
     write_json,
 )
 from largerespatch import LargeResPatch
 from largerespatch.core.families import families_in
-from largerespatch.memory.estimate import Estimator, as_called, bare, play
+from largerespatch.memory.estimate import Estimator, bare, play
 from largerespatch.memory.planner import DENOISER_SAVERS, VAE_SAVERS
 from largerespatch.memory.shadow import HOST
 from largerespatch.options import Options
@@ -99,9 +98,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--models", choices=MODELS, nargs="+", default=["sd15", "sdxl"], help="(%(default)s)")
     parser.add_argument(
-        "--caps", type=positive, nargs="+", default=[8, 12], metavar="GIB", help="for what is measured (%(default)s)"
-    )
-    parser.add_argument(
         "--growth-sizes",
         type=positive,
         nargs=2,
@@ -116,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="side of the real runs on the CPU, whose live bytes are counted (%(default)s)",
     )
-    add_device_options(parser)
+    add_clock_options(parser)
     add_common_options(parser, "memory")
     return parser.parse_args()
 
@@ -208,62 +204,6 @@ def headline(row: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-# --- measured on CUDA ---------------------------------------------------------------------------------------------
-
-
-def measure(model: str, sizes: list[int], caps: list[int], device: str) -> Iterator[dict[str, Any]]:
-    """A row for each cap, size and way: bytes allocated at most, and seconds, or what did not fit."""
-    pipe = build_pipeline(model, device, torch.float16)
-    total = torch.cuda.get_device_properties(device).total_memory
-    for cap in caps:
-        torch.cuda.set_per_process_memory_fraction(min(cap * GIB / total, 1.0), device)
-        for size in sizes:
-            for way, settings in WAYS.items():
-                if way == "diffusers' tiling":
-                    pipe.vae.enable_tiling()
-                context = nullcontext() if settings is None else LargeResPatch(pipe, size, size, **settings)
-                row = {"kind": "measured", "model": model, "size": size, "way": way, "cap": cap * GIB}
-                with context:
-                    for stage in STAGES:
-                        row |= measure_stage(pipe, stage, size, device)
-                pipe.vae.disable_tiling()
-                yield row
-    torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
-def measure_stage(pipe: Any, stage: str, size: int, device: str) -> dict[str, Any]:
-    """`stage` in bytes allocated at most, weights included, and ``<stage>_seconds``; None for what did not fit."""
-    models = list(families_in(pipe).values())
-    run = stage_of(pipe, stage, size)
-    try:
-        with torch.no_grad(), as_called(stage, models, pipe):
-            run.run()  # kernels are chosen at the first sight of a shape
-            torch.cuda.reset_peak_memory_stats(device)
-            took = seconds(run, device)
-        return {stage: torch.cuda.max_memory_allocated(device), f"{stage}_seconds": took}
-    except torch.cuda.OutOfMemoryError:
-        return {stage: None, f"{stage}_seconds": None}
-    finally:
-        torch.cuda.empty_cache()
-
-
-def growth(rows: list[dict[str, Any]], small: int, large: int) -> list[dict[str, Any]]:
-    """How the seconds of a stage grow between two sizes, where both were measured."""
-    found = []
-    for row in rows:
-        if row["kind"] == "measured" and row["size"] == large:
-            alike = ("model", "way", "cap")
-            before = next((each for each in rows if each["size"] == small and _agree(each, row, alike)), None)
-            for stage in ("step_seconds", "decode_seconds"):
-                if before is not None and before[stage] and row[stage]:
-                    found.append({key: row[key] for key in alike} | {"of": stage, "ratio": row[stage] / before[stage]})
-    return found
-
-
-def _agree(first: dict[str, Any], second: dict[str, Any], keys: tuple[str, ...]) -> bool:
-    return all(first.get(key) == second[key] for key in keys)
-
-
 # --- proof on a CPU -----------------------------------------------------------------------------------------------
 
 PROVED: dict[str, dict[str, Any] | None] = {
@@ -350,9 +290,6 @@ def main() -> None:
             report["rows"].append(row)
             report["headlines"] += filter(None, [headline(row)])
             write_json(options.out, report)  # after every row: the next one may take long
-        if torch.device(options.device).type == "cuda":
-            report["rows"] += measure(model, options.sizes, options.caps, options.device)
-    report["growth"] = growth(report["rows"], *options.growth_sizes)
     print_rows(report["rows"] + report["proof"])
     for case in report["headlines"]:
         verdict = "met" if case["met"] else "missed"

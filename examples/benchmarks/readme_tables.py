@@ -18,6 +18,13 @@ README = HERE.parents[1] / "README.md"
 RESULTS = HERE / "results"
 MODEL_NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 GIB, TERA = 2**30, 1e12
+GPU_WAYS = {
+    "unpatched": ("unpatched", "untiled"),
+    "diffusers' tiling": ("diffusers' tiling",),
+    "patched": ("patched", "two-pass"),
+    "exact": ("exact",),
+    "maps on the host": ("patched, unet_offload", "exact, vae_offload"),
+}
 
 
 def load(name: str) -> Any:
@@ -151,6 +158,13 @@ def headline_table() -> str:
     for model, size in (("sd15", 8192), ("sdxl", 4096), ("sdxl", 8192)):
         ways = [peaks[model, size][way] for way in ("unpatched", "diffusers' tiling", "every saver")]
         rows.append([f"{MODEL_NAMES[model]}, {size}²: peak memory, simulated", *(f"{peak:.1f} GiB" for peak in ways)])
+    rows.append(
+        ["SD 1.5, 8192²: allocated at most, H200 capped at 8 GiB", "", "", f"{capped_peak('sd15', 8192, 8):.1f} GiB"]
+    )
+    decodes = gpu_medians("sd15", "decode", 2048)
+    names = ("untiled", "diffusers' tiling", "two-pass", "exact")
+    untiled, tiling, two, exact = (f"{decodes[way]:.2f} s" for way in names)
+    rows.append(["VAE decode, 2048²: H200, half precision", untiled, tiling, f"{two}; exact mode {exact}"])
     step = load("unet_step")["results"][-1]
     seconds = [f"{step['median_seconds'][way]:.0f} s" for way in ("unpatched", "patched")]
     rows.append([f"SD 1.5, {step['size']}²: a U-Net step, one CPU thread", seconds[0], "", seconds[1]])
@@ -165,6 +179,62 @@ def headline_table() -> str:
     blocks, context = (f"{min(row['psnr'] for row in pictures if row['context'] == n):.0f} dB" for n in (0, 512))
     rows.append(["attention in blocks, 20 steps: PSNR to dense", "", "", f"{context}; without context {blocks}"])
     return markdown(("", "unpatched", "diffusers' tiling", "largerespatch"), rows)
+
+
+def gpu_rows(part: str) -> list[dict[str, Any]]:
+    return list(load("gpu")["parts"][part]["rows"])
+
+
+def capped_peak(model: str, size: int, limit: int) -> float:
+    """GiB that CUDA allocated at most in any stage, where no more than `limit` GiB could be had."""
+    row = next(
+        each for each in gpu_rows("peaks") if (each["model"], each["size"], each["limit"]) == (model, size, limit)
+    )
+    return max(stage["allocated"] for stage in row.values() if isinstance(stage, dict) and "allocated" in stage) / GIB
+
+
+def gpu_medians(model: str, stage: str, size: int) -> dict[str, float]:
+    """Seconds by way."""
+    asked = {"model": model, "stage": stage, "size": size}
+    return {row["way"]: row["median"] for row in gpu_rows("times") if asked.items() <= row.items()}
+
+
+def gpu_peaks_table() -> str:
+    """What was told and what CUDA allocated, weights included, in the last run of each case."""
+    rows = []
+    last = {(row["model"], row["size"], row["limit"] or 0): row for row in gpu_rows("peaks")}
+    for _, row in sorted(last.items()):
+        for stage in ("step", "encode", "decode"):
+            if stage in row:
+                found = row[stage]
+                limit = f"{row['limit']} GiB" if row["limit"] else "none"
+                amounts = (f"{found[key] / GIB:.2f}" for key in ("estimated", "allocated", "reserved"))
+                name = MODEL_NAMES[row["model"]]
+                rows.append([name, f"{row['size']}²", limit, stage, *amounts, f"{found['ratio']:.3f}"])
+    return markdown(("H200, GiB", "image", "cap", "stage", "estimate", "allocated", "reserved", "of allocated"), rows)
+
+
+def gpu_times_table() -> str:
+    """Medians of three, a row for each stage and size of the second run, a column for each way."""
+    rows = []
+    for model, stage in (("sd15", "step"), ("sdxl", "step"), ("sd15", "decode"), ("sd15", "encode")):
+        for size in sorted({row["size"] for row in gpu_rows("times")}):
+            medians = gpu_medians(model, stage, size)
+            name = f"{MODEL_NAMES[model]}, {stage}"
+            cells = (next((medians[way] for way in ways if way in medians), None) for ways in GPU_WAYS.values())
+            rows.append([name, f"{size}²", *("" if cell is None else f"{cell:.3f}" for cell in cells)])
+    return markdown(("H200, seconds", "image", *GPU_WAYS), rows)
+
+
+def gpu_kernels_table() -> str:
+    """Milliseconds of attention of one brick, with the log-weights of its context in several ways."""
+    ways = ("no weights (wrong)", "mask", "channels", "mask, efficient", "channels, flash", "flex")
+    cases: dict[str, dict[str, float]] = {}
+    for row in gpu_rows("kernels"):
+        if row["way"] in ways and "milliseconds" in row:
+            cases.setdefault(row["case"], {})[row["way"]] = row["milliseconds"]
+    rows = [[case, *(f"{each[way]:.2f}" if way in each else "" for way in ways)] for case, each in cases.items()]
+    return markdown(("H200, milliseconds", *ways), rows)
 
 
 def memory_table() -> str:
@@ -212,6 +282,9 @@ def options_table() -> str:
 TABLES = {
     README: (headline_table, options_table),
     HERE / "README.md": (
+        gpu_peaks_table,
+        gpu_times_table,
+        gpu_kernels_table,
         memory_table,
         host_table,
         vae_fidelity_table,
