@@ -5,15 +5,13 @@ untiled result is in the statistics: pass one records what every group norm sees
 sample of small windows; the sample then corrects what was recorded; pass two applies it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import ceil
 
 import torch
 from torch import nn
 
-from ..core.families import Order, Site
 from ..core.hosts import Host
 from ..core.patching import PatchStack
 from ..core.pieces import assemble, collect
@@ -21,10 +19,11 @@ from ..core.planes import part
 from ..core.tilings import Each, Run, Tile, Window, scatter, tiles, window
 from ..core.weights import weights_held
 from .halves import Cutting, InPieces, delivered
+from .parts import Parts
 from .shared_norms import SharedGroupNorm
 from .stages import Split, scale_of
 from .strips import Forward
-from .walk import Walk, can_be_walked, inner_modules, listeners, silence, steps, walked
+from .walk import Walk, can_be_walked, listeners
 
 # What the stages that run whole may hold in activations. With less, big images would get large halos; with more,
 # the whole part rather than the tiles would decide how much memory a decode takes.
@@ -34,17 +33,11 @@ WHOLE_BYTES = 2 * 2**30
 SAMPLE = Fraction(2, 3)
 
 
-def _pass_through(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return hidden_states
-
-
 class TwoPass(InPieces):
     """Tiles with shared group statistics; approximate.
 
     Costs the tiled stages once per pass on tiles enlarged by the halo, and as often on a sample of half such a tile's
-    area. The original forward runs each part, with the stages outside that part passing their input through. What runs
-    whole does so strip by strip where its modules are known: exact, and smaller in memory. Weights that come to the
-    device for the tiled stages stay from the first tile to the last.
+    area. Weights that come to the device for the tiled stages stay from the first tile to the last.
 
     Args:
         splits: in order of preference; the first whose whole part fits `WHOLE_BYTES` is taken, else the last.
@@ -63,63 +56,35 @@ class TwoPass(InPieces):
     ) -> None:
         super().__init__(model, path, cutting, host)
         self.holds = [list(model.modules())]
-        self.paths = {module: f"{path}.{name}" for name, module in model.named_modules()}
-        self.splits = splits
+        paths = {module: f"{path}.{name}" for name, module in model.named_modules()}
+        self.parts = [Parts(split, paths) for split in splits]
         self.passes = passes
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
-        split = self.choose(sample)
-        before, after = range(split.tiled.start), range(split.tiled.stop, len(split.stages))
-        walk = self._walk([split.stages[i].module for i in (*before, *after)])
+        parts = self.choose(sample.shape, sample.element_size())
+        walk = self._walk(parts.whole)
 
-        def run(hidden_states: torch.Tensor, stages: range) -> torch.Tensor:
-            with self._alone(split, stages, walk):
-                return original(hidden_states)
+        def run(plane: torch.Tensor, stages: range) -> torch.Tensor:
+            with parts.alone(stages, walk):
+                return original(plane)
 
         with PatchStack() as stack:
-            self._silence(stack, self._in_pieces(split))
-            plane = run(sample, before) if before else sample
-            plane = self._run_tiled(lambda tile: run(tile, split.tiled), plane, split, walk if after else None)
-            return delivered(run(plane, after) if after else plane)
+            self._silence(stack, parts.in_pieces())
+            plane = run(sample, parts.before) if parts.before else sample
+            plane = self._run_tiled(lambda tile: run(tile, parts.split.tiled), plane, parts, walk)
+            return delivered(run(plane, parts.after) if parts.after else plane)
 
-    def choose(self, sample: torch.Tensor) -> Split:
-        batch, _, height, width = sample.shape
-        for split in self.splits:
-            if split.whole_bytes(height, width, batch, sample.element_size()) <= WHOLE_BYTES:
-                return split
-        return self.splits[-1]
+    def choose(self, shape: torch.Size, itemsize: int) -> Parts:
+        """For an input ``[B, C, H, W]`` of values of so many bytes."""
+        batch, _, height, width = shape
+        fitting = (each for each in self.parts if each.split.whole_bytes(height, width, batch, itemsize) <= WHOLE_BYTES)
+        return next(fitting, self.parts[-1])
 
     def _walk(self, whole: Sequence[nn.Module]) -> Walk:
         """How the stages run that are not in tiles. A module that is not known has to find its map on the device."""
         host = self.host if all(map(can_be_walked, whole)) else None
         passing = not any(map(listeners, whole))
         return Walk(self.cutting.tile_height, self.cutting.wrap, host, passing)
-
-    def _in_pieces(self, split: Split) -> dict[str, nn.Module]:
-        """The modules that see pieces alone, by path: tiles or strips."""
-        seen: dict[str, nn.Module] = {}
-        for i, stage in enumerate(split.stages):
-            if i in split.tiled:
-                seen |= {self.paths[module]: module for module in stage.module.modules()}
-            elif can_be_walked(stage.module):
-                seen |= inner_modules(stage.module, self.paths[stage.module])
-        return seen
-
-    @contextmanager
-    def _alone(self, split: Split, stages: range, walk: Walk) -> Iterator[None]:
-        """Inside, the model runs these stages and passes its input through the others."""
-        with PatchStack() as stack:
-            for i, stage in enumerate(split.stages):
-                path = self.paths[stage.module]
-                if i not in stages:
-                    stack.set(stage.module, "forward", _pass_through, f"{path}.forward")
-                    for kind in ("_forward_hooks", "_forward_pre_hooks"):  # it is called once for each part
-                        silence(stack, {path: stage.module}, kind)
-                elif i not in split.tiled and can_be_walked(stage.module):
-                    for place, module in steps(stage.module, path):
-                        Site(module, place, Order.IN_STRIPS, walked(module, place, walk)).install(stack)
-            yield
-        walk.spare = None
 
     def _windows(self, plane: torch.Tensor, split: Split) -> Sequence[Window]:
         """The tiled part's windows on its input plane, their edges on the grid of its coarser side."""
@@ -141,13 +106,14 @@ class TwoPass(InPieces):
         side = min(split.halo * 3 // 2, max(budget.height, budget.width) // 3)
         return scatter(budget, max(side // step, 2) * step, height, width, step)
 
-    def _run_tiled(self, run: Forward, plane: torch.Tensor, split: Split, walk: Walk | None) -> torch.Tensor:
+    def _run_tiled(self, run: Forward, plane: torch.Tensor, parts: Parts, walk: Walk) -> torch.Tensor:
         """All of the tiled part's output: memory of `walk` where that reads it next, else a plain tensor."""
+        split = parts.split
         windows = self._windows(plane, split)
         height, width = plane.shape[-2:]
         bar_length = self.passes * (len(windows) + 1)
         with weights_held(self.model.modules()), PatchStack() as stack, self._progress(bar_length) as bar:
-            norms = self._share_group_norms(stack, [split.stages[i].module for i in split.tiled])
+            norms = _share_group_norms(stack, parts)
 
             def counted(given: torch.Tensor) -> torch.Tensor:
                 result = run(given)
@@ -155,10 +121,10 @@ class TwoPass(InPieces):
                 return result
 
             def run_sample() -> None:
-                parts = [part(plane, tile) for tile in self._sample(plane, split, windows[0].outer)]
+                some = [part(plane, tile) for tile in self._sample(plane, split, windows[0].outer)]
                 for norm in norms:
-                    norm.sample(len(parts))
-                counted(torch.cat(parts))
+                    norm.sample(len(some))
+                counted(torch.cat(some))
 
             def record(tile_window: Window) -> None:
                 for norm in norms:
@@ -176,7 +142,7 @@ class TwoPass(InPieces):
 
             def empty(result: torch.Tensor) -> torch.Tensor:
                 shape = (*result.shape[:2], int(split.scale * height), int(split.scale * width))
-                return result.new_empty(shape) if walk is None else walk.empty(result, shape)
+                return walk.empty(result, shape) if parts.after else result.new_empty(shape)
 
             run_sample()
             for _ in range(self.passes - 1):
@@ -186,15 +152,16 @@ class TwoPass(InPieces):
                 norm.apply()
             return assemble(windows, apply, place, empty)  # type: ignore[no-any-return]
 
-    def _share_group_norms(self, stack: PatchStack, tiled: Iterable[nn.Module]) -> list[SharedGroupNorm]:
-        """Puts shared statistics in the group norms of the tiled stages."""
-        shared = []
-        for stage in tiled:
-            for module in stage.modules():
-                if isinstance(module, nn.GroupNorm):
-                    shared.append(SharedGroupNorm(module))
-                    stack.wrap(module, "forward", shared[-1], f"{self.paths[module]}.forward")
-        return shared
+
+def _share_group_norms(stack: PatchStack, parts: Parts) -> list[SharedGroupNorm]:
+    """Puts shared statistics in the group norms of the tiled stages."""
+    shared = []
+    for stage in parts.tiled:
+        for module in stage.modules():
+            if isinstance(module, nn.GroupNorm):
+                shared.append(SharedGroupNorm(module))
+                stack.wrap(module, "forward", shared[-1], f"{parts.paths[module]}.forward")
+    return shared
 
 
 def _read(plane: torch.Tensor, outer: Tile) -> torch.Tensor:

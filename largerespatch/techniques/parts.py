@@ -1,0 +1,67 @@
+"""The parts of an encoder or decoder, of which some run whole and one in tiles: each by the model's own forward."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..core.families import Order, Site
+from ..core.patching import PatchStack
+from .stages import Split
+from .walk import Walk, can_be_walked, inner_modules, silence, steps, walked
+
+
+def _pass_through(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return hidden_states
+
+
+class Parts:
+    """What a split makes of a model: stages `before` the tiled ones, those, and stages `after` them.
+
+    Args:
+        split: which stages run in tiles.
+        paths: of all modules of the model, for messages.
+    """
+
+    def __init__(self, split: Split, paths: Mapping[nn.Module, str]) -> None:
+        self.split = split
+        self.paths = paths
+        self.before = range(split.tiled.start)
+        self.after = range(split.tiled.stop, len(split.stages))
+
+    def modules(self, stages: range) -> list[nn.Module]:
+        return [self.split.stages[i].module for i in stages]
+
+    @property
+    def whole(self) -> list[nn.Module]:
+        return [*self.modules(self.before), *self.modules(self.after)]
+
+    @property
+    def tiled(self) -> list[nn.Module]:
+        return self.modules(self.split.tiled)
+
+    def in_pieces(self) -> dict[str, nn.Module]:
+        """The modules that see pieces alone, by path: tiles or strips."""
+        seen = {self.paths[module]: module for stage in self.tiled for module in stage.modules()}
+        for stage in filter(can_be_walked, self.whole):
+            seen |= inner_modules(stage, self.paths[stage])
+        return seen
+
+    @contextmanager
+    def alone(self, stages: range, walk: Walk) -> Iterator[None]:
+        """Inside, the model runs these stages and passes its input through the others.
+
+        What does not run in tiles does so strip by strip where its modules are known: exact, and smaller in memory.
+        """
+        running = self.modules(stages)
+        with PatchStack() as stack:
+            for stage in filter(lambda stage: stage not in running, self.modules(range(len(self.split.stages)))):
+                stack.set(stage, "forward", _pass_through, f"{self.paths[stage]}.forward")
+                for kind in ("_forward_hooks", "_forward_pre_hooks"):  # it is called once for each part
+                    silence(stack, {self.paths[stage]: stage}, kind)
+            for stage in filter(can_be_walked, running if stages != self.split.tiled else ()):
+                for place, module in steps(stage, self.paths[stage]):
+                    Site(module, place, Order.IN_STRIPS, walked(module, place, walk)).install(stack)
+            yield
+        walk.spare = None
