@@ -73,12 +73,9 @@ def sees_image(pipe: Any) -> bool:
 
     (ControlNets of transformers are shown a latent.)
     """
-    modules = (module for model in models_of(pipe).values() for module in model.modules())
-    return any(map(_sees_image, modules)) or getattr(pipe, "adapter", None) is not None
-
-
-def _sees_image(module: torch.nn.Module) -> bool:
-    return hasattr(module, "controlnet_cond_embedding")
+    models = (model for each in models_of(pipe).values() for model in getattr(each, "nets", [each]))
+    shown = any(hasattr(model, "controlnet_cond_embedding") for model in models)
+    return shown or getattr(pipe, "adapter", None) is not None
 
 
 def encodes(pipe: Any) -> bool:

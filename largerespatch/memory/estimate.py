@@ -79,7 +79,7 @@ class Estimator:
 
     def _count(self, stage: str, height: int, width: int, options: Any) -> int:
         pipe, models = self.shadow.pipe, list(self.shadow.models.values())
-        with self.patched(pipe, options), as_called(stage, models, pipe) as grown:
+        with self.patched(self.shadow.calling(stage), options), as_called(stage, models, pipe) as grown:
             return grown + self.shadow.peak(lambda: play(stage, models, pipe, height, width))
 
 

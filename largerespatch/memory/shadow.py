@@ -309,6 +309,19 @@ class Shadow:
         # A schedule is made of real tensors, and which step it is makes no difference to memory.
         copies = {name: model for name, (model, _) in self.models.items()}
         vars(self.pipe).update(copies, scheduler=None, _progress_bar_config={"disable": True})
+        if "components" in vars(pipe):  # of what only looks like a pipeline
+            vars(self.pipe)["components"] = pipe.components | copies
+
+    def calling(self, stage: str) -> Any:
+        """The pipeline with only those models that it calls for a stage: to patch the others would take time."""
+        others = {
+            name: None for name, (_, family) in self.models.items() if family.stages and stage not in family.stages
+        }
+        pipe = copy.copy(self.pipe)
+        vars(pipe).update(others)
+        if "components" in vars(pipe):
+            vars(pipe)["components"] = pipe.components | others
+        return pipe
 
     def peak(self, work: Callable[[], object]) -> int:
         """The most bytes alive at once on the pipeline's device while `work` calls the copies."""
