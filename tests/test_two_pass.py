@@ -103,7 +103,7 @@ def psnr(result, expected):
 @pytest.mark.parametrize("wrap", [False, True])
 def test_every_pass_makes_one_more_norm_exact(half, wrap):
     """Of the last split's tiled part, which has them all but the mid block's. Until then more passes come closer."""
-    vae, x, run = tiny.vae(layers_per_block=1), INPUTS[half](2, 24, 20), HALVES[half]
+    vae, x, run = tiny.vae(layers_per_block=1), INPUTS[half](1, 18, 16), HALVES[half]
     norms = {"encode": 8, "decode": 17}[half]
     close = 100  # decibels: what float32 rounds in that many layers
     with PatchStack() as padding:
@@ -113,9 +113,9 @@ def test_every_pass_makes_one_more_norm_exact(half, wrap):
         fidelity = []
         for passes in (2, 3, 5, norms + 1):
             with PatchStack() as stack:
-                install_two_pass(stack, vae, (10, 10), wrap, slice(2, 3), passes)
+                install_two_pass(stack, vae, (9, 8), wrap, slice(2, 3), passes)
                 fidelity.append(psnr(run(vae, x), expected))
-            assert Bar.last.total == Bar.last.updates == passes * (6 + 1)
+            assert Bar.last.total == Bar.last.updates == passes * (4 + 1)
     assert fidelity[-1] > close
     assert all(more > less or less > close for less, more in pairwise(fidelity)), fidelity
 
@@ -164,7 +164,7 @@ def test_half_precision_keeps_its_dtype_and_its_accuracy(half, dtype):
     assert (result.float() - exact).square().mean() < 2 * untiled_error
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 11), st.integers(1, 11), st.booleans())
 def test_any_size_and_any_tile(height, width, tile_height, tile_width, wrap):
     vae = tiny.vae()
@@ -265,7 +265,7 @@ def test_with_a_host_the_device_holds_little_more_for_a_larger_image(half):
         image = x if half == "encoder" else result
         return count.peak["meta"] - image.nbytes, count.peak["cpu"]
 
-    (device, host), (larger_device, larger_host) = held(64), held(128)
+    (device, host), (larger_device, larger_host) = held(48), held(96)
     assert larger_device <= 1.2 * device
     assert larger_host >= 3.5 * host
 

@@ -39,7 +39,7 @@ def sd_like():
     return tiny.vae(block_out_channels=(8, 16, 32, 32), layers_per_block=2, norm_num_groups=8)
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     st.sampled_from(sorted(HALVES)),
     st.integers(1, 2),
@@ -168,7 +168,7 @@ def test_on_a_device_with_a_host_only_the_host_holds_more_for_a_larger_image(hal
 @pytest.mark.parametrize("wrap", [False, True])
 def test_copies_on_streams_of_their_own_are_waited_for(half, recompute, wrap):
     """As on CUDA, on streams that are played."""
-    vae, x, run = sd_like(), INPUTS[half](2, 14, 6), HALVES[half]
+    vae, x, run = sd_like(), INPUTS[half](1, 10, 5), HALVES[half]
     host = Host("cpu:0", band_bytes=1500)
     results = []
     for where in (None, host):
@@ -177,7 +177,7 @@ def test_copies_on_streams_of_their_own_are_waited_for(half, recompute, wrap):
             install_exact(stack, vae, (3, 4), wrap, recompute=recompute, host=where)
             results.append(run(vae, x))
     torch.testing.assert_close(*results, **ROUNDING)
-    assert [stream.total > 100 for stream in watch.sides] == [True, True]
+    assert [stream.total > 50 for stream in watch.sides] == [True, True]
     assert watch.sound()
 
 
