@@ -318,3 +318,21 @@ def test_measures(monkeypatch):
     assert common["seam_error"](result, reference, [], [4]) == {"seam": 0.25, "elsewhere": 0}
     assert math.isclose(common["psnr"](result, reference, 1.0), -10 * math.log10(0.25 / 8))
     assert common["maximum_error"](result, reference) == 0.5
+
+
+def test_the_gpu_script_in_its_small_form(run, tmp_path, capsys):
+    out = tmp_path / "gpu.json"
+    common = ["--small", "--device", "cpu", "--minutes", 1, "--out", out]
+    run(BENCHMARKS / "gpu.py", *common, "--parts", "kernels")
+    run(BENCHMARKS / "gpu.py", *common, "--parts", "peaks")
+    parts = json.loads(out.read_text())["parts"]
+    assert set(parts) == {"kernels", "peaks"}, "rows of other parts are kept"
+    for part in parts.values():
+        assert part["rows"] and not any("error" in row for row in part["rows"])
+        assert part["environment"]["device"] == "cpu"
+    errors = {row["way"]: row["relative_error"] for row in parts["kernels"]["rows"] if "relative_error" in row}
+    assert max(errors["mask"], errors["channels"]) < 1e-5 < errors["no weights (wrong)"]
+    assert all(row["step"]["estimated"] > 0 for row in parts["peaks"]["rows"])
+    with pytest.raises(SystemExit):
+        run(BENCHMARKS / "gpu.py", "--device", "cpu")
+    assert "without a GPU only --small and --paper-only make sense" in capsys.readouterr().err
