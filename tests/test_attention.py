@@ -172,9 +172,10 @@ def context_mask(context, batch, height, width, tiling):
     mask = torch.full((batch, 1, height * width, height * width), -torch.inf)
     for tile in tiling:
         own = {row * width + column for row in range(height)[tile.rows] for column in range(width)[tile.columns]}
-        for i, places in enumerate((context.rows * width + context.columns).tolist()):
-            heavies = set(places[: context.heavy]) - own
-            others = set(places[context.heavy :]) - own - heavies
+        for i, places in enumerate(context.rows * width + context.columns):
+            heavies = set(places[context.is_heavy[i]].tolist()) - own
+            others = set(places[context.counts[i] & ~context.is_heavy[i]].tolist()) - own
+            assert not heavies & others
             for query in own:
                 mask[i, 0, query, sorted(own | heavies)] = 0
                 if others:
@@ -266,7 +267,22 @@ def test_heavy_tokens_are_those_that_queries_want():
     wanted = [7, 123, 399]
     x[wanted] += 5 * F.normalize(module.to_q(everywhere) @ module.to_k.weight, dim=0)
     judges, crowd = torch.arange(0, 400, 5), torch.arange(0, 400, 3)
-    assert sorted(heavy_tokens(module, x[None], 3, judges, crowd)[0].tolist()) == wanted
+    most, heavy = heavy_tokens(module, x[None], 6, judges, crowd)
+    assert sorted(most[0, :3].tolist()) == wanted
+    assert heavy.tolist() == [[True] * 3 + [False] * 3]
+
+
+def test_sampled_tokens_take_the_place_of_heavy_ones_that_there_are_not():
+    """Of tokens that are all wanted alike none is heavy; then one is made so, in one sample."""
+    module, everywhere = attention(), torch.randn(16)
+    x = everywhere + 0.1 * torch.randn(2, 400, 16)
+    none = Context(module, x, (20, 20), 8, 8, "a")
+    assert not none.is_heavy.any()
+    assert none.counts.sum(dim=1).tolist() == [none.counts.shape[1]] * 2 and none.counts.shape[1] > 8
+    x[1, 77] += 5 * F.normalize(module.to_q(everywhere) @ module.to_k.weight, dim=0)
+    one = Context(module, x, (20, 20), 8, 8, "a")
+    assert one.is_heavy.sum(dim=1).tolist() == [0, 1]
+    assert (one.rows * 20 + one.columns)[one.is_heavy].tolist() == [77]
 
 
 @pytest.mark.parametrize("qk_norm", [None, "layer_norm"])
@@ -279,7 +295,7 @@ def test_heavy_tokens_are_ranked_by_the_head_that_wants_them_most(qk_norm, monke
     query, key = ((p(x)).unflatten(-1, (2, 8)).transpose(1, 2) for p in (module.to_q, module.to_k))
     query, key = (query, key) if qk_norm is None else (module.norm_q(query), module.norm_k(key))
     wants = (query[:, :, :40] @ key.mT / 8**0.5).softmax(-1).mean(2).amax(1)
-    found = heavy_tokens(module, x, 9, judges, torch.arange(100))
+    found, _ = heavy_tokens(module, x, 9, judges, torch.arange(100))
     assert torch.equal(found, wants.topk(9).indices)
 
 

@@ -1,13 +1,15 @@
 """The context of a block: tokens outside it that stand for the rest of the map.
 
 *Heavy* tokens are those that most queries want; a *sampled* few stand for all the others, each with the log of how many
-it stands for. Approximate; with all tokens as context a block attends as dense attention does.
+it stands for. Up to half are heavy, as many as there are: a token that is called heavy and is not does harm.
+Approximate; with all tokens as context a block attends as dense attention does.
 """
 
 import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
 from ..core.pieces import assemble
@@ -16,6 +18,9 @@ from ..core.tilings import Runs, Tile, sampled_cells
 # Queries that say which tokens are heavy, and keys that say how much attention there is to get.
 JUDGES = 128
 CROWD = 2048
+
+# A heavy token gets more than so many times what a token gets on average.
+HEAVY = 4
 
 # Attention scores that are looked at together while heavy tokens are searched: 128 MiB in float32.
 SCORES = 2**25
@@ -34,8 +39,8 @@ def heavy_tokens(
     judges: torch.Tensor,
     crowd: torch.Tensor,
     prepare: Prepare = lambda tokens: tokens,
-) -> torch.Tensor:
-    """Indices ``[B, count]`` of those of the `tokens` ``[B, N, C]`` that get the most attention.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices ``[B, count]`` of those of the `tokens` ``[B, N, C]`` that get the most attention, and which are heavy.
 
     Measured for the queries of the tokens `judges`; a token counts by the head that wants it most. What all tokens
     together get is estimated from those of the `crowd`, a sample of them. `prepare` is what the attention does to
@@ -59,7 +64,8 @@ def heavy_tokens(
         place=lambda run: (slice(None), slice(*run)),
         into=torch.zeros(tokens.shape[:2], device=tokens.device),
     )
-    return received.topk(count).indices  # type: ignore[no-any-return]
+    most = received.topk(count)
+    return most.indices, most.values > HEAVY * len(judges) / tokens.shape[1]
 
 
 def _uploaded(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -75,8 +81,8 @@ class Context:
         attention: whose attention it is for.
         tokens: of the map, ``[B, height * width, C]``.
         size: ``(height, width)``.
-        heavy: number of heavy tokens, which differ from sample to sample.
-        sampled: number of sampled ones, the same for all samples.
+        heavy: at most so many heavy tokens, which differ from sample to sample; sampled ones take the place of others.
+        sampled: number of sampled ones besides, the same for all samples.
         seed: which tokens are sampled, and which ones judge, follows from it.
         prepare: what the attention does to tokens before it projects them.
     """
@@ -93,18 +99,22 @@ class Context:
     ) -> None:
         height, width = size
         batch, self.total, channels = tokens.shape
-        self.heavy = min(heavy, self.total)
+        most = min(heavy, self.total)
 
         def cells(count: int, purpose: str) -> torch.Tensor:
             return _uploaded(sampled_cells(height, width, count, f"{seed} {purpose}"), tokens.device)
 
         judges, crowd, some = cells(JUDGES, "judges"), cells(CROWD, "crowd"), cells(sampled, "sampled")
-        some = some.expand(batch, -1)
-        wanted = heavy_tokens(attention, tokens, self.heavy, judges, crowd, prepare)
-        # A sampled token that is heavy as well must not count twice.
-        fresh = ~(some[:, :, None] == wanted[:, None, :]).any(dim=-1)
-        self.counts = torch.cat([torch.ones_like(wanted, dtype=torch.bool), fresh], dim=1)
-        places = torch.cat([wanted, some], dim=1)
+        wanted, is_heavy = heavy_tokens(attention, tokens, most, judges, crowd, prepare)
+        spare = cells(most, "instead of heavy") if most else some[:0]
+        instead = F.pad(spare, (0, most - len(spare)), value=-1).expand(batch, -1)
+        places = torch.cat([torch.where(is_heavy, wanted, instead), some.expand(batch, -1)], dim=1)
+        self.is_heavy = F.pad(is_heavy, (0, len(some)))
+        # No token counts twice: not one that is sampled and heavy, nor one that is sampled again.
+        again = _among(places, torch.where(is_heavy, wanted, -1)) & ~self.is_heavy
+        again[:, :most] |= _among(places[:, :most], some.expand(batch, -1)) & ~is_heavy
+        self.counts = (places >= 0) & ~again
+        places = places.clamp(min=0)
         self.rows, self.columns = places // width, places % width
         self.tokens = tokens.gather(1, places[:, :, None].expand(-1, -1, channels))
 
@@ -116,8 +126,13 @@ class Context:
         rows, columns = self.rows, self.columns
         inside = (rows >= tile.top) & (rows < tile.bottom) & (columns >= tile.left) & (columns < tile.right)
         used = self.counts & ~inside
-        heavy, sampled = used[:, : self.heavy], used[:, self.heavy :]
+        heavy, sampled = used & self.is_heavy, used & ~self.is_heavy
         unseen = self.total - tile.area - heavy.sum(dim=1, keepdim=True)
         stands_for = (unseen / sampled.sum(dim=1, keepdim=True).clamp(min=1)).log()
-        weights = torch.cat([torch.zeros_like(heavy, dtype=torch.float32), stands_for.expand_as(sampled)], dim=1)
+        weights = torch.where(sampled, stands_for, torch.zeros_like(stands_for))
         return weights.masked_fill(~used, -torch.inf)[:, None]
+
+
+def _among(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Which of the numbers ``[B, S]`` are among others ``[B, T]``."""
+    return (some[:, :, None] == others[:, None, :]).any(dim=-1)
