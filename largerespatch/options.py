@@ -82,7 +82,7 @@ class Options:
     attn_context: int = _count(
         512,
         "tokens",
-        "tokens outside its block that a block attends to as well: *heavy* ones, which most queries want, as far as there "
+        "tokens outside its block that a block attends to as well: *heavy* ones, which most queries want, where there "
         "are any, at most half; the others *sampled* to stand for the rest of the map. 0 for none",
         least=0,
     )

@@ -58,8 +58,8 @@ Forward = Callable[..., torch.Tensor]
 class Blocking:
     """How self-attention is blocked: `shape` is a key of `COVERS`, all else counts tokens.
 
-    `context` is the number of tokens outside a tile that it attends to as well, at most half heavy, the rest sampled. `warned`
-    are the processors of which it has been said that they cannot be told the context's weights.
+    `context` is the number of tokens outside a tile that it attends to as well, at most half heavy, the rest sampled.
+    `warned` are the processors of which it has been said that they cannot be told the context's weights.
     """
 
     shape: str
