@@ -1,10 +1,9 @@
-"""Train the demo model in `examples/demo_model` from freely licensed photographs.
+"""Train the demo models in `examples/demo_model` and `examples/demo_transformer` from maps of the Earth.
 
-Stages, each of which resumes where an interrupted run left it: fetch the photographs (four Debian packages, with
-apt-get and dpkg-deb, and the sample pictures of scikit-image and scikit-learn where those are installed), train the
-VAE, train its decoder alone, train U-Net and text encoder on the VAE's latents. Then the pipeline folder is written,
-with half-precision weights. Photographs are used where `captions.json` describes them; those it lists as held out are
-never trained on.
+Stages, each of which resumes where an interrupted run left it: fetch the maps and CLIP's vocabulary with pip, train the
+VAE (in the last third of its steps its decoder alone), encode windows of the maps, train the text encoder, the
+transformer and the U-Net on them. Then the folders are written, with half-precision weights. Longitudes 110 to 180 E
+from 50 S to the equator are never trained on.
 """
 
 from __future__ import annotations
@@ -12,19 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from demo_training.data import fetch_packages, load_photos, sample_image_folders
-from demo_training.decoder import train_decoder
-from demo_training.export import export
-from demo_training.text import fetch_vocabulary, write_tokenizer
-from demo_training.text_to_image import TextToImage, prepare_latents, train_text_to_image
-from demo_training.vae import train_vae
+from demo_training.captions import classes
+from demo_training.data import SCALES, fetch_maps, load_map, resized, sea, without_held_out, without_hole
+from demo_training.export import export_pipeline, export_transformer
+from demo_training.latents import build_levels, prepare_latents
+from demo_training.text import fetch_vocabulary, train_text_encoder, write_tokenizer
+from demo_training.text_to_image import train_unet
+from demo_training.transformer import train_transformer
+from demo_training.vae import held_out_crops, train_vae
+
+STAGES = ("vae", "transformer", "unet", "export")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="folder with the unpacked packages; fetched where not given")
+    parser.add_argument("--maps", type=Path, help="folder with the maps; fetched where not given")
     parser.add_argument(
         "--work",
         type=Path,
@@ -32,24 +36,22 @@ def parse_arguments() -> argparse.Namespace:
         help="folder for checkpoints, logs and sample sheets; training resumes from what it holds (%(default)s)",
     )
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).with_name("demo_model"),
-        help="pipeline folder to write (%(default)s)",
+        "--out", type=Path, default=Path(__file__).parent, help="folder to write both models into (%(default)s)"
     )
-    parser.add_argument("--vae-steps", type=int, default=600, help="optimizer steps of the VAE (%(default)s)")
-    parser.add_argument("--decoder-steps", type=int, default=800, help="of the decoder alone, then (%(default)s)")
-    parser.add_argument("--unet-steps", type=int, default=940, help="optimizer steps of the U-Net (%(default)s)")
-    parser.add_argument("--unet-batch", type=int, default=8, help="latent crops in a step of the U-Net (%(default)s)")
+    parser.add_argument("--vae-steps", type=int, default=1800, help="optimizer steps of the VAE (%(default)s)")
+    parser.add_argument("--transformer-steps", type=int, default=1400, help="of the transformer (%(default)s)")
+    parser.add_argument("--unet-steps", type=int, default=1050, help="of the U-Net (%(default)s)")
+    parser.add_argument("--windows", type=float, default=1.0, help="share of the usual number (%(default)s)")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=STAGES,
+        help="what to do; the others' parts are taken as their checkpoints hold them (all)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice where not given")
-    parser.add_argument("--until", choices=("vae", "decoder", "all"), default="all", help="where to stop (%(default)s)")
-    parser.add_argument(
-        "--export-now",
-        action="store_true",
-        help="write the folder from the checkpoints as they are, without training any further",
-    )
     return parser.parse_args()
 
 
@@ -63,40 +65,51 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     work = options.work
     work.mkdir(parents=True, exist_ok=True)
-    folders = [options.images or fetch_packages(work / "photographs"), *sample_image_folders()]
-    photos = load_photos(folders, ("photos", "drawings"))
-    held_out = load_photos(folders, ("held_out",))
-    vocabulary = fetch_vocabulary(work)
+    maps = options.maps or fetch_maps(work / "maps")
+    blue_marble, etopo, relief = (load_map(maps, name) for name in ("bmng.jpg", "etopo1.jpg", "shadedrelief.jpg"))
+    held_out = held_out_crops(blue_marble)
+    blue_marble = without_held_out(without_hole(blue_marble, sea(etopo)))
+    etopo, relief = without_held_out(etopo), without_held_out(relief)
+
+    def steps(stage: str) -> int:
+        return getattr(options, f"{stage}_steps") if stage in options.stages else 0
 
     shared = {"seed": options.seed, "device": options.device}
-    vae_steps = 0 if options.export_now else options.vae_steps
-    vae, vae_seconds = train_vae(photos, held_out, work, steps=vae_steps, **shared)
-    if options.until == "vae":
+    pyramids = [[resized(each, scale.width) for scale in SCALES] for each in (blue_marble, relief)]
+    vae, vae_seconds = train_vae(*pyramids, held_out, work, steps=steps("vae"), **shared)
+    if set(options.stages) == {"vae"}:
         return
-    decoder_steps = 0 if options.export_now else options.decoder_steps
-    vae, decoder_seconds = train_decoder(vae, photos, held_out, work, steps=decoder_steps, **shared)
-    if options.until == "decoder":
+    levels = build_levels(blue_marble, classes(blue_marble, etopo, relief))
+    windows = prepare_latents(vae, levels, work, share=options.windows, seed=options.seed)
+    tokenizer = write_tokenizer(fetch_vocabulary(work), work / "tokenizer")
+    text_encoder = train_text_encoder(windows, tokenizer, work / "text_encoder.pt", seed=options.seed)
+    text_encoder.to(options.device)
+    parts: dict[str, Any] = {}
+    seconds = {"vae": vae_seconds}
+    for stage, train in (("transformer", train_transformer), ("unet", train_unet)):
+        if stage in options.stages or "export" in options.stages:
+            parts[stage], seconds[stage] = train(
+                windows, vae, text_encoder, tokenizer, work, steps=steps(stage), **shared
+            )
+    if "export" not in options.stages:
         return
-    both, both_seconds = TextToImage(), 0.0
-    if not options.export_now or (work / "text_to_image.pt").exists():
-        both, both_seconds = train_text_to_image(
-            prepare_latents(vae, photos, work),
-            vae,
-            write_tokenizer(vocabulary, work / "tokenizer"),
-            work,
-            steps=0 if options.export_now else options.unet_steps,
-            batch=options.unet_batch,
-            **shared,
-        )
-    training = {
+    record = {
         **shared,
-        "photographs": len(photos),
-        "vae": {"seconds": round(vae_seconds), "last": last_row(work / "vae.jsonl")},
-        "decoder": {"seconds": round(decoder_seconds), "last": last_row(work / "decoder.jsonl")},
-        "text_to_image": {"seconds": round(both_seconds), "last": last_row(work / "text_to_image.jsonl")},
+        "windows": len(windows),
+        **{
+            stage: {"seconds": round(spent), "last": last_row(work / f"{stage}.jsonl")}
+            for stage, spent in seconds.items()
+        },
     }
-    size = export(vae, both, vocabulary, options.out, training)
-    print(f"{options.out}: {size / 1e6:.1f} MB")
+    vocabulary = fetch_vocabulary(work)
+    for name, size in (
+        (
+            "demo_model",
+            export_pipeline(vae, parts["unet"], text_encoder, vocabulary, options.out / "demo_model", record),
+        ),
+        ("demo_transformer", export_transformer(parts["transformer"], options.out / "demo_transformer", record)),
+    ):
+        print(f"{options.out / name}: {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
