@@ -8,6 +8,7 @@ examples' folders.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=200, help="of this run, all in all (%(default)s)")
     parser.add_argument("--vae-seconds", type=float, help="of them for the VAE (90, or none with --resume)")
+    parser.add_argument("--vae-rate", type=float, default=8e-4, help="peak learning rate of the VAE (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and report.zip")
     parser.add_argument("--resume", type=Path, help="folder that an earlier run wrote")
     parser.add_argument("--begin", type=float, help="share of the denoisers' training already done (as in --resume)")
@@ -115,10 +117,14 @@ def train_vae(
     try:
         maps = (blue_marble, blue_marble if relief is None else relief)
         crops = MapCrops(*([resized(each, scale.width) for scale in SCALES] for each in maps), options.device)
-        measure_vae(vae.eval(), held_out, log, 0.0)
+        before, shipped = measure_vae(vae.eval(), held_out, log, 0.0), copy.deepcopy(vae)
         vae.train()
         clock = Clock(min(log.start + options.vae_seconds, end))
-        return train_vae_by_clock(vae, crops, held_out, path, clock, log, options.small)
+        trained = train_vae_by_clock(vae, crops, held_out, path, clock, log, options.small, options.vae_rate)
+        if measure_vae(trained, held_out, log, 1.0) > before - 0.2 or options.small:
+            return trained
+        log(stage="vae", failed="worse than it was: what was shipped is kept")
+        return shipped
     except Exception:
         (options.work / "vae.txt").write_text(traceback.format_exc(), encoding="utf-8")
         log(stage="vae", failed=traceback.format_exc())

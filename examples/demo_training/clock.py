@@ -120,7 +120,7 @@ def train_by_clock(
         others = _groups(model, lambda key, parameter: 0.0 if key in matrices else rate_factor(key, parameter))
         fused = next(model.parameters()).is_cuda
         adam = torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=1e-3, fused=fused)
-        return [adam, BatchedMuon(list(matrices.values()), lr=peak)]
+        return [adam, BatchedMuon(list(matrices.values()), lr=peak)] if matrices else [adam]
 
     optimizers = optimizers_for(peak_rate)
     parameters, kept = list(model.parameters()), list(average.parameters())
