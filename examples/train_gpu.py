@@ -119,8 +119,9 @@ def train_vae(
         crops = MapCrops(*([resized(each, scale.width) for scale in SCALES] for each in maps), options.device)
         before, shipped = measure_vae(vae.eval(), held_out, log, 0.0), copy.deepcopy(vae)
         vae.train()
+        paths = [path, options.out / "vae.safetensors"]
         clock = Clock(min(log.start + options.vae_seconds, end))
-        trained = train_vae_by_clock(vae, crops, held_out, path, clock, log, options.small, options.vae_rate)
+        trained = train_vae_by_clock(vae, crops, held_out, paths, clock, log, options.small, options.vae_rate)
         if measure_vae(trained, held_out, log, 1.0) > before - 0.2 or options.small:
             return trained
         log(stage="vae", failed="worse than it was: what was shipped is kept")
@@ -133,7 +134,7 @@ def train_vae(
 
 def prepare(options: argparse.Namespace, log: Any, end: float) -> None:
     """Train the VAE where there is time for it, encode the windows and leave all for the workers in `work`."""
-    from demo_training.by_clock import check_latents, measure_vae, save_weights
+    from demo_training.by_clock import check_latents, is_normalised, measure_vae, save_weights
     from demo_training.latents import build_levels
     from demo_training.pool import WINDOWS, Captioning, draw_windows, encode_all, levels_on_device
 
@@ -153,7 +154,7 @@ def prepare(options: argparse.Namespace, log: Any, end: float) -> None:
     if trained:
         vae = train_vae(options, vae, blue_marble, relief, held_out, log, end)
     vae.eval().requires_grad_(False)
-    pool = encode_all(vae, groups, normalise=trained)
+    pool = encode_all(vae, groups, normalise=trained or not is_normalised(weights_of(options, "vae")))
     check_latents(pool, log)
     if trained:
         measure_vae(vae, held_out, log, 1.0)  # the same again, or folding went wrong
@@ -256,7 +257,6 @@ def supervise(options: argparse.Namespace) -> None:
         (options.work / "main.txt").write_text(traceback.format_exc(), encoding="utf-8")
         traceback.print_exc()
         (options.work / "failed").touch()
-        save_vae_anyway(options)
     if options.device.startswith("cuda"):
         torch.cuda.empty_cache()
     while any(each.poll() is None for each in workers):
@@ -273,13 +273,6 @@ def supervise(options: argparse.Namespace) -> None:
         if path.stat().st_size:
             print(path.name, path.read_text(encoding="utf-8", errors="replace")[-3000:], flush=True)
     shutil.rmtree(options.work, ignore_errors=True)
-
-
-def save_vae_anyway(options: argparse.Namespace) -> None:
-    """A VAE whose latents could not be made is still a trained one: its latents must be normalised later."""
-    path = options.work / "vae_unnormalised.safetensors"
-    if path.exists() and not (options.out / "vae.safetensors").exists():
-        shutil.copy(path, options.out / "vae_unnormalised.safetensors")
 
 
 def export(options: argparse.Namespace) -> None:

@@ -69,9 +69,15 @@ def fast_settings() -> None:
     torch.backends.cudnn.benchmark = True
 
 
+class HalfPrecision:
+    """Whether denoisers are trained in it."""
+
+    on = True
+
+
 def half_precision(device: str) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 where the device is fast at it; loss and weights stay single."""
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and HalfPrecision.on:
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -88,6 +94,12 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, str]:
     model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
+
+
+def is_normalised(path: Path) -> bool:
+    """Whether the latents of the VAE there have unit spread when scaled; not so if its training was cut short."""
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("normalised") != "False"
 
 
 class MapCrops:
@@ -121,7 +133,7 @@ def train_vae_by_clock(
     vae: AutoencoderKL,
     crops: MapCrops,
     held_out: dict[str, Pixels],
-    path: Path,
+    paths: list[Path],
     clock: Clock,
     log: Log,
     small: bool,
@@ -147,7 +159,8 @@ def train_vae_by_clock(
 
     def save(progress: float) -> None:
         measure_vae(average, held_out, log, progress)
-        save_weights(average, path, scaling_factor=average.config.scaling_factor, normalised=False)
+        for path in paths:
+            save_weights(average, path, scaling_factor=average.config.scaling_factor, normalised=False)
 
     train_by_clock(
         "vae",
@@ -286,6 +299,11 @@ def train_denoiser(
     """Train the U-Net or the transformer until the clock is over; return the averaged weights."""
     average = copy.deepcopy(model).requires_grad_(False).eval()
     loss_at = {"unet": unet_loss, "transformer": transformer_loss}[kind](model, batches, device)
+    try:
+        loss_at(0, clock.progress(), 0.1)[0].backward()
+    except RuntimeError as error:
+        HalfPrecision.on = False
+        log(stage=kind, single_precision=repr(error))
     train_by_clock(
         kind,
         model,

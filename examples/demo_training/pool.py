@@ -6,6 +6,7 @@ scaling and the encoding is done on the device, anew in each run.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -102,8 +103,8 @@ def tilted_on_device(
     latitude = torch.linspace(1, -1, height + 1, **grid)[:-1].add(-1 / height).mul(torch.pi / 2)[:, None]
     longitude = torch.linspace(-1, 1, width + 1, **grid)[:-1].add(1 / width).mul(torch.pi)[None]
     x, y, z = latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin().expand(height, width)
-    angle = np.deg2rad(degrees)
-    x, z = np.cos(angle) * x - np.sin(angle) * z, np.sin(angle) * x + np.cos(angle) * z
+    sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+    x, z = cosine * x - sine * z, sine * x + cosine * z
     column = torch.remainder(torch.atan2(y, x) / torch.pi + 1 + spin, 2) - 1
     columns = planes.shape[-1]
     place = torch.stack([column * columns / (columns + 4), -z.clamp(-1, 1).asin() * 2 / torch.pi], dim=-1)
@@ -134,7 +135,7 @@ def draw_planet(levels: Levels, width: int, rng: np.random.Generator) -> tuple[t
     near = width not in WHOLE
     if width == max(levels) or (near and rng.random() < UNTILTED):
         return levels[width]
-    tilt, spin = LARGEST_TILT * rng.random(), 2 * rng.random()
+    tilt, spin = float(LARGEST_TILT * rng.random()), float(2 * rng.random())
     # From a map twice as large where there is one, so that nothing is blurred twice.
     larger = 2 * width if 2 * width in levels else max(levels)
     double, cells = levels[larger]
