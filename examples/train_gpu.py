@@ -20,6 +20,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+# A dozen processes share the CPU; threads that wait for each other there would slow all of them down.
+os.environ.setdefault("OMP_NUM_THREADS", "4")
+
 import numpy as np
 import torch
 from PIL import Image
