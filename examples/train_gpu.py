@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--single", action="store_true", help="train denoisers in single precision")
     parser.add_argument("--start", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--end", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -177,7 +178,15 @@ def prepare(options: argparse.Namespace, log: Any, end: float) -> None:
 
 def worker(options: argparse.Namespace) -> None:
     """Train one denoiser: everything is made ready while the VAE still learns, then waits for the latents."""
-    from demo_training.by_clock import Batches, Texts, fast_settings, load_weights, paint_sheet, train_denoiser
+    from demo_training.by_clock import (
+        Batches,
+        HalfPrecision,
+        Texts,
+        fast_settings,
+        load_weights,
+        paint_sheet,
+        train_denoiser,
+    )
     from demo_training.clock import Clock, Log
     from demo_training.pool import FlatPool, Samples
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -185,6 +194,7 @@ def worker(options: argparse.Namespace) -> None:
     kind, device = options.worker, options.device
     log = Log(options.work / "train.log", options.start)
     fast_settings()
+    HalfPrecision.on = not options.single
     torch.manual_seed(options.seed + 100 * KINDS.index(kind) + 1)
     model, found = build(kind), {}
     if not options.fresh:
@@ -226,14 +236,12 @@ def write_report(work: Path, out: Path) -> None:
     os.replace(out / "report.part", out / "report.zip")
 
 
-def start_workers(options: argparse.Namespace, start: float, end: float) -> list[subprocess.Popen[bytes]]:
-    arguments = [argument for argument in sys.argv[1:]]
-    arguments += ["--work", str(options.work), "--end", str(end), "--start", str(start)]
-    processes = []
-    for kind in options.only:
-        errors = (options.work / f"{kind}.txt").open("wb")  # tracebacks
-        processes.append(subprocess.Popen([sys.executable, __file__, *arguments, "--worker", kind], stderr=errors))
-    return processes
+def start_worker(
+    options: argparse.Namespace, kind: str, start: float, end: float, *more: str
+) -> subprocess.Popen[bytes]:
+    arguments = [*sys.argv[1:], "--work", str(options.work), "--end", str(end), "--start", str(start), *more]
+    errors = (options.work / f"{kind}.txt").open("ab")  # tracebacks
+    return subprocess.Popen([sys.executable, __file__, *arguments, "--worker", kind], stderr=errors)
 
 
 def supervise(options: argparse.Namespace) -> None:
@@ -251,7 +259,7 @@ def supervise(options: argparse.Namespace) -> None:
     if options.resume:  # so that what comes back is whole, whatever happens
         for path in options.resume.glob("*.safetensors"):
             shutil.copyfile(path, options.out / path.name)
-    workers = start_workers(options, start, end)
+    workers = {kind: start_worker(options, kind, start, end) for kind in options.only}
     try:
         fast_settings()
         torch.manual_seed(options.seed)
@@ -262,15 +270,20 @@ def supervise(options: argparse.Namespace) -> None:
         (options.work / "failed").touch()
     if options.device.startswith("cuda"):
         torch.cuda.empty_cache()
-    while any(each.poll() is None for each in workers):
+    again = set(options.only)  # those that may be started once more
+    while any(each.poll() is None for each in workers.values()):
         write_report(options.work, options.out)
         until = time.time() + REPORT_SECONDS
-        while time.time() < until and any(each.poll() is None for each in workers):
+        while time.time() < until and any(each.poll() is None for each in workers.values()):
             time.sleep(0.2)
+            for kind in [kind for kind in again if workers[kind].poll() not in (None, 0) and time.time() < end - 20]:
+                log(stage=kind, again="in single precision")  # a kernel failed: the process is of no more use
+                workers[kind] = start_worker(options, kind, start, end, "--single")
+                again.remove(kind)
         if time.time() > start + options.seconds + 20:
-            for each in workers:
+            for each in workers.values():
                 each.kill()
-    log(stage="end", codes=[each.returncode for each in workers])
+    log(stage="end", codes=[each.returncode for each in workers.values()])
     write_report(options.work, options.out)
     for path in options.work.glob("*.txt"):
         if path.stat().st_size:

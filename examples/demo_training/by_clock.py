@@ -66,7 +66,8 @@ SHEET_WIDTH = 1024
 def fast_settings() -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = False  # trying out takes ten seconds for every new shape
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has failed
 
 
 class HalfPrecision:
