@@ -62,7 +62,7 @@ class Options:
         "brick", tuple(COVERS), '"brick" for the four running-bond tilings, "tile" for four shifted grids'
     )
     ff_chunk_size: int = _count(
-        4096,
+        32768,
         "tokens",
         "tokens that pass at once through a feed-forward, and through all else that follows self-attention in a "
         "transformer block",
@@ -125,11 +125,13 @@ class Options:
         "models run on the host"
     )
     memory_limit: str | int | None = _option(
-        None,
+        "auto",
         amount,
         'None, "auto", or an amount such as "8GiB" or a number of bytes',
-        'what the pipeline may take on its device, weights included; "auto" is what the device has free, less a '
-        "margin. The cheapest settings that fit are picked; options that you give stay. `repr` says what was picked",
+        "what the pipeline may take on its device, weights included. A tenth of it, at least 512 MiB, stays free for "
+        "what no estimate knows. The cheapest settings that fit are picked, those that change no result first; options "
+        'that you give stay; `repr` says what was picked. "auto" is what an accelerator has free when the first call '
+        "in the block starts; nothing is picked where the models run on the host. None: never",
     )
 
     def __post_init__(self) -> None:

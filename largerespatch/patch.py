@@ -1,25 +1,34 @@
 """LargeResPatch: check, find families, install their sites, restore."""
 
 import copy
+import logging
 import threading
+import warnings
 import weakref
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import nn
 
 from . import autoencoders, denoisers  # noqa: F401  the families register themselves
 from .core.checks import whole_number
 from .core.families import Family, Site, factor_of, families_in, install, models_of, parts_of, told
-from .core.patching import PatchStack
+from .core.patching import PatchStack, beneath_hooks
 from .memory.estimate import Estimator, MemoryEstimate, bare
-from .memory.planner import Plan, Planner, limit_bytes
+from .memory.planner import DoesNotFitError, Plan, Planner, changing, limit_bytes
+from .memory.planner import told as told_settings
 from .options import Options, given, help_lines, signature
 
 # Of a side: a map of both sides so long, with 2^14 channels, has as many values as a 64-bit index can count.
 MOST_PIXELS = 2**24
+
+_AUTO = "memory_limit 'auto'"
+_LOGGER = logging.getLogger("largerespatch")
 
 
 class _Occupied:
@@ -100,14 +109,13 @@ class LargeResPatch:
             _check_reflection("width", self.width, factor, halvings)
             _check_reflection("height", self.height, factor, halvings)
         self._sites()  # what these models cannot do is an error now
-        self._stack = PatchStack()
-        self._plan: Plan | None = None
-        self._limit: int | None = None
-        if self.options.memory_limit is not None:
-            self._limit = limit_bytes(self.options.memory_limit, self.pipe)
-            planner = Planner(self._estimator(self._on), self._limit, self.options, frozenset(chosen))
-            self._plan = planner.plan(self.height, self.width)
-            self.options = replace(self.options, **self._plan.settings)
+        self._stack, self._first_calls = PatchStack(), PatchStack()
+        self._planned, self._waits = "", False
+        self._given, self._kept = self.options, frozenset(chosen)
+        if self.options.memory_limit not in (None, "auto"):
+            planner = self._planner()
+            assert planner is not None  # an amount is one
+            self._settle(planner.plan(self.height, self.width))
 
     def enable(self) -> Self:
         """Install every replacement; what ``with`` does on entry.
@@ -115,13 +123,17 @@ class LargeResPatch:
         Raises:
             ValueError: this patch or another one is already on the pipeline. Nothing is changed.
         """
+        if self._given.memory_limit == "auto":
+            self.options = self._given  # not what was planned when other things were loaded
         sites = self._sites()
         models = models_of(self.pipe)
         _OCCUPIED.claim({name: models[name] for name, own in sites.items() if own}, self)
         # Known to `disable` from the start, so that a half-done entry unwinds like a whole one.
-        self._stack = PatchStack()
+        self._stack, self._first_calls = PatchStack(), PatchStack()
         try:
             install(self._stack, [site for own in sites.values() for site in own])
+            if self._given.memory_limit == "auto" and limit_bytes("auto", self.pipe) is not None:
+                self._plan_at_first_call([name for name, own in sites.items() if own])
         except BaseException:
             self.disable()
             raise
@@ -142,7 +154,10 @@ class LargeResPatch:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self._stack.__exit__(kind, error, traceback)
+            try:
+                self._first_calls.__exit__(kind, error, traceback)
+            finally:
+                self._stack.__exit__(kind, error, traceback)
         finally:
             if not self._stack.active:  # else the undo was interrupted and may be finished by another call
                 _OCCUPIED.release(self)
@@ -162,13 +177,91 @@ class LargeResPatch:
         """
         return self._estimator(self._on if patched else bare).estimate(self.height, self.width, self.options)
 
+    def _settle(self, plan: Plan) -> None:
+        self.options = replace(self._given, **plan.settings)
+        self._say(str(plan))
+
+    def _say(self, what: str) -> None:
+        self._planned = what
+        _LOGGER.info(what)
+
+    def _planner(self) -> Planner | None:
+        """None where "auto" has no limit."""
+        given = self._given
+        limit = None if given.memory_limit is None else limit_bytes(given.memory_limit, self.pipe, given)
+        return None if limit is None else Planner(self._estimator(self._on), limit, self._given, self._kept)
+
+    def _plan_at_first_call(self, names: Iterable[str]) -> None:
+        """Settings are planned when the first of these models is called, then put in."""
+        families = families_in(self.pipe)
+        for name in names:
+            model, family = families[name]
+            for entry in family.entries:
+                self._first_calls.wrap(model, entry, partial(self._call_first, model, entry), f"{name}.{entry}")
+        self._waits, self._planned = True, f"{_AUTO}: settings are planned when the first call starts"
+
+    def _call_first(self, model: nn.Module, entry: str, original: Any, *args: Any, **kwargs: Any) -> Any:
+        self._plan_now()
+        call = original if self._first_calls.active else getattr(*beneath_hooks(model, entry))
+        return call(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _plan_now(self) -> None:
+        if not self._waits:
+            return
+        self._waits, warning = False, ""
+        overlaid = self._first_calls.overlaid()
+        if not overlaid:
+            self._first_calls.undo()
+            overlaid = self._stack.overlaid()
+        if overlaid:  # what is beneath that cannot be exchanged
+            self._say(f"{_AUTO}: nothing is planned, since other code has replaced {', '.join(overlaid)}")
+            return
+        try:
+            warning = self._plan_auto()
+        except Exception as error:  # the call may well work where the estimate does not
+            self._say(f"{_AUTO}: nothing is planned, since there is no estimate: {error}")
+        if self.options != self._given:
+            self._stack.undo()
+            install(self._stack, [site for own in self._sites().values() for site in own])
+        if warning:
+            warnings.warn(warning, RuntimeWarning, stacklevel=2)
+
+    def _plan_auto(self) -> str:
+        """What there is to warn of, if anything."""
+        planner = self._planner()
+        if planner is None:
+            return ""
+        try:
+            plan = planner.plan(self.height, self.width)
+        except DoesNotFitError as refused:
+            self.options = replace(self._given, **refused.settings)
+            self._say(f"{refused}; on are {told_settings(refused.settings) or 'none'}")
+            return self._planned
+        self._settle(plan)
+        if not (approximate := changing(plan.settings, self.options.vae_mode)):
+            return ""
+        return (
+            f"{_AUTO} has picked {told_settings(approximate)}, since nothing that leaves the result as it "
+            f"is fits what is free on the device; what is approximate changes with it: give these options, or a "
+            "memory_limit in bytes, to have the same picture at any time"
+        )
+
     def _estimator(self, patched: Any) -> Estimator:
-        return Estimator(self.pipe, [patch._stack for patch in _OCCUPIED.on(models_of(self.pipe))], patched)
+        patches = _OCCUPIED.on(models_of(self.pipe))
+        stacks = [stack for patch in patches for stack in patch._stacks]
+        return Estimator(self.pipe, stacks, patched, None if patched is bare else self.options)
+
+    @property
+    def _stacks(self) -> tuple[PatchStack, PatchStack]:
+        """In the order in which they are undone."""
+        return self._first_calls, self._stack
 
     def _on(self, pipe: Any, options: Options) -> AbstractContextManager[Any]:
         """This patch for another pipeline, with other options."""
         other = copy.copy(self)
-        other.pipe, other.options, other._stack = pipe, options, PatchStack()
+        other.pipe, other.options, other._given = pipe, options, replace(options, memory_limit=None)
+        other._stack, other._first_calls = PatchStack(), PatchStack()
         return other
 
     def _sites(self) -> dict[str, list[Site]]:
@@ -188,8 +281,8 @@ class LargeResPatch:
         models = models_of(self.pipe)
         for name, sites in self._sites().items():
             lines.append(f"  {name} ({type(models[name]).__name__}): {told(sites) or 'left as it is'}")
-        if self._plan is not None and self._limit is not None:
-            lines.append(f"  {self._plan.describe(self._limit)}")
+        if self._planned:
+            lines.append(f"  {self._planned}")
         return "\n".join(lines)
 
 

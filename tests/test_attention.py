@@ -172,7 +172,7 @@ def context_mask(context, batch, height, width, tiling):
     mask = torch.full((batch, 1, height * width, height * width), -torch.inf)
     for tile in tiling:
         own = {row * width + column for row in range(height)[tile.rows] for column in range(width)[tile.columns]}
-        for i, places in enumerate(context.places.tolist()):
+        for i, places in enumerate((context.rows * width + context.columns).tolist()):
             heavies = set(places[: context.heavy]) - own
             others = set(places[context.heavy :]) - own - heavies
             for query in own:

@@ -20,8 +20,11 @@ from largerespatch import LargeResPatch
 from largerespatch.core import pieces
 from largerespatch.core.calls import encodes
 from largerespatch.denoisers.any import seen_picture
+from largerespatch.memory import shadow
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.memory.estimate import STAGES, MemoryEstimate
+from largerespatch.memory.shadow import _Alike
+from largerespatch.memory.weightless import WithoutData
 from test_patch import SMALL, fingerprint
 
 BLOCKS = {"attn_slice_x": 12, "attn_slice_y": 12, "attn_full_tokens": 144, "ff_chunk_size": 200}
@@ -99,7 +102,7 @@ def test_every_kind_of_pipeline_can_be_estimated(case):
 def test_an_estimate_knows_what_a_batch_that_stays_whole_needs(case, serial_helps):
     pipe = quiet(family.SD[case].build())
     whole, serial = (LargeResPatch(pipe, 256, 256, **BLOCKS, unet_serial=each).estimate() for each in (False, True))
-    assert (serial.unet < 0.8 * whole.unet) == serial_helps
+    assert (serial.step < 0.8 * whole.step) == serial_helps
 
 
 @pytest.mark.parametrize(("case", "samples"), [("T2I-Adapter", 1), ("ControlNet", 2)])
@@ -123,7 +126,7 @@ def test_the_estimate_of_a_step_is_what_a_real_step_holds(pipe, options):
     patch = LargeResPatch(pipe, 256, 192, **options)
     with patch:
         patched = measured(pipe, partial(text_to_image, output_type="latent"), 256, 192)
-    assert patch.estimate().unet == pytest.approx(patched, rel=0.1)
+    assert patch.estimate().step == pytest.approx(patched, rel=0.1)
 
 
 def test_the_estimate_of_kandinskys_step_is_what_a_real_one_holds():
@@ -132,7 +135,7 @@ def test_the_estimate_of_kandinskys_step_is_what_a_real_one_holds():
     patch = LargeResPatch(pipe, family.SIZE, family.SIZE, **SMALL)
     with patch, LiveBytes("cpu") as count:
         family.run(pipe, arguments, output_type="latent")
-    assert patch.estimate().unet == pytest.approx(count.peak, rel=0.1)
+    assert patch.estimate().step == pytest.approx(count.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -183,6 +186,7 @@ def test_an_estimate_allocates_nothing_and_is_no_more_work_for_a_larger_image(pi
             estimate = patch.estimate()
         operations[side] = work.count
     assert operations[65536] <= 1.1 * operations[8192]
+    assert operations[8192] < {"two-pass": 20_000, "exact": 8_000}[mode], "a second or two on any machine"
     assert estimate.decode > 2**36  # more than there is: one map of these is larger than this machine's memory
 
 
@@ -256,14 +260,16 @@ def test_the_xl_vae_counts_in_float32_where_it_is_upcast():
     assert half.weights < whole.weights
 
 
-def test_where_the_models_are_makes_no_difference_to_what_they_need(pipe):
-    """On an accelerator attention runs in one kernel, where fake tensors would make it quadratic."""
+def test_where_the_models_are_makes_no_difference_to_what_they_need(pipe, monkeypatch):
+    """But for what an accelerator's libraries take. Attention runs in one kernel there, which counts as such."""
+    monkeypatch.setattr(shadow, "LIBRARIES", 0)
+    monkeypatch.setattr(WithoutData, "workspace", lambda *operation: 0)
     patch = LargeResPatch(pipe, 256, 256)
     host = patch.estimate()
     for model in (pipe.unet, pipe.vae):
         model.to("meta")
     device = patch.estimate()
-    assert (device.unet, device.decode) == pytest.approx((host.unet, host.decode), rel=0.05)
+    assert (device.step, device.decode) == pytest.approx((host.step, host.decode), rel=0.05)
 
 
 @pytest.mark.gpu
@@ -277,21 +283,50 @@ def test_the_estimate_is_what_cuda_allocates(pipe):
     assert estimate.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
 
 
-@pytest.mark.parametrize("mode", ["two-pass", "exact"])
-def test_a_rehearsal_needs_what_the_whole_needs(pipe, monkeypatch, mode):
-    patch = LargeResPatch(pipe, 320, 256, vae_mode=mode, attn_shape="tile", **BLOCKS | TILES)
+SHORT = {"attn_slice_x": 6, "attn_slice_y": 6, "attn_full_tokens": 36, "ff_chunk_size": 50, "attn_context": 8}
+SHORT |= {"vae_chunk_size_x": 6, "vae_chunk_size_y": 6}
+SAVERS = {"unet_serial": True, "unet_offload": True, "unet_strip_rows": 5, "vae_offload": True}
+AROUND = {"padding_mode": "circular", "attn_shape": "tile"}
+REHEARSED = [
+    ("sd image-to-image", (64, 64), {}),
+    ("sd image-to-image", (104, 136), {}),
+    ("sd image-to-image", (176, 88), SAVERS),
+    ("sd image-to-image", (136, 136), {"vae_mode": "exact"}),
+    ("sd image-to-image", (120, 200), {"vae_mode": "exact", "vae_recompute": True} | SAVERS),
+    ("sd image-to-image", (152, 104), AROUND | {"vae_attn": "blocked"}),
+    ("xl image-to-image", (96, 96), {}),
+    ("xl image-to-image", (184, 72), SAVERS),
+    ("xl image-to-image", (136, 168), {"vae_mode": "exact", "vae_recompute": True}),
+    ("xl image-to-image", (168, 104), {"vae_mode": "exact", "attn_context": 0} | AROUND),
+    ("xl image-to-image", (200, 88), SAVERS | AROUND),
+    ("xl image-to-image", (144, 152), {"vae_passes": 3, "unet_serial": True}),
+    ("xl image-to-image", (136, 120), {"padding_mode": "reflect", "vae_attn": "blocked"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "size", "options"), REHEARSED)
+def test_a_rehearsal_needs_what_the_whole_needs(monkeypatch, kind, size, options):
+    """Every piece visited, every block run: the same bytes with much less work."""
+    pipe = BUILD[kind]()
+    for model in (pipe.unet, pipe.vae):
+        model.to("meta")  # what leaves the device counts there no more
+    patch = LargeResPatch(pipe, *size, **SHORT | options)
     with Operations() as few:
         rehearsed = patch.estimate()
     monkeypatch.setattr(pieces, "visited", lambda every: every)  # by the one loop that there is
+    monkeypatch.setattr(_Alike, "__call__", lambda self, known, key, work, given, **named: work(*given, **named))
     with Operations() as all_of_them:
         whole = patch.estimate()
-    assert few.count < all_of_them.count
-    for stage in ("unet", "encode", "decode"):
-        assert getattr(rehearsed, stage) == pytest.approx(getattr(whole, stage), rel=0.01)
+    assert few.count < 0.8 * all_of_them.count
+    if "padding_mode" not in options:
+        assert rehearsed.step == whole.step
+    # A few numbers per piece are left for the statistics of group norms.
+    for stage in STAGES:
+        assert getattr(rehearsed, stage) == pytest.approx(getattr(whole, stage), rel=0.005)
 
 
 def test_every_stage_has_its_figure(pipe):
     patch = LargeResPatch(pipe, 64, 64)
     estimator, estimate = patch._estimator(patch._on), patch.estimate()
     told = [estimator.peak(stage, 64, 64, patch.options) for stage in STAGES]
-    assert told == [estimate.unet, estimate.encode, estimate.decode]
+    assert told == [estimate.step, estimate.encode, estimate.decode]

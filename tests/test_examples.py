@@ -390,10 +390,10 @@ def test_memory(run, tmp_path, capsys):
     assert peaks["every saver"] <= peaks["unpatched"]
     assert {row["way"] for row in report["rows"] if row["host"]} == {"every saver", "every saver, exact VAE"}
     proof = {row["way"]: row for row in report["proof"]}
-    assert proof["unet_serial"]["unet"] < proof["patched"]["unet"]
+    assert proof["unet_serial"]["step"] < proof["patched"]["step"]
     assert proof["vae_mode exact"]["decode"] < proof["unpatched"]["decode"]
     for row in report["proof"]:
-        for stage in ("unet", "decode"):
+        for stage in ("step", "decode"):
             assert math.isclose(row[stage], row[f"{stage}_estimated"], rel_tol=0.1)
     counted, timed = report["growth"]
     assert 4 < counted["ratio"] < 16  # between linear and quadratic: so small a map is attended whole
@@ -419,6 +419,23 @@ def test_import_time(run, tmp_path):
     ours, theirs = report["results"]["largerespatch"], report["results"]["diffusers"]
     assert len(ours["samples"]) == len(theirs["samples"]) == 1
     assert 0 < theirs["modules"] < ours["modules"], "the list of what we need of diffusers is out of date"
+
+
+def test_planning(run, tmp_path, capsys):
+    out = tmp_path / "planning.json"
+    few = ("--models", "tiny", "--sizes", 512, "--limits", "8GiB", "1GiB", "--rounds", 1)
+    run(BENCHMARKS / "planning.py", *few, "--out", out)
+    report = json.loads(out.read_text())
+    check_environment(report)
+    assert [row["of"] for row in report["rows"]] == [
+        "first estimate",
+        "second estimate",
+        "plan for 8GiB",
+        "plan for 1GiB",
+    ]
+    assert all(row["median"] > 0 for row in report["rows"])
+    assert "no saver needed" in report["rows"][2]["said"]
+    assert "plan for 1GiB" in capsys.readouterr().out
 
 
 def test_measures(monkeypatch):

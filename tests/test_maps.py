@@ -290,11 +290,10 @@ def test_leaving_and_reading_need_little_beside_the_map():
 
 
 class Played:
-    """A host that copies on played streams."""
+    """A host that copies on played streams, and the watch over them."""
 
-    def __init__(self, monkeypatch):
-        self.host = elsewhere()
-        self.unkept = streams.play(monkeypatch, self.host)
+    def __init__(self, host, watch):
+        self.host, self.watch = host, watch
 
     def away(self, values):
         made = StoredMap.empty(values.shape, values, self.host)
@@ -304,9 +303,14 @@ class Played:
 
 
 @pytest.fixture
-def played(monkeypatch):
-    return Played(monkeypatch)
+def played():
+    host = elsewhere()
+    with streams.play(host) as watch:
+        yield Played(host, watch)
+        assert watch.sound()
 
+
+RUNS = [(0, 3), (3, 4), (4, 9), (9, 11)]
 
 READS = {
     "rows": lambda made: torch.cat(list(made.fetch([(0, 4), (4, 5), (5, 11)])), dim=2),
@@ -327,7 +331,6 @@ def test_what_is_under_way_to_the_host_is_waited_for(played, read):
     values = plane()
     made = played.away(values.clone())
     assert torch.equal(READS[read](made), values)
-    assert not played.unkept
 
 
 def test_what_is_delivered_on_the_host_has_arrived(played, monkeypatch):
@@ -347,22 +350,39 @@ def test_a_part_written_to_is_the_last_to_write(played):
 def test_rows_may_be_written_over_while_the_next_ones_come(played):
     values = plane()
     made = played.away(values.clone())
-    runs = [(0, 3), (3, 4), (4, 9), (9, 11)]
     for _ in range(2):
         assemble(
-            runs,
+            RUNS,
             lambda run, rows: rows + 1,
             place=lambda run: (slice(None), slice(None), slice(*run)),
             into=made,
             read=made.fetch,
         )
     assert torch.equal(made[:, :, :], values + 1 + 1)
-    assert not played.unkept
 
 
-def test_no_more_than_two_runs_are_under_way(played):
-    made = played.away(plane())
+def test_what_is_computed_on_the_way_is_waited_for_in_both_directions(played):
+    """A run goes to rows that others are read from, and on to a second map, by way of the device."""
+    values = plane()
+    made, other = played.away(values.clone()), played.away(plane(seed=1))
+    for first, second in ((made, other), (other, made)):
+        for (top, bottom), rows in zip(RUNS, first.fetch(RUNS), strict=True):
+            second[:, :, top:bottom] = rows + 1
+            first[:, :, top:bottom] = rows - 1
+    assert torch.equal(made[:, :, :], values + 1 + 1)
+    assert torch.equal(other[:, :, :], values + 1 - 1)
+
+
+def test_the_device_holds_no_more_than_two_runs_that_come_and_two_that_go(played):
+    """As far as the host can know: it waits for all others."""
+    made, watch = played.away(plane()), played.watch
     _, outgoing = played.host._of(made.device)
-    for top in range(11):
-        made[:, :, top : top + 1] = plane(2, 3, 1, 7)
-        assert top < 2 or len(outgoing._work) == 2 * 2  # a wait and a copy each
+    used, stored = [], []
+    for top, rows in enumerate(made.fetch([(row, row + 1) for row in range(11)])):
+        assert sum(count > watch.host[watch.main] for count in used) < 2  # another one has come by now
+        values = rows + 1
+        used.append(watch.main.known[watch.main])
+        made[:, :, top : top + 1] = values
+        stored.append(outgoing.known[outgoing])
+        assert sum(count > watch.host[outgoing] for count in stored) <= 2
+    assert len(used) == 11

@@ -120,7 +120,7 @@ def test_an_interrupt_in_either_pass_of_the_vae_restores(pipe, patch):
 
 
 def test_a_failure_at_any_install_unwinds_all(pipe, patch, monkeypatch):
-    before, real = fingerprint(pipe), PatchStack.set
+    before, real = fingerprint(pipe), PatchStack._put
     with patch:
         installs = len(patch._stack._replaced)
     assert installs > 10
@@ -135,7 +135,7 @@ def test_a_failure_at_any_install_unwinds_all(pipe, patch, monkeypatch):
                 raise Failure
         real(self, *args)
 
-    monkeypatch.setattr(PatchStack, "set", failing)
+    monkeypatch.setattr(PatchStack, "_put", failing)
     for k in range(1, installs + 1):
         count = []
         with pytest.raises(Failure), patch:
@@ -347,7 +347,7 @@ REPR = """\
 LargeResPatch on StableDiffusionPipeline, 96x64 sample pixels, not active
   vae (AutoencoderKL): encoder and decoder in two passes over tiles of 64x64 latent pixels
   unet (UNet2DConditionModel): 4 self-attentions in bricks of 128x64 and 64x128 tokens with 512 of context on \
-maps of over 16384, 4 feed-forwards in chunks of 4096 tokens"""
+maps of over 16384, 4 feed-forwards in chunks of 32768 tokens"""
 
 
 def test_repr_says_what_is_replaced_and_with_which_settings(pipe):

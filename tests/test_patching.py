@@ -1,6 +1,9 @@
 """Contract 1 at its root: what PatchStack replaces it puts back, whatever happens in between."""
 
 import pytest
+import torch
+from diffusers.hooks.hooks import HookRegistry, ModelHook
+from torch import nn
 
 from largerespatch.core.patching import PatchStack
 
@@ -114,3 +117,39 @@ def test_an_overlaid_replacement_only_warns_when_another_exception_is_on_its_way
         model.own = "theirs"
         raise ZeroDivisionError
     assert model.own == "theirs"
+
+
+class Halving(ModelHook):
+    def post_forward(self, module, output):
+        return output / 2
+
+
+class Negating(ModelHook):
+    def new_forward(self, module, x):
+        return -self.fn_ref.original_forward(x)
+
+
+@pytest.mark.parametrize("hooks", [[Halving], [Negating], [Negating, Halving], [Halving, Negating, Halving]])
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+@pytest.mark.parametrize("removed", [False, True])
+def test_hooks_of_diffusers_may_come_and_go_while_a_replacement_is_on(hooks, share, removed):
+    """One goes by putting back the forward that it found, over whatever is there now."""
+    module, x = nn.Identity(), torch.ones(1)
+    registry, before = HookRegistry.check_if_exists_or_initialize(module), int(share * len(hooks))
+    outputs = [x]
+    for i, hook in enumerate(hooks[:before]):
+        registry.register_hook(hook(), str(i))
+        outputs.append(module(x))
+    with PatchStack() as stack:
+        stack.wrap(module, "forward", lambda original, x: original(10 * x), "module.forward")
+        assert torch.equal(module(x), 10 * outputs[-1])
+        for i, hook in enumerate(hooks[before:], before):
+            registry.register_hook(hook(), str(i))
+            outputs.append(module(x) / 10)
+        while removed and registry._hook_order:
+            registry.remove_hook(registry._hook_order[-1])
+            outputs.pop()
+            assert torch.equal(module(x), 10 * outputs[-1])
+    assert torch.equal(module(x), outputs[-1])
+    held = [value for holder in (module, *registry._fn_refs) for value in vars(holder).values()]
+    assert not any("PatchStack" in getattr(value, "__qualname__", "") for value in held)

@@ -169,16 +169,15 @@ def test_strips_read_what_waits_row_by_row(monkeypatch):
 
 @pytest.mark.parametrize("serial", [False, True])
 @pytest.mark.parametrize("strips", [False, True])
-def test_copies_on_streams_of_their_own_are_waited_for(strips, serial, monkeypatch):
+def test_copies_on_streams_of_their_own_are_waited_for(strips, serial):
     """As on CUDA, on streams that are played; in strips, which read ahead of what they need."""
     model, sample, host = deeper(), noise(2, 4, 17, 6), elsewhere()
     arguments = text(2)
     expected = model(sample, **arguments).sample
-    unkept = streams.play(monkeypatch, host)
     in_strips = strip_sites(model, "unet", Strips(4, wrap=False)) if strips else []
-    with PatchStack() as stack:
+    with streams.play(host) as watch, PatchStack() as stack:
         install(stack, [*turns(model, serial), *in_strips, *skip_sites(model, "unet", host)])
         for _ in range(2):
             same(model(sample, **arguments).sample, expected)
-    assert all(stream.total > 20 for stream in host._of(sample.device))
-    assert not unkept
+    assert [stream.total > 20 for stream in watch.sides] == [True, True]
+    assert watch.sound()

@@ -150,7 +150,7 @@ def test_the_owned_part_of_a_window_is_the_tile_at_any_scale(height, width, slic
 @given(SIZES, SIZES, st.integers(1, 300), st.integers(0, 9))
 def test_sampled_cells_are_spread_over_the_plane(height, width, count, seed):
     cells = sampled_cells(height, width, count, f"{seed}")
-    assert cells == sampled_cells(height, width, count, f"{seed}")
+    assert cells == sampled_cells.__wrapped__(height, width, count, f"{seed}")
     assert len(set(cells)) == len(cells) <= min(count, height * width)
     assert all(0 <= cell < height * width for cell in cells)
     assert len(cells) >= min(count, height * width) / 2
@@ -177,3 +177,13 @@ def test_scattered_pieces_are_equal_on_the_grid_and_within_their_budget(height, 
 
 def test_scattered_pieces_lie_evenly():
     assert [piece.left for piece in scatter(Tile(0, 0, 4, 12), 4, 4, 100)] == [16, 48, 80]
+
+
+def test_a_window_over_an_edge_is_larger_than_one_that_is_not():
+    """It is put together of several parts, so a rehearsal must not take one for the other."""
+    corner, side, inner = (
+        window(Tile(top, left, top + 8, left + 8), 4, 24, 32, wrap=True) for top, left in ((16, 0), (8, 24), (8, 8))
+    )
+    assert (corner.beyond, side.beyond, inner.beyond) == ((4, 4), (0, 4), (0, 0))
+    assert corner.size()[:4] == inner.size()[:4] and corner.size() > inner.size()
+    assert window(corner.tile, 4, 24, 32).beyond == (0, 0)

@@ -2,13 +2,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    MultiControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
 import live
 import tiny
 from calls import noise
 from conftest import quiet
 from largerespatch import LargeResPatch
+from largerespatch.core.families import family_of
 from test_patch import SMALL, fingerprint
 
 PIPELINES = {
@@ -109,3 +115,9 @@ def test_on_cuda_skip_connections_leave_and_return(serial):
                 used[offload] = torch.cuda.max_memory_allocated()
     torch.testing.assert_close(results[True], results[False], rtol=1e-3, atol=1e-4)  # TF32 convolutions
     assert used[True] < 0.8 * used[False]
+
+
+def test_several_controlnets_halve_as_often_as_the_deepest_of_them():
+    nets = [tiny.controlnet() for _ in range(2)]
+    several = MultiControlNetModel(nets)
+    assert family_of(several).halvings(several) == family_of(nets[0]).halvings(nets[0]) == 1

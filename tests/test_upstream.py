@@ -1,6 +1,7 @@
 """The upstream code that techniques must know the inside of is what it was when they were written.
 
-A room names it in `LEANS_ON`; `upstream_hashes.json` holds what was read of it, and in which versions of diffusers.
+A room names it in `LEANS_ON`; `upstream_hashes.json` holds what was read of it, and in which versions of diffusers (of
+accelerate for what is accelerate's).
 """
 
 import ast
@@ -21,7 +22,6 @@ import largerespatch
 
 TABLE = Path(__file__).parent / "upstream_hashes.json"
 READ = json.loads(TABLE.read_text())
-VERSION = re.match(r"\d+\.\d+", diffusers.__version__)[0]
 
 # What is no code: annotations, and what the parser of one Python says and that of another does not.
 NO_CODE = {"annotation", "returns", "ctx", "kind", "type_comment"}
@@ -62,12 +62,14 @@ def source_of(name):
 
 def complaint(name, found):
     """What is wrong where the code `name` has this hash; empty if nothing is."""
+    package = import_module(name.partition(".")[0])
+    version, code = re.match(r"\d+\.\d+", package.__version__)[0], f"{name} of {package.__name__} {package.__version__}"
     asked = f"Read it, see that {' and '.join(ROOMS[name])} still hold, and note the hash in {TABLE.name}: {found}"
     if found not in READ.get(name, {}):
-        return f"{name} of diffusers {diffusers.__version__} is not as it was. {asked}"
+        return f"{code} is not as it was. {asked}"
     known = {version for versions in READ[name].values() for version in versions}
-    if VERSION in known and VERSION not in READ[name][found]:
-        return f"{name} of diffusers {diffusers.__version__} is that of {READ[name][found]}. {asked}"
+    if version in known and version not in READ[name][found]:
+        return f"{code} is that of {READ[name][found]}. {asked}"
     return ""
 
 

@@ -1,5 +1,7 @@
 """The walk through an encoder or decoder equals the untiled one, and keeps its promise about memory."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -164,21 +166,19 @@ def test_on_a_device_with_a_host_only_the_host_holds_more_for_a_larger_image(hal
 @BOTH
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("wrap", [False, True])
-def test_copies_on_streams_of_their_own_are_waited_for(half, recompute, wrap, monkeypatch):
+def test_copies_on_streams_of_their_own_are_waited_for(half, recompute, wrap):
     """As on CUDA, on streams that are played."""
     vae, x, run = sd_like(), INPUTS[half](2, 14, 6), HALVES[half]
     host = Host("cpu:0", band_bytes=1500)
     results = []
     for where in (None, host):
-        if where is not None:
-            unkept = streams.play(monkeypatch, host)
-        with PatchStack() as stack:
+        with nullcontext() if where is None else streams.play(host) as watch, PatchStack() as stack:
             install(stack, padding_sites(vae, "vae", "circular" if wrap else "constant"))
             install_exact(stack, vae, (3, 4), wrap, recompute=recompute, host=where)
             results.append(run(vae, x))
     torch.testing.assert_close(*results, **ROUNDING)
-    assert all(stream.total > 100 for stream in host._of(x.device))
-    assert not unkept
+    assert [stream.total > 100 for stream in watch.sides] == [True, True]
+    assert watch.sound()
 
 
 def listen(model):
@@ -239,7 +239,9 @@ def test_a_hook_on_every_module_there_is_keeps_right_values_too():
         run(vae, x)
         with PatchStack() as stack:
             install_exact(stack, vae, (3, 4))
-            with pytest.warns(RuntimeWarning, match="so the hooks on all modules there are see pieces"):
+            with pytest.warns(
+                RuntimeWarning, match="so hooks that are registered for every module there is see pieces"
+            ):
                 run(vae, x)
     finally:
         handle.remove()

@@ -302,6 +302,19 @@ def seam_error(
 # --- the VAE ----------------------------------------------------------------------------------------------------
 
 
+def build_sized_vae(channels: Sequence[int], **others: Any) -> AutoencoderKL:
+    """Stable Diffusion's architecture, of any width."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        layers_per_block=2,
+        norm_num_groups=min(32, channels[0] // 2),
+        sample_size=512,
+        **others,
+    )
+
+
 def vae_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
     """A pipeline that holds nothing else."""
     others = dict.fromkeys(("unet", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -27,6 +26,7 @@ from _common import (
     Candidate,
     add_common_options,
     add_device_options,
+    build_sized_vae,
     cost_on_paper,
     interleaved,
     mebibytes,
@@ -45,7 +45,7 @@ from largerespatch.memory.shadow import HOST
 from largerespatch.options import Options
 
 GIB = 2**30
-STAGES = {"unet": "step", "decode": "decode"}  # by what a row calls them
+STAGES = ("step", "decode")
 SPARE = 0.05  # of a limit, that the headline cases should leave
 HEADLINES = (("sd15", 8192, 8), ("sdxl", 8192, 12), ("sdxl", 4096, 8))  # model, side, GiB
 
@@ -75,15 +75,15 @@ CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 3
 TINY = SD15 | {"block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 32, "attention_head_dim": 4}
 MODELS = ("sd15", "sdxl", "tiny")
 
-EVERY = {key: value for saver in DENOISER_SAVERS for key, value in saver.items()}
+EVERY = {key: value for saver in DENOISER_SAVERS for key, value in saver.settings.items()}
 WAYS: dict[str, dict[str, Any] | None] = {
     "unpatched": None,
     "diffusers' tiling": None,
     "patched": {},
-    "every saver": EVERY | {key: value for saver in VAE_SAVERS["two-pass"] for key, value in saver.items()},
+    "every saver": EVERY | {key: value for saver in VAE_SAVERS["two-pass"] for key, value in saver.settings.items()},
     "every saver, exact VAE": EVERY
     | {"vae_mode": "exact"}
-    | {key: value for saver in VAE_SAVERS["exact"] for key, value in saver.items()},
+    | {key: value for saver in VAE_SAVERS["exact"] for key, value in saver.settings.items()},
 }
 
 
@@ -130,15 +130,7 @@ def build_pipeline(model: str, device: str, dtype: torch.dtype) -> Any:
     tiny = model == "tiny"
     with torch.device(device):
         unet = UNet2DConditionModel(**{"sd15": SD15, "sdxl": SDXL, "tiny": TINY}[model])
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(16, 16, 32, 32) if tiny else (128, 256, 512, 512),
-            layers_per_block=2,
-            norm_num_groups=8 if tiny else 32,
-            sample_size=512,
-            force_upcast=model == "sdxl",
-        )
+        vae = build_sized_vae((16, 16, 32, 32) if tiny else (128, 256, 512, 512), force_upcast=model == "sdxl")
     for each in (unet, vae):
         torch.nn.Module.to(each, dtype).eval().requires_grad_(False)
     scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
@@ -197,10 +189,10 @@ def simulate(model: str, sizes: list[int]) -> Iterator[dict[str, Any]]:
                 "way": way,
                 "weights": estimator.weights,
                 "text_encoders": text_encoder_bytes(model),
-                "unet": step,
+                "step": step,
                 "decode": decode,
                 "peak": estimator.weights + max(step, decode),
-                "host": max(on_host.peak(stage, size, size, options) for stage in STAGES.values()) if leaves else 0,
+                "host": max(on_host.peak(stage, size, size, options) for stage in STAGES) if leaves else 0,
             }
 
 
@@ -232,25 +224,25 @@ def measure(model: str, sizes: list[int], caps: list[int], device: str) -> Itera
                 context = nullcontext() if settings is None else LargeResPatch(pipe, size, size, **settings)
                 row = {"kind": "measured", "model": model, "size": size, "way": way, "cap": cap * GIB}
                 with context:
-                    for name in STAGES:
-                        row |= measure_stage(pipe, name, size, device)
+                    for stage in STAGES:
+                        row |= measure_stage(pipe, stage, size, device)
                 pipe.vae.disable_tiling()
                 yield row
     torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def measure_stage(pipe: Any, name: str, size: int, device: str) -> dict[str, Any]:
-    """`name` in bytes allocated at most, weights included, and ``<name>_seconds``; None for what did not fit."""
-    models, stage = list(families_in(pipe).values()), STAGES[name]
+def measure_stage(pipe: Any, stage: str, size: int, device: str) -> dict[str, Any]:
+    """`stage` in bytes allocated at most, weights included, and ``<stage>_seconds``; None for what did not fit."""
+    models = list(families_in(pipe).values())
     run = stage_of(pipe, stage, size)
     try:
         with torch.no_grad(), as_called(stage, models, pipe):
             run.run()  # kernels are chosen at the first sight of a shape
             torch.cuda.reset_peak_memory_stats(device)
             took = seconds(run, device)
-        return {name: torch.cuda.max_memory_allocated(device), f"{name}_seconds": took}
+        return {stage: torch.cuda.max_memory_allocated(device), f"{stage}_seconds": took}
     except torch.cuda.OutOfMemoryError:
-        return {name: None, f"{name}_seconds": None}
+        return {stage: None, f"{stage}_seconds": None}
     finally:
         torch.cuda.empty_cache()
 
@@ -262,7 +254,7 @@ def growth(rows: list[dict[str, Any]], small: int, large: int) -> list[dict[str,
         if row["kind"] == "measured" and row["size"] == large:
             alike = ("model", "way", "cap")
             before = next((each for each in rows if each["size"] == small and _agree(each, row, alike)), None)
-            for stage in ("unet_seconds", "decode_seconds"):
+            for stage in ("step_seconds", "decode_seconds"):
                 if before is not None and before[stage] and row[stage]:
                     found.append({key: row[key] for key in alike} | {"of": stage, "ratio": row[stage] / before[stage]})
     return found
@@ -292,9 +284,9 @@ def prove(size: int) -> Iterator[dict[str, Any]]:
         patch = LargeResPatch(pipe, size, size, **small | (settings or {}))
         estimate = patch.estimate(patched=settings is not None)
         with nullcontext() if settings is None else patch:
-            lived = {name: peak_live_bytes(stage_of(pipe, stage, size)) for name, stage in STAGES.items()}
+            lived = {stage: peak_live_bytes(stage_of(pipe, stage, size)) for stage in STAGES}
         row = {"kind": "measured on the CPU", "model": "tiny", "size": size, "way": way, **lived}
-        yield row | {"unet_estimated": estimate.unet, "decode_estimated": estimate.decode}
+        yield row | {"step_estimated": estimate.step, "decode_estimated": estimate.decode}
 
 
 def stage_of(pipe: Any, stage: str, size: int, context: Callable[[], Any] = nullcontext) -> Candidate:
@@ -334,7 +326,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         ("model", "image", "way", "kind", "weights", "step", "decode", "peak"),
         [
             [row["model"], f"{row['size']}²", row["way"], row["kind"]]
-            + [cell(row, key) for key in ("weights", "unet", "decode", "peak")]
+            + [cell(row, key) for key in ("weights", "step", "decode", "peak")]
             for row in rows
         ],
     )

@@ -18,6 +18,7 @@ from _common import (
     Candidate,
     add_common_options,
     add_device_options,
+    build_sized_vae,
     cost_on_paper,
     dtype_of,
     interleaved,
@@ -75,14 +76,7 @@ def build_vae(channels: list[int], device: str, dtype: torch.dtype) -> Autoencod
     """Stable Diffusion's architecture, of any width."""
     torch.manual_seed(0)
     with torch.device(device):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=channels,
-            layers_per_block=2,
-            norm_num_groups=min(32, channels[0] // 2),
-            sample_size=512,
-        )
+        vae = build_sized_vae(channels)
     if dtype != vae.dtype:
         vae.to(dtype)
     return vae.eval().requires_grad_(False)

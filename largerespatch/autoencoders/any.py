@@ -22,6 +22,7 @@ class AnyAutoencoder(Family):
     rank = -1
     stages = ("encode", "decode")
     known = False
+    entries = ("encode", "decode")
 
     def matches(self, model: nn.Module) -> bool:
         return hasattr(model, "encode") and hasattr(model, "decode") and hasattr(model, "config")

@@ -31,9 +31,9 @@ class KL(AnyAutoencoder):
         return type(encoder).__name__ == "Encoder" and type(decoder).__name__ == "Decoder" and _is_known(model)
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
-        yield Site(model, name, Order.IN_STRIPS, False, "use_tiling")  # upstream's own, which blends tiles
+        yield Site(model, name, Order.IN_STAGES, False, "use_tiling")  # upstream's own, which blends tiles
         if in_turns := getattr(model, "use_slicing", False):  # upstream's would mix results on device and host
-            yield Site(model, name, Order.IN_STRIPS, False, "use_slicing")
+            yield Site(model, name, Order.IN_STAGES, False, "use_slicing")
         for half in HALVES:
             yield from self._half(model, half, name, in_turns, options, pipe)
         yield from padding_sites(model, name, options.padding_mode)
@@ -56,7 +56,7 @@ class KL(AnyAutoencoder):
         else:
             splits = encoder_splits(half) if encodes else decoder_splits(half)
             in_pieces = TwoPass(half, path, splits, cutting, options.vae_passes, host)
-        yield Site(half, path, Order.IN_STRIPS, in_pieces, says=_way(options))
+        yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options))
         scale = 1 if encodes else self.factor(model)
         least = 2 * self.factor(model) // scale
         yield from reflection_sites(half, path, options.padding_mode, least, scale)

@@ -6,7 +6,7 @@ estimate, planner and restore ask the registry and name no family.
 
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import IntEnum, auto
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .patching import PatchStack
+from .weights import holding
 
 
 class Order(IntEnum):
@@ -24,6 +25,9 @@ class Order(IntEnum):
 
     Blocks lie within chunks: a transformer block in chunks answers its self-attention from what that gave for all
     tokens, so what answers comes before what attends.
+
+    What is in strips, chunks or blocks calls its module, or what that is made of, once for each piece: all weights
+    that come for it stay for the length of a call (see `largerespatch.core.weights`).
     """
 
     CHECKED = auto()
@@ -31,10 +35,15 @@ class Order(IntEnum):
     MAP_NOTED = auto()
     BATCH_IN_TURNS = auto()
     OFF_DEVICE = auto()
+    IN_STAGES = auto()
     IN_STRIPS = auto()
     IN_CHUNKS = auto()
     IN_BLOCKS = auto()
     PADDED = auto()
+
+    @property
+    def in_pieces(self) -> bool:
+        return self in (Order.IN_STRIPS, Order.IN_CHUNKS, Order.IN_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,16 @@ class Site:
     attribute: str = "forward"
     says: str = ""
 
+    @property
+    def holds(self) -> Sequence[Sequence[nn.Module]]:
+        """Modules for which weights come to the device that may be there at once, and others; see `weights_held`."""
+        return [list(self.module.modules())] if self.order.in_pieces else getattr(self.technique, "holds", ())
+
     def install(self, stack: PatchStack) -> None:
         label = f"{self.path}.{self.attribute}"
         if callable(self.technique):
-            stack.wrap(self.module, self.attribute, self.technique, label)
+            around = holding(self.module, self.technique) if self.order.in_pieces else self.technique
+            stack.wrap(self.module, self.attribute, around, label)
         else:
             stack.set(self.module, self.attribute, self.technique, label)
 
@@ -82,12 +97,13 @@ class Family(ABC):
     `rank` decides where several families match a model: the highest takes it. Below zero are those for models that
     nobody else knows, 1 is for a special case of another family. `stages` are the parts of a pipeline's call that a
     model of this family stands for, of ``"step"``, ``"encode"`` and ``"decode"``. `known` says whether there is more
-    to do for its models than padding.
+    to do for its models than padding, `entries` name the methods that pipelines call.
     """
 
     rank: int = 0
     stages: tuple[str, ...] = ()
     known: bool = True
+    entries: tuple[str, ...] = ("forward",)
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:

@@ -16,6 +16,9 @@ from .tilings import Run, Runs, Tile
 
 BAND_BYTES = 2**24  # of one copy: long enough for the bus, small beside any map that is worth moving
 
+# Pieces of a map that are on their way in each direction at once: one is computed, the next one comes.
+UNDER_WAY = 2
+
 # Of an image, so that what a pipeline does to it next still fits: it makes up to three copies.
 COPIES_TO_COME = 3
 
@@ -81,7 +84,7 @@ class Host:
             block.record_stream(compute)
             yield _by_samples(block).contiguous()
             used.append(compute.record_event())
-            if len(used) > 1:
+            if len(used) >= UNDER_WAY:
                 used.popleft().synchronize()
 
     def store(self, rows: "HostRows", top: int, values: torch.Tensor) -> None:
@@ -100,7 +103,7 @@ class Host:
                 part.copy_(source[start : start + len(part)], non_blocking=True)
             self._stored.append(outgoing.record_event())
         source.record_stream(outgoing)
-        if len(self._stored) > 2:
+        if len(self._stored) > UNDER_WAY:
             self._stored.popleft().synchronize()
 
     def settle(self, device: torch.device) -> None:

@@ -4,9 +4,9 @@ The undo follows `unittest.mock._patch`: was the attribute the instance's own, o
 one is set back in its old place, an inherited one becomes visible again by deleting ours. Depends on no framework:
 anything with a ``__dict__`` can be patched.
 
-Hooks of accelerate and diffusers replace ``forward``, too, and pipelines take accelerate's off and put them on again
-at the end of every call. So a method is wrapped beneath accelerate's hook, and what hooks have come to hold of ours is
-found there.
+Hooks of accelerate and diffusers replace ``forward``, too. Pipelines take accelerate's off and put them on again at the
+end of every call, and diffusers' group offload takes some of its own off after the first one. So ``forward`` is wrapped
+beneath hooks, and what hooks have come to hold of ours is found there.
 """
 
 import functools
@@ -18,19 +18,40 @@ from typing import Any, NamedTuple, Self
 _INHERITED = object()
 _BENEATH_HOOK = "_old_forward"  # where accelerate keeps the forward that its hook replaces
 
+# What wrapping must know the inside of: where diffusers' hooks keep the forward that they replace.
+LEANS_ON = (
+    "diffusers.hooks.hooks.HookRegistry.register_hook",
+    "diffusers.hooks.hooks.HookRegistry.remove_hook",
+)
+
 
 class _Replacement(NamedTuple):
     target: Any
+    holder: Any  # the target, or a reference that a hook on it keeps
     attribute: str
     original: Any  # _INHERITED where the instance had no attribute of its own
     replacement: Any
     label: str
 
 
+def _references(target: Any) -> list[Any]:
+    """What diffusers' hooks on `target` keep of it, from the inside out."""
+    return list(getattr(vars(target).get("_diffusers_hook"), "_fn_refs", ()))
+
+
+def beneath_hooks(target: Any, method: str) -> tuple[Any, str]:
+    """Who holds, as which attribute, the `method` that hooks on `target` call in the end."""
+    if method == "forward" and _BENEATH_HOOK in vars(target):
+        return target, _BENEATH_HOOK
+    if method == "forward" and (references := _references(target)):
+        replaced = getattr(references[0], "original_forward", None) is not None  # by a hook's own
+        return references[0], "original_forward" if replaced else "forward"
+    return target, method
+
+
 def _kept_by_hooks(target: Any, replacement: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Where a replacement that hooks were put over, or taken off from, is now: a dictionary and the key in it."""
-    references = getattr(vars(target).get("_diffusers_hook"), "_fn_refs", ())
-    for owner in (target, *references):
+    for owner in (target, *_references(target)):
         yield from ((owner.__dict__, name) for name, value in vars(owner).items() if value is replacement)
 
 
@@ -50,18 +71,21 @@ class PatchStack:
 
     def set(self, target: Any, attribute: str, value: Any, label: str) -> None:
         """Give `target` its own `attribute`. `label` names it in messages, as in ``"unet.mid_block.forward"``."""
-        original = vars(target).get(attribute, _INHERITED)
+        self._put(target, target, attribute, value, label)
+
+    def _put(self, target: Any, holder: Any, attribute: str, value: Any, label: str) -> None:
+        original = vars(holder).get(attribute, _INHERITED)
         # Recorded first: an interrupt right after the replacement must find it on the stack.
-        self._replaced.append(_Replacement(target, attribute, original, value, label))
-        vars(target)[attribute] = value
+        self._replaced.append(_Replacement(target, holder, attribute, original, value, label))
+        vars(holder)[attribute] = value
 
     def wrap(self, target: Any, method: str, around: Callable[..., Any], label: str) -> None:
         """Route calls of ``target.method`` through ``around(original, *args, **kwargs)``.
 
         After `undo` a wrapper that somebody kept only calls the original, so nothing of ours outlives the stack.
         """
-        attribute = _BENEATH_HOOK if method == "forward" and _BENEATH_HOOK in vars(target) else method
-        original = getattr(target, attribute)
+        holder, attribute = beneath_hooks(target, method)
+        original = getattr(holder, attribute)
 
         @functools.wraps(original)
         def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +93,16 @@ class PatchStack:
                 return original(*args, **kwargs)
             return around(original, *args, **kwargs)
 
-        self.set(target, attribute, replacement, label)
+        self._put(target, holder, attribute, replacement, label)
+
+    def overlaid(self) -> list[str]:
+        """Labels of the replacements that other code has replaced since."""
+        outermost = {(id(each.holder), each.attribute): each for each in self._replaced}
+        return [
+            label
+            for target, holder, attribute, _, replacement, label in outermost.values()
+            if vars(holder).get(attribute) is not replacement and not any(_kept_by_hooks(target, replacement))
+        ]
 
     def undo(self) -> None:
         """Take every replacement out again; a second call does nothing.
@@ -80,18 +113,18 @@ class PatchStack:
         """
         overlaid = []
         while self._replaced:
-            target, attribute, original, replacement, label = self._replaced[-1]
-            current = vars(target).get(attribute, _INHERITED)
+            target, holder, attribute, original, replacement, label = self._replaced[-1]
+            current = vars(holder).get(attribute, _INHERITED)
             if current is replacement:
                 if original is _INHERITED:
-                    del vars(target)[attribute]
+                    del vars(holder)[attribute]
                 else:
-                    vars(target)[attribute] = original
-            elif callable(replacement) and (kept := list(_kept_by_hooks(target, replacement))):
+                    vars(holder)[attribute] = original
+            kept = list(_kept_by_hooks(target, replacement)) if callable(replacement) else []
+            for owner, name in kept:
                 inherited = original is _INHERITED
-                for holder, name in kept:
-                    holder[name] = getattr(type(target), attribute).__get__(target) if inherited else original
-            elif current is not original:
+                owner[name] = getattr(type(target), attribute).__get__(target) if inherited else original
+            if not kept and current is not replacement and current is not original:
                 overlaid.append(label)
             # Forgotten only once restored: an interrupt in between leaves the rest to a second call.
             self._replaced.pop()
@@ -103,8 +136,8 @@ class PatchStack:
 
     def undo_in(self, copies: Mapping[int, Any]) -> None:
         """Take the replacements out of copies of their targets, by the target's ``id``; the targets keep them."""
-        for target, attribute, original, _, _ in reversed(self._replaced):
-            if id(target) in copies:
+        for target, holder, attribute, original, _, _ in reversed(self._replaced):
+            if id(target) in copies and holder is target:
                 if original is _INHERITED:
                     vars(copies[id(target)]).pop(attribute, None)
                 else:

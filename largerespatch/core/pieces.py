@@ -5,24 +5,33 @@ pieces, not thousands: inside a `rehearsal` every loop does. Since there is no o
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
-
-_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
 
 P = TypeVar("P")
 R = TypeVar("R")
 Size = tuple[int, ...]
 
-_ENOUGH = 3  # the first may lack a halo, and what is left of a full one is still alive during the next
+# Runs some work, or does as if: ``(known, key, work, given, **named)``, where work of the same `key` that was given
+# what looks the same leaves the same behind. It is remembered in `known`, or for the whole rehearsal if that is None.
+Runner = Callable[..., Any]
+
+_rehearsing: ContextVar[Runner | None] = ContextVar("rehearsing", default=None)
+
+_ENOUGH = 2  # what is left of a full one is still alive during the next
+
+
+def _run_each(known: object, key: Hashable, work: Callable[..., R], given: tuple[Any, ...], **named: Any) -> R:
+    return work(*given, **named)
 
 
 @contextmanager
-def rehearsal() -> Iterator[None]:
-    """Loops inside, in this thread, visit few of their pieces. Their results are meaningless."""
-    token = _rehearsing.set(True)
+def rehearsal(run: Runner = _run_each) -> Iterator[None]:
+    """Loops inside, in this thread, visit few of their pieces, which `run` runs. Their results are meaningless."""
+    token = _rehearsing.set(run)
     try:
         yield
     finally:
@@ -31,14 +40,14 @@ def rehearsal() -> Iterator[None]:
 
 def rehearsing() -> bool:
     """Whether values are meaningless and only shapes count."""
-    return _rehearsing.get()
+    return _rehearsing.get() is not None
 
 
 def visited(pieces: Sequence[P]) -> Sequence[P]:
-    """All of them; in a rehearsal the first, the last, and three of each size that no other one contains.
+    """All of them; in a rehearsal the first, and two more of each size that no other one contains.
 
-    A piece that has a method `size` is as large as that says; others are all alike. Of pieces that have a method
-    `telling`, which says at what places those are found, the others are not even looked at.
+    A piece that has a method `size` is as large as that says, a slice or a run as it is long; others are all alike. Of
+    pieces that have a method `telling`, which says at what places those are found, the others are not even looked at.
     """
     if not rehearsing():
         return pieces
@@ -46,20 +55,41 @@ def visited(pieces: Sequence[P]) -> Sequence[P]:
     looked_at = [pieces[i] for i in places]
     sizes = set(map(_size, looked_at))
     needed = Counter({each: _ENOUGH for each in sizes if not _exceeded(each, sizes)})
-    few = []
-    for i, piece in enumerate(looked_at):
-        if i in (0, len(looked_at) - 1) or needed[_size(piece)] > 0:
+    few = looked_at[:1]  # which may lack a halo
+    for piece in looked_at[len(few) :]:
+        if needed[_size(piece)] > 0:
             few.append(piece)
             needed[_size(piece)] -= 1
     return few
 
 
 def _size(piece: Any) -> Size:
+    match piece:
+        case slice(start=int(first), stop=int(last)) | (int(first), int(last)):
+            return (last - first,)
     return tuple(piece.size()) if hasattr(piece, "size") else ()
 
 
 def _exceeded(size: Size, sizes: set[Size]) -> bool:
     return any(size != other and all(a <= b for a, b in zip(size, other, strict=True)) for other in sizes)
+
+
+def repeated(work: Callable[..., R], *given: Any, **named: Any) -> R:
+    """The result of work that every piece does; in a rehearsal it runs once for all that is given what looks the same.
+
+    It has to leave nothing behind but new tensors.
+    """
+    run = _rehearsing.get()
+    return work(*given, **named) if run is None else run(None, work, work, given, **named)
+
+
+def _rehearsed(compute: Callable[..., R]) -> Callable[..., R]:
+    """The same; in a rehearsal it runs once for all pieces of a size that are given what looks the same."""
+    run = _rehearsing.get()
+    if run is None:
+        return compute
+    known: dict[Any, Any] = {}
+    return lambda piece, *given: run(known, _size(piece), partial(compute, piece), given)
 
 
 def collect(
@@ -70,9 +100,13 @@ def collect(
     `read` is for what pieces are cut from: given the pieces that will be visited, it yields what there is to read for
     each, one after another, and `compute` gets that as well.
     """
+    return _loop(pieces, _rehearsed(compute), read)
+
+
+def _loop(pieces: Sequence[P], work: Callable[..., R], read: Callable[[Sequence[P]], Iterator[Any]] | None) -> list[R]:
     which = visited(pieces)
     # Not a loop with variables of its own: they would keep what was read for one piece while the next one is read.
-    results = list(map(compute, which) if read is None else map(compute, which, read(which)))
+    results = list(map(work, which) if read is None else map(work, which, read(which)))
     if len(results) != len(which):
         raise ValueError(f"of {len(which)} pieces only {len(results)} were read")
     return results
@@ -91,7 +125,7 @@ def assemble(
     The output is `into`, or what `make` makes once the first result is there to say its shape and dtype. Several
     results of a piece, in a tuple, go into as many outputs. `read` as for `collect`. Returns the output.
     """
-    outputs = [into]
+    outputs, compute = [into], _rehearsed(compute)
 
     def put(piece: P, *given: Any) -> None:
         result = compute(piece, *given)
@@ -102,5 +136,5 @@ def assemble(
         for output, part in several:
             output[place(piece)] = part
 
-    collect(pieces, put, read)
+    _loop(pieces, put, read)
     return outputs[0]

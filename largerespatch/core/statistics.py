@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .patching import PatchStack
-from .pieces import collect
+from .pieces import collect, repeated
 from .planes import fetch
 from .tilings import Run, Runs
 
@@ -47,7 +47,7 @@ def pool(parts: Sequence[GroupStatistics]) -> GroupStatistics:
     total = sum(part.cells for part in parts)
     means = torch.stack([part.mean for part in parts])
     variances = torch.stack([part.variance for part in parts])
-    # Filled, not copied from a list: that would stop the device for a moment, and fake tensors do not know it.
+    # Filled, not copied from a list: that would stop the device for a moment, and without data it cannot be done.
     weights = torch.stack([means.new_full((1, 1), part.cells / total) for part in parts])
     mean = (weights * means).sum(dim=0)
     variance = (weights * (variances + (means - mean).square())).sum(dim=0)
@@ -106,7 +106,7 @@ class GivenStatistics(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.group_norm:
-            return apply(self.statistics, *args, **(kwargs or {}))
+            return repeated(apply, self.statistics, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

@@ -10,6 +10,7 @@ Sizes are in cells of whatever plane is tiled, in ``(height, width)`` order. Not
 from bisect import bisect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
 from random import Random
 from typing import Any, NamedTuple, TypeVar
@@ -228,7 +229,8 @@ def tiles(height: int, width: int, phase: int, slice_y: int, slice_x: int) -> Ti
 COVERS: dict[str, Callable[[int, int, int, int, int], Tiling]] = {"brick": bricks, "tile": tiles}
 
 
-def sampled_cells(height: int, width: int, count: int, seed: str) -> list[int]:
+@lru_cache(maxsize=64)  # the samples of a batch that run in turns ask for the same, layer by layer
+def sampled_cells(height: int, width: int, count: int, seed: str) -> tuple[int, ...]:
     """At most `count` cells, one from a random place in each tile of a coarse grid: stratified, without clumps.
 
     As ``row * width + column``; which ones follows from `seed` alone. The grid's tiles are as square as `count` allows.
@@ -238,21 +240,26 @@ def sampled_cells(height: int, width: int, count: int, seed: str) -> list[int]:
     rows = min(count // columns, height)
     row_cuts = [i * height // rows for i in range(rows + 1)]
     column_cuts = [i * width // columns for i in range(columns + 1)]
-    random = Random(seed)
-    return [
-        random.randrange(tile.top, tile.bottom) * width + random.randrange(tile.left, tile.right)
-        for tile in Tiling(row_cuts, column_cuts)
-    ]
+    random = Random(seed).random  # `random` alone is fast and the same in all versions of Python
+    return tuple(
+        (top + int(random() * (bottom - top))) * width + left + int(random() * (right - left))
+        for top, bottom in pairwise(row_cuts)
+        for left, right in pairwise(column_cuts)
+    )
 
 
 class Window(NamedTuple):
-    """A tile and what is read around it: `outer` on the plane (it may reach over the edge where the plane wraps)."""
+    """A tile and what is read around it: `outer` on the plane.
+
+    Where the plane wraps it may reach over the edge, `beyond` it by so many rows and columns.
+    """
 
     outer: Tile
     tile: Tile
+    beyond: tuple[int, int] = (0, 0)
 
-    def size(self) -> tuple[int, int, int, int]:
-        return *self.outer.size(), *self.tile.size()
+    def size(self) -> tuple[int, ...]:
+        return *self.outer.size(), *self.tile.size(), *self.beyond
 
     def owned(self, height: int, width: int) -> Tile:
         """The tile's place on a map of the window, ``height x width`` cells at whatever scale."""
@@ -282,7 +289,8 @@ def window(tile: Tile, halo: int, height: int, width: int, wrap: bool = False) -
 
     top, bottom = reach(tile.top, tile.bottom, height)
     left, right = reach(tile.left, tile.right, width)
-    return Window(Tile(top, left, bottom, right), tile)
+    beyond = max(-top, bottom - height, 0), max(-left, right - width, 0)
+    return Window(Tile(top, left, bottom, right), tile, beyond)
 
 
 def scatter(budget: Tile, side: int, height: int, width: int, step: int = 1) -> list[Tile]:

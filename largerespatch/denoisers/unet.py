@@ -17,19 +17,23 @@ from .any import AnyDenoiser, Call, seen_picture
 TIMESTEP = 500
 
 
-@register
-class UNets(AnyDenoiser):
-    """`UNet2DConditionModel` and `UNetControlNetXSModel`."""
+class WithSkips(AnyDenoiser):
+    """Those that make or read skip connections, which may wait off the device."""
 
     rank = 0
-
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ in ("UNet2DConditionModel", "UNetControlNetXSModel")
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
         yield from super().sites(model, name, options, pipe)
         if options.unet_offload:
             yield from skip_sites(model, name, Host())
+
+
+@register
+class UNets(WithSkips):
+    """`UNet2DConditionModel` and `UNetControlNetXSModel`."""
+
+    def matches(self, model: nn.Module) -> bool:
+        return type(model).__name__ in ("UNet2DConditionModel", "UNetControlNetXSModel")
 
     def predict(self, call: Call) -> torch.Tensor:
         conditions = self.conditions(call, call.batch)
@@ -111,19 +115,13 @@ class UNets(AnyDenoiser):
 
 
 @register
-class ControlNets(AnyDenoiser):
+class ControlNets(WithSkips):
     """`ControlNetModel` and its kin, alone or several. A U-Net's step calls them: they have no stage of their own."""
 
-    rank = 0
     stages = ()
 
     def matches(self, model: nn.Module) -> bool:
         return "controlnet_cond" in takes(type(model).forward) and super().matches(model)
-
-    def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
-        yield from super().sites(model, name, options, pipe)
-        if options.unet_offload:
-            yield from skip_sites(model, name, Host())
 
 
 def skip_sites(model: nn.Module, name: str, host: Host) -> Iterator[Site]:

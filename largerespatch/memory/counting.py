@@ -5,6 +5,7 @@ import operator
 import re
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -64,14 +65,22 @@ def amount(option: str, value: object) -> int | str | None:
 
 class _Storage(NamedTuple):
     reference: "weakref.ref[torch.UntypedStorage]"
-    counted: int  # 0 for one that is not ours to count
+    counted: int
+
+
+@cache
+def makes_views(func: Any) -> bool:
+    """Whether all results of an operation are the memory of its arguments, written to or not."""
+    returns = func._schema.returns
+    # One view says that it is none: its argument is gone by then.
+    return func is torch.ops.aten._unsafe_view.default or all(result.alias_info is not None for result in returns)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that come to life inside the block on devices of type `device`.
 
     `peak` is the most that was alive at once. What existed before, and views of it, count nothing; nor does the private
-    workspace of kernels. Works on real tensors and on fake ones.
+    workspace of kernels.
     """
 
     def __init__(self, device: str) -> None:
@@ -84,18 +93,23 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # of fake tensors; half of all calls
-            return func(*args, **kwargs)
-        for tensor in _tensors((args, kwargs)):
-            self._note(tensor, born=False)
-        result = func(*args, **kwargs)
-        for tensor in _tensors(result):
-            self._note(tensor, born=True)
-        if self._alive > self.peak:
-            self._measure_again()
-            self.peak = max(self.peak, self._alive)
+        result = self.run(func, types, args, kwargs or {})
+        if makes_views(func):
+            return result
+        for tensor in (result,) if isinstance(result, torch.Tensor) else _tensors(result):
+            self._note(tensor)
+        workspace = self.workspace(func, args, result)
+        if self._alive + workspace > self.peak:
+            self.rise(workspace)
         return result
+
+    def run(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operation, whose result is then counted."""
+        return func(*args, **kwargs)
+
+    def workspace(self, func: Any, args: tuple[Any, ...], result: Any) -> int:
+        """Bytes that an operation takes beside its result while it runs. Those of real ones are not seen."""
+        return 0
 
     @property
     def alive(self) -> int:
@@ -114,14 +128,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count `size` bytes more than are alive now, for a moment."""
         self.peak = max(self.peak, self.alive + size)
 
-    def _note(self, tensor: torch.Tensor, born: bool) -> None:
+    def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes() if born and tensor.device.type == self.device else 0
-        self._known[key] = _Storage(weakref.ref(storage, lambda _: self._forget(key)), size)
-        self._alive += size
+        if key not in self._known and tensor.device.type == self.device:
+            self._known[key] = _Storage(weakref.ref(storage, lambda _: self._forget(key)), storage.nbytes())
+            self._alive += self._known[key].counted
 
     def _forget(self, key: int) -> None:
         self._alive -= self._known.pop(key).counted

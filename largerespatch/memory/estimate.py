@@ -21,12 +21,12 @@ STAGES = ("step", "encode", "decode")
 class MemoryEstimate:
     """Bytes on the pipeline's device for one image with guidance on.
 
-    `weights` are those that are on the device at once; `unet` (a denoising step), `encode` and `decode` are what the
+    `weights` are those that are on the device at once; `step` (of denoising), `encode` and `decode` are what the
     stages hold beside them. `encodes` says whether the pipeline encodes images at all.
     """
 
     weights: int
-    unet: int
+    step: int
     encode: int
     decode: int
     encodes: bool = False
@@ -34,11 +34,11 @@ class MemoryEstimate:
     @property
     def peak(self) -> int:
         """Weights and the largest stage; encoding counts where the pipeline encodes."""
-        return self.weights + max(self.unet, self.decode, self.encode if self.encodes else 0)
+        return self.weights + max(self.step, self.decode, self.encode if self.encodes else 0)
 
     def __str__(self) -> str:
         names = ("weights", "denoising step", "encode", "decode", "peak")
-        amounts = [gibibytes(each) for each in (self.weights, self.unet, self.encode, self.decode, self.peak)]
+        amounts = [gibibytes(each) for each in (self.weights, self.step, self.encode, self.decode, self.peak)]
         width = max(map(len, amounts))
         rows = [f"{name:<14}  {amount:>{width}}" for name, amount in zip(names, amounts, strict=True)]
         if not self.encodes:
@@ -50,12 +50,13 @@ class Estimator:
     """Estimates one pipeline's memory for any size and options.
 
     `stacks` hold the replacements that are on the pipeline now; what is underneath them is estimated, inside `patched`.
+    `options` say which weights a patch holds; None: there is none. (Which ones depends on them little.)
     """
 
-    def __init__(self, pipe: Any, stacks: list[PatchStack], patched: Patched) -> None:
+    def __init__(self, pipe: Any, stacks: list[PatchStack], patched: Patched, options: Any = None) -> None:
         self.device = execution_device(pipe)
         self.shadow = Shadow(pipe, stacks)
-        self.weights = weights_on(pipe, self.device)
+        self.weights = weights_on(pipe, self.device, options)
         self.encodes = encodes(pipe)
         self.patched = patched
         self._known: dict[Any, int] = {}
@@ -78,7 +79,7 @@ class Estimator:
 
     def _count(self, stage: str, height: int, width: int, options: Any) -> int:
         pipe, models = self.shadow.pipe, list(self.shadow.models.values())
-        with self.patched(pipe, options), self.shadow.fake, as_called(stage, models, pipe) as grown:
+        with self.patched(pipe, options), as_called(stage, models, pipe) as grown:
             return grown + self.shadow.peak(lambda: play(stage, models, pipe, height, width))
 
 

@@ -1,41 +1,62 @@
 """Settings that fit a budget, the cheapest first."""
 
-import math
+from bisect import bisect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import count
+from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 
 from ..core.families import factor_of
 from .counting import gibibytes, parse_bytes
-from .estimate import Estimator, MemoryEstimate
+from .estimate import Estimator
 from .shadow import HOST, execution_device, weights_now, weights_on
 
 Settings = dict[str, Any]
 
-# What is tried, in this order, from the cheapest: each line added to those before it. All of the denoiser's are exact.
-DENOISER_SAVERS: tuple[Settings, ...] = (
-    {"unet_serial": True},
-    {"unet_offload": True},
-    {"unet_strip_rows": 64},
-    {"unet_strip_rows": 16},
+
+class Saver(NamedTuple):
+    """Options that save memory. `exact`: the result stays the same, to rounding."""
+
+    settings: Settings
+    exact: bool = True
+
+
+# What is tried, in this order, from the cheapest: each line added to those before it, exact ones before the others.
+# A denoiser's are all exact: samples do not look at each other, nor tokens in chunks, skip connections only wait
+# elsewhere, and strips get the statistics of the whole map.
+DENOISER_SAVERS: tuple[Saver, ...] = (
+    Saver({"unet_serial": True}),
+    Saver({"unet_offload": True}),
+    Saver({"unet_strip_rows": 64, "ff_chunk_size": 4096}),
+    Saver({"unet_strip_rows": 16}),
 )
-VAE_SAVERS: Mapping[str, tuple[Settings, ...]] = {
+VAE_SAVERS: Mapping[str, tuple[Saver, ...]] = {
     "two-pass": (
-        {"vae_offload": True},
-        {"vae_attn": "blocked"},
-        {"vae_chunk_size_x": 32, "vae_chunk_size_y": 32},
+        Saver({"vae_offload": True}),  # the same tiles, cut from a map that waits elsewhere
+        Saver({"vae_attn": "blocked"}, exact=False),
+        Saver({"vae_chunk_size_x": 32, "vae_chunk_size_y": 32}, exact=False),  # other tiles, other statistics
     ),
-    "exact": (
-        {"vae_recompute": True},
-        {"vae_offload": True},
-        {"vae_chunk_size_y": 32},
-        {"vae_chunk_size_y": 16},
+    "exact": (  # whatever is recomputed, waits elsewhere or is cut into thinner strips
+        Saver({"vae_recompute": True}),
+        Saver({"vae_offload": True}),
+        Saver({"vae_chunk_size_y": 32}),
+        Saver({"vae_chunk_size_y": 16}),
     ),
 }
-MARGIN = 0.05  # of what is free, for kernels' workspace and fragmentation
+MARGIN, LEAST_MARGIN = 0.1, 2**29  # of a limit, for kernels' workspace and fragmentation
 SEARCH_STEP = 64  # sample pixels
+FEW_PROBES = 6
+
+
+class DoesNotFitError(ValueError):
+    """Nothing fits a limit. `settings` are all that may be used."""
+
+    def __init__(self, message: str, settings: Settings) -> None:
+        super().__init__(message)
+        self.settings = settings
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -49,40 +70,60 @@ def free_bytes(device: torch.device) -> int | None:
     return int(free + backend.memory_reserved(device) - backend.memory_allocated(device))
 
 
-def limit_bytes(limit: int | str, pipe: Any) -> int:
-    """Bytes that a pipeline may take on its device, weights included, for a `memory_limit` that has been checked.
+def margin(limit: int) -> int:
+    """What is kept free of a limit, in bytes."""
+    return max(int(MARGIN * limit), LEAST_MARGIN)
+
+
+def limit_bytes(limit: int | str, pipe: Any, options: Any = None) -> int | None:
+    """Bytes that a pipeline may take on its device, weights and margin included, for a checked `memory_limit`.
+
+    None for ``"auto"`` where the device does not say what it has free, as the host does not. `options` are those of the
+    patch that is to be on.
 
     Raises:
-        ValueError: it is less than the weights alone, or ``"auto"`` where the device does not say what it has free.
+        ValueError: it is less than the weights alone, with the margin.
     """
     device = execution_device(pipe)
     if limit == "auto":
         free = free_bytes(device)
-        if free is None:
-            raise ValueError(
-                "memory_limit 'auto' needs a pipeline on a device that reports its free memory, this one is on "
-                f"{device}; accepted there are None and amounts such as '8GiB'"
-            )
-        return int((1 - MARGIN) * free) + weights_now(pipe, device)
+        return None if free is None else free + weights_now(pipe, device)
     size = (parse_bytes(limit) or 0) if isinstance(limit, str) else limit
-    weights = weights_on(pipe, device)
-    if size <= weights:
+    weights = weights_on(pipe, device, options)
+    if size - margin(size) <= weights:
         raise ValueError(
-            f"memory_limit must be more than the weights on {device}, which take {gibibytes(weights)}; got {limit!r}"
+            f"memory_limit must be more than the weights on {device}, which take {gibibytes(weights)}, and a margin of "
+            f"{gibibytes(margin(size))} that stays free; got {limit!r}"
         )
     return size
 
 
+def changing(settings: Settings, vae_mode: str) -> Settings:
+    """Those of the settings that change the result."""
+    savers = [saver for saver in (*DENOISER_SAVERS, *VAE_SAVERS[vae_mode]) if not saver.exact]
+    return {name: settings[name] for saver in savers for name in saver.settings if name in settings}
+
+
+def told(settings: Settings) -> str:
+    """As a call gives them."""
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Settings that fit a limit, and what they need."""
+    """Settings that fit a limit, what they need at most, and what would be needed without them, in bytes."""
 
     settings: Settings
-    estimate: MemoryEstimate
+    limit: int
+    peak: int
+    without: int
 
-    def describe(self, limit: int) -> str:
-        picked = ", ".join(f"{name}={value!r}" for name, value in self.settings.items()) or "no saver needed"
-        return f"memory_limit of {gibibytes(limit)}: {picked}; estimated peak {gibibytes(self.estimate.peak)}"
+    def __str__(self) -> str:
+        kept = f"memory_limit of {gibibytes(self.limit)}, of which {gibibytes(margin(self.limit))} stay free"
+        if not self.settings:
+            return f"{kept}: no saver needed; estimated peak {gibibytes(self.peak)}"
+        peaks = f"estimated peak {gibibytes(self.peak)}, without them {gibibytes(self.without)}"
+        return f"{kept}: {told(self.settings)}; {peaks}"
 
 
 class Planner:
@@ -92,16 +133,18 @@ class Planner:
         self.estimator = estimator
         self.limit = limit
         self.options = options
-        self.room = limit - estimator.weights
+        self.room = limit - margin(limit) - estimator.weights
+        stages = ("encode", "decode") if estimator.encodes else ("decode",)
         self.denoiser = list(self._ladder(DENOISER_SAVERS, kept))
         self.vae = list(self._ladder(VAE_SAVERS[options.vae_mode], kept))
+        self._ladders = ((("step",), self.denoiser), (stages, self.vae))
 
-    def _ladder(self, savers: tuple[Settings, ...], kept: frozenset[str]) -> Iterator[Settings]:
+    def _ladder(self, savers: tuple[Saver, ...], kept: frozenset[str]) -> Iterator[Settings]:
         """No saver, the first one, the first two, and so on, of those that may be used and can save anything."""
         settings: Settings = {}
         yield settings
         for saver in savers:
-            added = {name: value for name, value in saver.items() if name not in kept and self._helps(name)}
+            added = {name: value for name, value in saver.settings.items() if name not in kept and self._helps(name)}
             if added:
                 settings = settings | added
                 yield settings
@@ -113,54 +156,67 @@ class Planner:
         """For an image of ``height x width`` sample pixels.
 
         Raises:
-            ValueError: nothing fits. The message says what is needed at least, and the largest size that fits.
+            DoesNotFitError: nothing fits. The message says what is needed at least, and the largest size that fits.
+            ValueError: it is not known how pipelines call one of the models.
         """
-        if not self._fits(height, width):
-            raise ValueError(self._refusal(height, width))
-        denoiser = next(each for each in self.denoiser if self._step(height, width, each) <= self.room)
-        vae = next(each for each in self.vae if self._vae(height, width, each) <= self.room)
-        settings = denoiser | vae
-        return Plan(settings, self.estimator.estimate(height, width, replace(self.options, **settings)))
+        settings: Settings = {}
+        peak = without = 0
+        for stages, ladder in self._ladders:
+            needed = {}
+            for i, tried in enumerate(ladder):
+                needed[i] = self._needs(stages, height, width, tried)
+                if needed[i] <= self.room:
+                    break
+            else:
+                raise DoesNotFitError(self._refusal(height, width), self.denoiser[-1] | self.vae[-1])
+            settings, peak, without = settings | tried, max(peak, needed[i]), max(without, needed[0])
+        weights = self.estimator.weights
+        return Plan(settings, self.limit, weights + peak, weights + without)
 
-    def _step(self, height: int, width: int, settings: Settings) -> int:
-        return self.estimator.peak("step", height, width, replace(self.options, **settings))
-
-    def _vae(self, height: int, width: int, settings: Settings) -> int:
-        stages = ("encode", "decode") if self.estimator.encodes else ("decode",)
+    def _needs(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> int:
+        """Bytes that the largest of some stages needs, beside the weights."""
         options = replace(self.options, **settings)
         return max(self.estimator.peak(stage, height, width, options) for stage in stages)
 
-    def _least(self, height: int, width: int) -> int:
-        """Bytes that the largest stage needs with every saver."""
-        return max(self._step(height, width, self.denoiser[-1]), self._vae(height, width, self.vae[-1]))
-
-    def _fits(self, height: int, width: int) -> bool:
-        return self._least(height, width) <= self.room
-
     def _refusal(self, height: int, width: int) -> str:
-        needed = self._least(height, width)
-        largest = self._largest(height, width, math.sqrt(self.room / needed))
-        what_fits = "no size does" if largest is None else f"the largest image of this shape that does is {largest}"
+        least = {stages: self._needs(stages, height, width, ladder[-1]) for stages, ladder in self._ladders}
+        largest: tuple[int, int] | None = (height, width)
+        for stages, ladder in sorted(self._ladders, key=lambda pair: least[pair[0]], reverse=True):
+            largest = largest and self._largest(stages, *largest, ladder[-1])
+        what_fits = "no size does" if largest is None else "the largest image of this shape that does is {1}x{0}"
         return (
-            f"memory_limit of {gibibytes(self.limit)} does not fit {width}x{height} sample pixels, which need "
-            f"{gibibytes(self.estimator.weights + needed)} with every saver that may be used; {what_fits}"
+            f"memory_limit of {gibibytes(self.limit)}, of which {gibibytes(margin(self.limit))} stay free, does not "
+            f"fit {width}x{height} sample pixels, which need "
+            f"{gibibytes(self.estimator.weights + max(least.values()))} with every saver that may be used; "
+            + what_fits.format(*largest or ())
         )
 
-    def _largest(self, height: int, width: int, guess: float) -> str | None:
-        """``"WxH"`` of nearly the same shape; `guess` is the expected scale."""
-        sides = [self._scaled(height, width, i) for i in range(1, math.ceil(min(height, width) / SEARCH_STEP))]
-        if not sides:
-            return None
-        low, high, probe, reach = -1, len(sides), int(guess * len(sides)), 1
-        while high - low > 1:
-            if not low < probe < high:
-                probe = (low + high) // 2
-            if self._fits(*sides[probe]):
-                low, probe = probe, probe + reach
+    def _largest(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> tuple[int, int] | None:
+        """The largest size of nearly the same shape for which some stages fit: this one, or whole search steps.
+
+        What is needed grows nearly as the area does, so two sizes tell where a third should be tried.
+        """
+        sides = [self._scaled(height, width, i) for i in range(1, ceil(min(height, width) / SEARCH_STEP))]
+        sides.append((height, width))
+        areas = [tall * wide for tall, wide in sides]
+        low, below = -1, (0, 0)  # area and bytes of what fits
+        high, above = len(sides), (2 * areas[-1], 2 * self.room)  # and of what does not
+        probe = len(sides) - 1
+        for probes in count(1):
+            found = areas[probe], self._needs(stages, *sides[probe], settings)
+            if found[1] <= self.room:
+                low, below = probe, found
             else:
-                high, probe = probe, probe - reach
-            reach *= 2
-        return None if low < 0 else "{1}x{0}".format(*sides[low])
+                high, above = probe, found
+            if high - low <= 1:
+                return sides[low] if low >= 0 else None
+            if probes < FEW_PROBES:
+                share = (self.room - below[1]) / (above[1] - below[1])
+                expected = bisect(areas, below[0] + share * (above[0] - below[0])) - 1
+                probe = min(max(expected, low + 1), high - 1)
+            else:
+                probe = (low + high) // 2  # where the above goes wrong again and again, this comes to an end
+        raise AssertionError
 
     def _scaled(self, height: int, width: int, i: int) -> tuple[int, int]:
         """The size whose shorter side is `i` search steps, both in whole latent pixels."""

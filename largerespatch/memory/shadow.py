@@ -1,24 +1,30 @@
-"""A pipeline without weights: same modules, fake tensors. What runs on it takes no memory and next to no time."""
+"""A pipeline without weights: same modules, weightless tensors. What runs on it takes no memory and next to no time."""
 
 import copy
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from types import NoneType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.families import Family, families_in, models_of
 from ..core.patching import PatchStack
 from ..core.pieces import rehearsal
 from ..core.tilings import PHASES
+from ..core.weights import offload_hooks
 from .counting import KernelsInOne, LiveBytes
+from .weightless import Look, Weightless, WithoutData
 
-# Fake tensors on these stand for all accelerators and for the host. (Fake ones on "cuda" need a torch built with CUDA.)
+# Weightless tensors on these stand for all accelerators and for the host.
 ACCELERATOR, HOST = "meta", "cpu"
+
+# What libraries of an accelerator take for themselves once: cuBLAS, on an H200, two workspaces of 32 MiB.
+LIBRARIES = 2**26
 
 # Attributes through which others reach into a module's calls; some hold the weights themselves.
 _HOOKS = ("_hf_hook", "_old_forward", "_diffusers_hook")
@@ -31,14 +37,6 @@ _HOOK_DICTS = (
 )
 
 
-def _offload_hooks(module: nn.Module) -> Iterator[Any]:
-    """accelerate's and diffusers' hooks that bring weights to a device for a call of `module`."""
-    hook = getattr(module, "_hf_hook", None)
-    yield from getattr(hook, "hooks", (hook,) if hook is not None else ())
-    registry = getattr(module, "_diffusers_hook", None)
-    yield from registry.hooks.values() if registry is not None else ()
-
-
 def _device_of_hook(hook: Any) -> torch.device | None:
     device = getattr(hook, "execution_device", None)
     group = getattr(hook, "group", None)
@@ -49,7 +47,7 @@ def _device_of_hook(hook: Any) -> torch.device | None:
 def device_of(model: nn.Module) -> torch.device:
     """Where a model runs."""
     for module in model.modules():
-        for hook in _offload_hooks(module):
+        for hook in offload_hooks(module):
             device = _device_of_hook(hook)
             if device is not None:
                 return device
@@ -84,70 +82,124 @@ def _weights(*modules: nn.Module, recurse: bool = True) -> Iterator[torch.Tensor
         yield from module.buffers(recurse)
 
 
-def _visitors(model: nn.Module) -> list[int]:
-    """Bytes of the pieces of a model that come to the device only while they run; empty for a model that stays."""
-    sizes = []
-    for module in model.modules():
-        for hook in _offload_hooks(module):
-            group = getattr(hook, "group", None)
-            if group is not None:  # diffusers' group offload; with a stream the next group comes while this one runs
-                size = _bytes(chain(_weights(*group.modules), group.parameters, group.buffers))
-                sizes.append(size * (1 if group.stream is None else 2))
-            elif type(hook).__name__ == "CpuOffload":  # accelerate's, of whole models
-                return [_bytes(_weights(module))]
-            elif getattr(hook, "offload", False):  # accelerate's, of single layers
-                sizes.append(_bytes(_weights(module, recurse=getattr(hook, "place_submodules", False))))
-    return sizes
+def _come_with(group: Any) -> Iterator[torch.Tensor]:
+    """What a group of diffusers' group offload consists of."""
+    return chain(_weights(*group.modules), group.parameters, group.buffers)
+
+
+def _come_for(module: nn.Module) -> Iterator[torch.Tensor]:
+    """What hooks bring to the device for a call of `module`."""
+    for hook in offload_hooks(module):
+        if (group := getattr(hook, "group", None)) is not None:  # diffusers' group offload
+            yield from _come_with(group)
+        elif type(hook).__name__ == "CpuOffload":  # accelerate's, of whole models
+            yield from _weights(module)
+        elif getattr(hook, "offload", False):  # accelerate's, of single layers
+            yield from _weights(module, recurse=getattr(hook, "place_submodules", False))
+
+
+def _visitors(model: nn.Module, holds: Sequence[Sequence[nn.Module]] = ()) -> list[int]:
+    """Bytes of the pieces of a model that come to the device only while they run; empty for a model that stays.
+
+    What comes for a module is there with what came for the modules that it is in. What comes for all modules of one of
+    `holds` is there at once, at most: see `Site.holds`. With streams the next group comes while one runs.
+    """
+    come = {module: list(_come_for(module)) for module in model.modules()}
+    if not any(come.values()):
+        return []
+    outer = {module: inside for *inside, module in _chains(model)}
+
+    def at_once(called: Sequence[nn.Module]) -> int:
+        there = {*called, *chain.from_iterable(outer[module] for module in called)}
+        return _bytes(chain.from_iterable(come[module] for module in there))
+
+    groups = (getattr(hook, "group", None) for module in come for hook in offload_hooks(module))
+    ahead = [_bytes(_come_with(group)) for group in groups if getattr(group, "stream", None) is not None]
+    calls = ([module] for module, weights in come.items() if weights)
+    return [at_once(called) + max(ahead, default=0) for called in (*calls, *holds)]
+
+
+def _chains(model: nn.Module, outer: tuple[nn.Module, ...] = ()) -> Iterator[tuple[nn.Module, ...]]:
+    """Of each module in `model`, the modules that it is in, from the outside in, and itself."""
+    yield (*outer, model)
+    for child in model.children():
+        yield from _chains(child, (*outer, model))
+
+
+def _exactly(device: torch.device) -> tuple[str, int]:
+    """Type and number of a device; one without a number is the current one of its type."""
+    if device.index is not None or device.type == HOST:
+        return device.type, device.index or 0
+    try:
+        backend = torch.get_device_module(device)
+    except RuntimeError:  # there is none for fake devices
+        return device.type, 0
+    current = getattr(backend, "current_device", None)
+    return device.type, current() if current is not None and backend.is_available() else 0
 
 
 def weights_now(pipe: Any, device: torch.device) -> int:
     """Bytes of weights on `device` at this moment."""
     weights = chain.from_iterable(map(_weights, models_of(pipe).values()))
-    return _bytes(tensor for tensor in weights if tensor.device.type == device.type)
+    return _bytes(_on(device, weights))
 
 
-def weights_on(pipe: Any, device: torch.device) -> int:
-    """Bytes of weights on `device` at once: all that stay there and the largest piece that visits it."""
-    models = models_of(pipe).values()
-    visitors = {model: _visitors(model) for model in models if device_of(model).type == device.type}
-    staying = chain.from_iterable(
-        (tensor for tensor in _weights(model) if tensor.device.type == device.type)
-        for model in models
-        if not visitors.get(model)
-    )
-    return _bytes(staying) + max(chain.from_iterable(visitors.values()), default=0)
+def _on(device: torch.device, weights: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    place = _exactly(device)
+    return (weight for weight in weights if _exactly(weight.device) == place)
 
 
-class _WithoutData(TorchFunctionMode):
-    """Makes `copy.deepcopy` put fake tensors on `device` in the place of tensors."""
+def weights_on(pipe: Any, device: torch.device, options: Any = None) -> int:
+    """Bytes of weights on `device` at once: all that stay there and the largest piece that visits it.
 
-    def __init__(self, fake: Any, device: str) -> None:
+    `options` are those of a patch that is on, which has some visitors stay longer (see `Site.holds`); None: there is no
+    patch.
+    """
+    models, holds = models_of(pipe), _holds(pipe, options)
+    here = {name: model for name, model in models.items() if _exactly(device_of(model)) == _exactly(device)}
+    visitors = {name: _visitors(model, holds.get(name, ())) for name, model in here.items()}
+    staying = (_on(device, _weights(model)) for name, model in models.items() if not visitors.get(name))
+    return _bytes(chain.from_iterable(staying)) + max(chain.from_iterable(visitors.values()), default=0)
+
+
+def _holds(pipe: Any, options: Any) -> dict[str, list[Sequence[nn.Module]]]:
+    """By component name, what all sites of a patch with these `options` hold."""
+    if options is None:
+        return {}
+    return {
+        name: [held for site in family.sites(model, name, options, pipe) for held in site.holds]
+        for name, (model, family) in families_in(pipe).items()
+    }
+
+
+class _InPlaceOfData(TorchFunctionMode):
+    """Makes `copy.deepcopy` put weightless tensors on `device` in the place of tensors."""
+
+    def __init__(self, device: str) -> None:
         super().__init__()
-        self.fake = fake
-        self.device = device
+        self.device = torch.device(device)
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (torch.Tensor.clone, torch.Tensor.__deepcopy__):  # parameters are copied by the former
             return func(*args, **(kwargs or {}))
         tensor = args[0]
-        with self.fake:
-            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device)
+        return Look.of(tensor)._replace(device=self.device).made()
 
 
 def _compute_dtype(module: nn.Module) -> torch.dtype | None:
     """What layerwise casting casts the weights of `module` to for a call."""
-    return next((hook.compute_dtype for hook in _offload_hooks(module) if hasattr(hook, "compute_dtype")), None)
+    return next((hook.compute_dtype for hook in offload_hooks(module) if hasattr(hook, "compute_dtype")), None)
 
 
-def _without_weights(model: nn.Module, stacks: list[PatchStack], fake: Any) -> nn.Module:
-    """A copy of a model on fake tensors, as its class made it: without replacements, hooks and compiled calls."""
+def _without_weights(model: nn.Module, stacks: list[PatchStack]) -> nn.Module:
+    """A weightless copy of a model, as its class made it: without replacements, hooks and compiled calls."""
     # What `deepcopy` finds in its memo it takes for copied.
     memo: dict[int, Any] = {}
     for module in model.modules():
         for attribute in ("forward", *_HOOKS):
             if attribute in vars(module):
                 memo[id(vars(module)[attribute])] = None
-    with _WithoutData(fake, _place(device_of(model))):
+    with _InPlaceOfData(_place(device_of(model))):
         shadow = copy.deepcopy(model, memo)
     for stack in stacks:
         stack.undo_in(memo)
@@ -159,8 +211,7 @@ def _without_weights(model: nn.Module, stacks: list[PatchStack], fake: Any) -> n
         module._compiled_call_impl = None
         dtype = _compute_dtype(original)
         if dtype is not None:
-            with fake:
-                _cast(module, dtype)
+            _cast(module, dtype)
     return shadow
 
 
@@ -173,37 +224,62 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 class _Alike:
-    """Runs one of several modules that are alike and counts the others as that one, since all need the same memory.
+    """Runs one of several pieces of work that are alike and counts the others as that one: all need the same memory.
 
-    SDXL's U-Net has seventy transformer blocks of two makes. `make` says what a module is; modules that leave something
-    behind beside their result, or give back their input, run each for itself.
+    Work that gives back a part of what it was given, or something else than new tensors, is run each time.
     """
 
     def __init__(self, count: LiveBytes) -> None:
         self.count = count
-        self.known: dict[Any, tuple[int, Any]] = {}
+        self.known: dict[Any, Any] = {}
 
     def __call__(
-        self, make: Hashable, original: Callable[..., torch.Tensor], *args: object, **kwargs: object
-    ) -> torch.Tensor:
-        leaves, structure = tree_flatten((args, kwargs))
-        key = (make, str(structure), tuple(map(_look, leaves)))
-        if key in self.known:
-            needed, (size, stride, dtype, device) = self.known[key]
+        self,
+        known: dict[Any, Any] | None,
+        key: Hashable,
+        work: Callable[..., Any],
+        given: tuple[Any, ...],
+        **named: Any,
+    ) -> Any:
+        known = self.known if known is None else known
+        leaves, structure = tree_flatten((given, named))
+        look = (key, str(structure), tuple(map(_look, leaves)))
+        if look in known:
+            needed, results, structure = known[look]
             self.count.rise(needed)
-            return torch.empty_strided(size, stride, dtype=dtype, device=device)
+            return tree_unflatten([each.again() if isinstance(each, _New) else each for each in results], structure)
         before = self.count.alive
-        result, during = self.count.peak_of(lambda: original(*args, **kwargs))
-        if self.count.alive - before == result.untyped_storage().nbytes():
-            self.known[key] = (during - before, _look(result))
+        result, during = self.count.peak_of(lambda: work(*given, **named))
+        leaves, structure = tree_flatten(result)
+        results = [_New.of(leaf) if isinstance(leaf, Weightless) else leaf for leaf in leaves]
+        new = sum(
+            each.size for each in results if isinstance(each, _New) and each.look.device.type == self.count.device
+        )
+        if self.count.alive - before >= new and all(isinstance(each, _New | int | NoneType) for each in results):
+            known[look] = (during - before, results, structure)
         return result
+
+
+class _New(NamedTuple):
+    """A tensor that can be made again: how it lies in how many bytes of its own."""
+
+    look: Look
+    offset: int
+    size: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "_New":
+        return cls(Look.of(tensor), int(tensor.storage_offset()), tensor.untyped_storage().nbytes())
+
+    def again(self) -> torch.Tensor:
+        size, stride, dtype, device = self.look
+        memory = torch.empty(self.size // dtype.itemsize, dtype=dtype, device=device)
+        return memory.as_strided(size, stride, self.offset)
 
 
 def _look(leaf: object) -> Any:
     """All that memory may depend on, of an argument."""
-    if isinstance(leaf, torch.Tensor):
-        return leaf.size(), leaf.stride(), leaf.dtype, leaf.device
-    return repr(leaf)
+    return Look.of(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf)
 
 
 def _make(block: nn.Module) -> Hashable:
@@ -219,28 +295,31 @@ class Shadow:
     """
 
     def __init__(self, pipe: Any, stacks: list[PatchStack]) -> None:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        # Tensors that modules make of numbers are real where the device is meta.
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.place = _place(execution_device(pipe))
         self.models: dict[str, tuple[nn.Module, Family]] = {
-            name: (_without_weights(model, stacks, self.fake), family)
-            for name, (model, family) in families_in(pipe).items()
+            name: (_without_weights(model, stacks), family) for name, (model, family) in families_in(pipe).items()
         }
+        # Each block takes another of the tilings than the one before.
+        self._makes = [
+            (block, (i % PHASES, _make(block)))
+            for model, family in self.models.values()
+            for i, block in enumerate(family.repeated(model))
+        ]
         self.pipe = copy.copy(pipe)
         # A schedule is made of real tensors, and which step it is makes no difference to memory.
         copies = {name: model for name, (model, _) in self.models.items()}
         vars(self.pipe).update(copies, scheduler=None, _progress_bar_config={"disable": True})
 
     def peak(self, work: Callable[[], object]) -> int:
-        """The most bytes alive at once on the pipeline's device while `work` calls the copies on fake tensors."""
-        count = LiveBytes(self.place)
+        """The most bytes alive at once on the pipeline's device while `work` calls the copies."""
+        count = WithoutData(self.place)
         alike = _Alike(count)
-        with PatchStack() as stack, self.fake, torch.no_grad(), rehearsal(), count, KernelsInOne():
-            for name, (model, family) in self.models.items():
-                # Each takes another of the tilings than the one before.
-                for i, block in enumerate(family.repeated(model)):
-                    stack.wrap(block, "forward", partial(alike, (i % PHASES, _make(block))), f"{name}.forward")
+
+        def forward(make: Hashable, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return alike(None, make, original, args, **kwargs)
+
+        with PatchStack() as stack, torch.no_grad(), rehearsal(alike), count, KernelsInOne():
+            for block, make in self._makes:
+                stack.wrap(block, "forward", partial(forward, make), "forward")
             work()
-        return count.peak
+        return count.peak + (0 if self.place == HOST else LIBRARIES)

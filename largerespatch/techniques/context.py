@@ -5,7 +5,7 @@ it stands for. Approximate; with all tokens as context a block attends as dense 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -17,8 +17,8 @@ from ..core.tilings import Runs, Tile, sampled_cells
 JUDGES = 128
 CROWD = 2048
 
-# Attention scores that are looked at together while heavy tokens are searched: 32 MiB in float32.
-SCORES = 2**23
+# Attention scores that are looked at together while heavy tokens are searched: 128 MiB in float32.
+SCORES = 2**25
 
 # What the search for heavy tokens must know the inside of: how queries and keys become scores.
 LEANS_ON = ("diffusers.models.attention_processor.AttnProcessor2_0.__call__",)
@@ -62,6 +62,12 @@ def heavy_tokens(
     return received.topk(count).indices  # type: ignore[no-any-return]
 
 
+def _uploaded(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """On CUDA from pinned memory: from any other the host would wait until all work before it is done."""
+    kept = torch.tensor(numbers)
+    return (kept.pin_memory() if device.type == "cuda" else kept).to(device, non_blocking=True)
+
+
 class Context:
     """The tokens of a map that each of its tiles attends to besides its own.
 
@@ -85,12 +91,12 @@ class Context:
         seed: str,
         prepare: Prepare = lambda tokens: tokens,
     ) -> None:
-        height, self.width = size
+        height, width = size
         batch, self.total, channels = tokens.shape
         self.heavy = min(heavy, self.total)
 
         def cells(count: int, purpose: str) -> torch.Tensor:
-            return torch.tensor(sampled_cells(height, self.width, count, f"{seed} {purpose}"), device=tokens.device)
+            return _uploaded(sampled_cells(height, width, count, f"{seed} {purpose}"), tokens.device)
 
         judges, crowd, some = cells(JUDGES, "judges"), cells(CROWD, "crowd"), cells(sampled, "sampled")
         some = some.expand(batch, -1)
@@ -98,15 +104,16 @@ class Context:
         # A sampled token that is heavy as well must not count twice.
         fresh = ~(some[:, :, None] == wanted[:, None, :]).any(dim=-1)
         self.counts = torch.cat([torch.ones_like(wanted, dtype=torch.bool), fresh], dim=1)
-        self.places = torch.cat([wanted, some], dim=1)
-        self.tokens = tokens.gather(1, self.places[:, :, None].expand(-1, -1, channels))
+        places = torch.cat([wanted, some], dim=1)
+        self.rows, self.columns = places // width, places % width
+        self.tokens = tokens.gather(1, places[:, :, None].expand(-1, -1, channels))
 
     def log_weights(self, tile: Tile) -> torch.Tensor:
         """What to add to the attention scores of the context's tokens in a tile, ``[B, 1, S]``.
 
         Heavy tokens stand for themselves, the sampled ones together for all that the tile does not see.
         """
-        rows, columns = self.places // self.width, self.places % self.width
+        rows, columns = self.rows, self.columns
         inside = (rows >= tile.top) & (rows < tile.bottom) & (columns >= tile.left) & (columns < tile.right)
         used = self.counts & ~inside
         heavy, sampled = used[:, : self.heavy], used[:, self.heavy :]

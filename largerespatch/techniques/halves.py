@@ -11,10 +11,12 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from ..core.families import Order, Site
 from ..core.hosts import Host
 from ..core.maps import StoredMap
 from ..core.patching import PatchStack
 from ..core.pieces import collect, rehearsing
+from ..core.weights import weights_found, weights_held
 from .strips import Forward
 from .walk import Walk, inner_modules, listen_everywhere, listeners, silence, steps, walked
 
@@ -45,12 +47,15 @@ class InPieces(ABC):
     An input of at most one tile goes through the original.
 
     Args:
+        model: the encoder or decoder, and `path` its name in messages.
         cutting: the size of a tile, and the rest.
         host: where maps that are not in tiles live, if that is not where the model runs, while parts of them visit the
             device. None: they stay on the device. Attention has its whole map on the device in any case.
     """
 
-    def __init__(self, cutting: Cutting, host: Host | None = None) -> None:
+    def __init__(self, model: nn.Module, path: str, cutting: Cutting, host: Host | None = None) -> None:
+        self.model = model
+        self.path = path
         self.cutting = cutting
         self.host = host
         self._warned = False
@@ -71,7 +76,8 @@ class InPieces(ABC):
         with torch.no_grad():
             if not self.cutting.in_turns or len(sample) == 1:
                 return run(sample)
-            return _together(collect(range(len(sample)), lambda i: run(sample[i : i + 1])))
+            with weights_found(self.model.modules()):
+                return _together(collect(range(len(sample)), lambda i: run(sample[i : i + 1])))
 
     @abstractmethod
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
@@ -91,7 +97,7 @@ class InPieces(ABC):
         if ahead:
             consequences.append(f"the forward pre-hooks on {len(ahead)} of its modules see pieces ({_some(ahead)})")
         if listen_everywhere():
-            consequences.append("the hooks on all modules there are see pieces")
+            consequences.append("hooks that are registered for every module there is see pieces")
         if consequences and not self._warned and not rehearsing():
             self._warned = True
             warnings.warn(
@@ -115,11 +121,11 @@ class Exact(InPieces):
     passes: whole maps are alive, about half as many as in the original.
 
     Args:
-        model: the encoder or decoder, and `path` its name in messages.
-        cutting, host: see above; strips have as many rows, on every map, as a tile has in latent pixels.
+        model, path, cutting, host: see above; strips have as many rows, on every map, as a tile has in latent pixels.
         recompute: at the finest level, where maps are largest, no map exists but the outputs of residual blocks: an
             upsampler's is computed three times and the one between two convolutions twice, strip by strip. Not so
-            where a user's hook may keep what it is given.
+            where a user's hook may keep what it is given. Weights that come to the device for that upsampler, or the
+            block that it is in, then stay to the end.
 
     Raises:
         ValueError: `model` holds a module that cannot be run strip by strip.
@@ -128,13 +134,19 @@ class Exact(InPieces):
     def __init__(
         self, model: nn.Module, path: str, cutting: Cutting, recompute: bool = False, host: Host | None = None
     ) -> None:
-        super().__init__(cutting, host)
-        self.model = model
-        self.path = path
+        super().__init__(model, path, cutting, host)
         self.steps = dict(steps(model, path))
         self.recompute = recompute
+        upsamplers = [place for place, module in self.steps.items() if isinstance(module, Upsample2D)]
+        self.late = self._around(upsamplers[-1]) if recompute and upsamplers else []  # called when their block is done
+        self.holds = [[*self.late, *self._around(place)] for place in self.steps]
         for place, module in self.steps.items():
             walked(module, place, Walk(1, False))  # an error now rather than in the call
+
+    def _around(self, place: str) -> list[nn.Module]:
+        """The modules that are in the one at `place`, or that it is in."""
+        named = self.model.named_modules(prefix=self.path)
+        return [module for path, module in named if f"{path}.".startswith(f"{place}.") or place.startswith(f"{path}.")]
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         passing = not listeners(self.model)
@@ -142,7 +154,8 @@ class Exact(InPieces):
         # What a hook may keep has to have memory of its own.
         finest = sample.shape[-2] * 2**doublings if self.recompute and passing else None
         walk = Walk(self.cutting.tile_height, self.cutting.wrap, self.host, passing, finest)
-        with PatchStack() as stack, self._progress(len(self.steps)) as bar:
+        late = self.late if finest is not None else []
+        with weights_held(late), PatchStack() as stack, self._progress(len(self.steps)) as bar:
 
             def counted(technique: Forward) -> Forward:
                 def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -153,7 +166,7 @@ class Exact(InPieces):
                 return forward
 
             for path, module in self.steps.items():
-                stack.wrap(module, "forward", counted(walked(module, path, walk)), f"{path}.forward")
+                Site(module, path, Order.IN_STRIPS, counted(walked(module, path, walk))).install(stack)
             self._silence(stack, inner_modules(self.model, self.path))
             return delivered(original(sample))
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..core.maps import JoinedMap
 from ..core.pieces import assemble, rehearsing
 from ..core.planes import Map
+from ..core.weights import weights_found
 
 
 class SerialBatch:
@@ -20,6 +21,7 @@ class SerialBatch:
     The first parameter, ``[B, ...]``, says how many there are. Where an attention processor may look across samples
     (perturbed-attention guidance does, and one that diffusers' models do not define might), the batch stays whole and
     a warning names the processor. Pipelines put such processors in while they run, hence the question at each call.
+    Weights that come to the device for a layer's call come again for each sample: not all of a model's can stay there.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,12 +50,13 @@ class SerialBatch:
             leaves, structure = tree_flatten(original(*own_args, **own_kwargs))
             return tuple(leaves)
 
-        rows = assemble(
-            range(batch),
-            run,
-            place=lambda index: index,
-            make=lambda leaves: tuple(_rows_for(leaf, batch) for leaf in leaves),
-        )
+        with weights_found(self.model.modules()):
+            rows = assemble(
+                range(batch),
+                run,
+                place=lambda index: index,
+                make=lambda leaves: tuple(_rows_for(leaf, batch) for leaf in leaves),
+            )
         return tree_unflatten([_joined(each) for each in rows], structure)
 
 

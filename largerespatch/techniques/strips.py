@@ -8,7 +8,7 @@ strip goes through the original forward.
 
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from math import ceil
 from typing import Any, NamedTuple
@@ -125,6 +125,10 @@ class TimeTerms(NamedTuple):
     after: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
+# Asked for where the original would do it, since offloading with streams foresees in which order layers are called.
+Time = Callable[[], TimeTerms]
+
+
 class StripResnet:
     """Takes the place of ``ResnetBlock2D.forward``: norm, activation, convolution, twice, plus the shortcut.
 
@@ -150,9 +154,9 @@ class StripResnet:
             or is_differentiated(self.module, input_tensor, temb)
         ):
             return original(input_tensor, temb, *args, **kwargs)
-        return self.run(input_tensor, self._time(temb))
+        return self.run(input_tensor, cache(partial(self._time, temb)))
 
-    def run(self, source: torch.Tensor, time: TimeTerms) -> torch.Tensor:
+    def run(self, source: torch.Tensor, time: Time) -> torch.Tensor:
         middle = self.strips.empty(source, self.output_shape(source))
         return self.second_half(middle, self.first_half(source, middle, time), source, middle, time)
 
@@ -160,7 +164,7 @@ class StripResnet:
         return source.shape[0], self.module.out_channels, *source.shape[2:]
 
     def first_half(
-        self, source: torch.Tensor, middle: torch.Tensor, time: TimeTerms, residual: torch.Tensor | None = None
+        self, source: torch.Tensor, middle: torch.Tensor, time: Time, residual: torch.Tensor | None = None
     ) -> GroupStatistics:
         """``conv1(act(norm1(source)))`` into `middle`; also what the shortcut makes of `source`, if given its place.
 
@@ -188,7 +192,7 @@ class StripResnet:
         statistics: GroupStatistics,
         residual: torch.Tensor,
         output: torch.Tensor,
-        time: TimeTerms,
+        time: Time,
         shortcut_done: bool = False,
     ) -> torch.Tensor:
         """``(residual + conv2(act(norm2(middle)))) / scale`` into `output`, which may be either of the two."""
@@ -217,17 +221,18 @@ class StripResnet:
         scale, shift = embedding.chunk(2, dim=1)
         return TimeTerms(after=(1 + scale, shift))
 
-    def conv1(self, block: torch.Tensor, statistics: GroupStatistics, time: TimeTerms) -> torch.Tensor:
+    def conv1(self, block: torch.Tensor, statistics: GroupStatistics, time: Time) -> torch.Tensor:
         with GivenStatistics(statistics):
             block = self.module.norm1(block)
         block = self.module.conv1(self.module.nonlinearity(block))
-        return block if time.before is None else block + time.before
+        before = time().before
+        return block if before is None else block + before
 
-    def conv2(self, block: torch.Tensor, statistics: GroupStatistics, time: TimeTerms) -> torch.Tensor:
+    def conv2(self, block: torch.Tensor, statistics: GroupStatistics, time: Time) -> torch.Tensor:
         with GivenStatistics(statistics):
             block = self.module.norm2(block)
-        if time.after is not None:
-            factor, term = time.after
+        if (after := time().after) is not None:
+            factor, term = after
             block = block * factor + term
         convolved: torch.Tensor = self.module.conv2(self.module.dropout(self.module.nonlinearity(block)))
         return convolved

@@ -13,11 +13,13 @@ from math import ceil
 import torch
 from torch import nn
 
+from ..core.families import Order, Site
 from ..core.hosts import Host
 from ..core.patching import PatchStack
 from ..core.pieces import assemble, collect
 from ..core.planes import part
 from ..core.tilings import Each, Run, Tile, Window, scatter, tiles, window
+from ..core.weights import weights_held
 from .halves import Cutting, InPieces, delivered
 from .shared_norms import SharedGroupNorm
 from .stages import Split, scale_of
@@ -41,12 +43,12 @@ class TwoPass(InPieces):
 
     Costs the tiled stages once per pass on tiles enlarged by the halo, and as often on a sample of half such a tile's
     area. The original forward runs each part, with the stages outside that part passing their input through. What runs
-    whole does so strip by strip where its modules are known: exact, and smaller in memory.
+    whole does so strip by strip where its modules are known: exact, and smaller in memory. Weights that come to the
+    device for the tiled stages stay from the first tile to the last.
 
     Args:
-        model: the encoder or decoder, and `path` its name in messages.
         splits: in order of preference; the first whose whole part fits `WHOLE_BYTES` is taken, else the last.
-        cutting, host: see `InPieces`.
+        model, path, cutting, host: see `InPieces`.
         passes: at least 2; all but the last record. Each makes one more group norm exact, in the order they run in.
     """
 
@@ -59,7 +61,8 @@ class TwoPass(InPieces):
         passes: int = 2,
         host: Host | None = None,
     ) -> None:
-        super().__init__(cutting, host)
+        super().__init__(model, path, cutting, host)
+        self.holds = [list(model.modules())]
         self.paths = {module: f"{path}.{name}" for name, module in model.named_modules()}
         self.splits = splits
         self.passes = passes
@@ -114,7 +117,7 @@ class TwoPass(InPieces):
                         silence(stack, {path: stage.module}, kind)
                 elif i not in split.tiled and can_be_walked(stage.module):
                     for place, module in steps(stage.module, path):
-                        stack.wrap(module, "forward", walked(module, place, walk), f"{place}.forward")
+                        Site(module, place, Order.IN_STRIPS, walked(module, place, walk)).install(stack)
             yield
         walk.spare = None
 
@@ -142,7 +145,8 @@ class TwoPass(InPieces):
         """All of the tiled part's output: memory of `walk` where that reads it next, else a plain tensor."""
         windows = self._windows(plane, split)
         height, width = plane.shape[-2:]
-        with PatchStack() as stack, self._progress(self.passes * (len(windows) + 1)) as bar:
+        bar_length = self.passes * (len(windows) + 1)
+        with weights_held(self.model.modules()), PatchStack() as stack, self._progress(bar_length) as bar:
             norms = self._share_group_norms(stack, [split.stages[i].module for i in split.tiled])
 
             def counted(given: torch.Tensor) -> torch.Tensor:

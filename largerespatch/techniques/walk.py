@@ -33,7 +33,7 @@ from .strips import (
     StripResnet,
     Strips,
     StripUpsample,
-    TimeTerms,
+    Time,
     can_be_resnet,
     can_be_upsampler,
     reach,
@@ -105,7 +105,7 @@ class WalkedResnet(StripResnet):
 
     strips: Walk
 
-    def run(self, source: torch.Tensor, time: TimeTerms) -> torch.Tensor:
+    def run(self, source: torch.Tensor, time: Time) -> torch.Tensor:
         walk, shape, shortcut = self.strips, self.output_shape(source), self.module.conv_shortcut
         if not isinstance(source, StoredMap) or not source.passing:
             middle, source = walk.reuse(source, shape), walk.taken(source)
@@ -122,7 +122,7 @@ class WalkedResnet(StripResnet):
             walk.spare = middle  # type: ignore[assignment]
         return output
 
-    def _within(self, memory: torch.Tensor, time: TimeTerms) -> torch.Tensor:
+    def _within(self, memory: torch.Tensor, time: Time) -> torch.Tensor:
         channels, walk = self.module.out_channels, self.strips
         parts = (memory[:, :channels], memory[:, channels : 2 * channels])
         residual, middle = (StoredMap.of(part, walk.host, passing=True) for part in parts)
@@ -131,7 +131,7 @@ class WalkedResnet(StripResnet):
         walk.spare = middle
         return output
 
-    def _at_once(self, plane: torch.Tensor, time: TimeTerms) -> torch.Tensor:
+    def _at_once(self, plane: torch.Tensor, time: Time) -> torch.Tensor:
         """The block in place: the middle map is computed once for its statistics and once more to be used."""
         module, walk = self.module, self.strips
         outer = walk.statistics(plane, module.norm1.num_groups)

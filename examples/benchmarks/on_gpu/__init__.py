@@ -1,0 +1,1 @@
+"""The parts of `gpu.py`: what one run on one GPU shows."""

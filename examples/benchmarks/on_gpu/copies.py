@@ -1,0 +1,131 @@
+"""Maps on the host: how much of their copies is hidden behind computing, and what host memory is really taken."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from _common import Candidate, seconds
+from largerespatch.core import hosts
+
+from .lab import Lab, Row, Settings, stage, timed
+
+CASES: tuple[tuple[str, str, Settings], ...] = (
+    ("sd15", "step", {"unet_offload": True, "unet_serial": True, "unet_strip_rows": 64}),
+    ("sd15", "decode", {"vae_mode": "exact", "vae_offload": True}),
+    ("sd15", "decode", {"vae_offload": True}),
+)
+AHEAD = (1, 2, 3)  # pieces under way at once
+
+Span = tuple[float, float]
+
+
+def rows(lab: Lab) -> Iterator[Row]:
+    size = lab.sizes[-2]
+    for model, name, settings in CASES:
+        pipe = lab.pipeline(model)
+        kept = {key: value for key, value in settings.items() if not key.endswith("_offload")}
+        row: Row = {"model": model, "stage": name, "size": size, "settings": settings}
+        with torch.no_grad():
+            row["seconds_on_device"] = timed(lab, stage(pipe, name, size, kept))
+            row["seconds_by_pieces_ahead"] = {}
+            for ahead in AHEAD:
+                before, hosts.UNDER_WAY = hosts.UNDER_WAY, ahead
+                try:
+                    row["seconds_by_pieces_ahead"][ahead] = timed(lab, stage(pipe, name, size, settings))
+                finally:
+                    hosts.UNDER_WAY = before
+            row |= pinned(lab, pipe, name, size, settings) | hidden(lab, pipe, name, size, settings)
+        lab.clear()
+        yield row
+
+
+def pinned(lab: Lab, pipe: Any, name: str, size: int, settings: Settings) -> Row:
+    """Bytes of host memory that were asked for at most, and those that torch took for it."""
+    asked = Asked()
+    with asked:
+        candidate = stage(pipe, name, size, settings)
+        seconds(candidate, lab.device)
+    row: Row = {"host_bytes_asked": asked.total}
+    if lab.cuda:
+        stats = torch.cuda.host_memory_stats()
+        row["host_bytes_taken"] = {key: value for key, value in stats.items() if "bytes" in key and "peak" in key}
+    return row
+
+
+class Asked:
+    """Sums the bytes of maps that are made on the host inside: more than lived at once, if some died meanwhile."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def __enter__(self) -> None:
+        self.original = hosts.HostRows.empty
+
+        def empty(*args: Any) -> Any:
+            made = self.original(*args)
+            self.total += sum(band.numel() * band.element_size() for band in made.bands)
+            return made
+
+        hosts.HostRows.empty = empty
+
+    def __exit__(self, *_: object) -> None:
+        hosts.HostRows.empty = self.original
+
+
+def hidden(lab: Lab, pipe: Any, name: str, size: int, settings: Settings) -> Row:
+    """The share of the time of copies during which kernels ran."""
+    if not lab.cuda:
+        return {"hidden": None}
+    events = profiled(stage(pipe, name, size, settings))
+    spans = {
+        kind: union((each.time_range.start, each.time_range.end) for each in events if test(each.name))
+        for kind, test in {
+            "in": lambda text: "HtoD" in text,
+            "out": lambda text: "DtoH" in text,
+            "kernels": lambda text: "Memcpy" not in text and "Memset" not in text,
+        }.items()
+    }
+    row: Row = {f"{kind}_seconds": length(each) / 1e6 for kind, each in spans.items()}
+    row["hidden"] = {
+        kind: length(overlap(spans[kind], spans["kernels"])) / max(length(spans[kind]), 1e-9) for kind in ("in", "out")
+    }
+    if spans["kernels"]:
+        row["span_seconds"] = (spans["kernels"][-1][1] - spans["kernels"][0][0]) / 1e6
+    return row
+
+
+def profiled(candidate: Candidate) -> list[Any]:
+    """What one run does on the device."""
+    with candidate.context(), torch.no_grad(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        candidate.run()
+        torch.cuda.synchronize()
+    return [each for each in profiler.events() if str(each.device_type).endswith("CUDA")]
+
+
+def union(spans: Iterator[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def overlap(first: Sequence[Span], second: Sequence[Span]) -> list[Span]:
+    found, i, j = [], 0, 0
+    while i < len(first) and j < len(second):
+        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
+        if start < end:
+            found.append((start, end))
+        if first[i][1] < second[j][1]:
+            i += 1
+        else:
+            j += 1
+    return found
+
+
+def length(spans: Sequence[Span]) -> float:
+    return sum(end - start for start, end in spans)

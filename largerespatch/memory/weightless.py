@@ -1,0 +1,167 @@
+"""Tensors without data: they have a shape, a layout, a dtype and a device, and an operation on them makes others.
+
+They do what fake tensors of torch do, for a tenth of the time, since no more is asked of them: the memory of one is a
+storage on ``meta``, and what an operation makes of arguments that look the same is worked out once.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .counting import LiveBytes, makes_views
+
+_META, _HOST = torch.device("meta"), torch.device("cpu")
+
+
+class Look(NamedTuple):
+    """All of a tensor that memory may depend on."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Look":
+        return cls(tensor.size(), tensor.stride(), tensor.dtype, tensor.device)
+
+    def made(self) -> "Weightless":
+        """A new tensor that looks like this."""
+        return Weightless(torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=_META), self.device)
+
+
+class Weightless(torch.Tensor):
+    """Looks like a tensor on `device`. Its memory is that of `plain`, a tensor on ``meta``."""
+
+    plain: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, plain: torch.Tensor, device: torch.device) -> Self:
+        made: Self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            plain.size(),
+            strides=plain.stride(),
+            storage_offset=plain.storage_offset(),
+            dtype=plain.dtype,
+            device=device,
+        )
+        made.plain = plain
+        return made
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.plain.untyped_storage()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return run(func, types, args, kwargs or {})
+
+
+class WithoutData(LiveBytes):  # type: ignore[no-untyped-call]
+    """Inside, whatever makes a tensor makes a `Weightless` one; those on `device` count as if they had data.
+
+    So does the workspace of convolutions, but not on the host: cuDNN lays input, kernel and result out anew.
+    """
+
+    def run(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return run(func, types, args, kwargs)
+
+    def workspace(self, func: Any, args: tuple[Any, ...], result: Any) -> int:
+        if func is not torch.ops.aten.convolution.default or self.device == _HOST.type:
+            return 0
+        plane, kernel = args[:2]
+        pointwise = kernel.shape[2:].numel() == 1  # a product of matrices as it stands
+        return 0 if pointwise else sum(each.numel() * each.element_size() for each in (plane, kernel, result))
+
+
+@cache
+def _writes(func: Any) -> bool:
+    """Whether an operation writes to its first argument, and gives that back."""
+    arguments = func._schema.arguments
+    return bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
+
+
+def run(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation on tensors of which some are `Weightless`."""
+    if not _KNOWN.issuperset(types):
+        return NotImplemented  # a subclass that knows what to do comes next
+    if _writes(func):
+        return args[0]
+    if makes_views(func):
+        device = args[0].device
+        return _each(func(*_plain(args), **_plain(kwargs)), torch.Tensor, lambda plain: Weightless(plain, device))
+    key = func, _looks(args), _looks(tuple(kwargs.items())) if kwargs else ()
+    if key not in _MADE:
+        if len(_MADE) >= _MOST_MADE:
+            _MADE.clear()
+        _MADE[key] = _work_out(func, args, kwargs)
+    return _each(_MADE[key], Look, Look.made)
+
+
+_KNOWN = {torch.Tensor, nn.Parameter, Weightless}
+_MADE: dict[Any, Any] = {}
+_MOST_MADE = 2**14
+
+# Norms, and the size of the statistics that they make beside their result. Torch takes a millisecond to tell.
+_STATISTICS: dict[Any, Callable[..., tuple[int, ...]]] = {
+    torch.ops.aten.native_group_norm.default: lambda plane, weight, bias, batch, channels, cells, groups, eps: (
+        batch,
+        groups,
+    ),
+    torch.ops.aten.native_layer_norm.default: lambda tokens, shape, weight, bias, eps: (
+        *tokens.shape[: -len(shape)],
+        *[1] * len(shape),
+    ),
+    torch.ops.aten.native_batch_norm.default: lambda plane, *others: (0,),  # they are given
+}
+
+
+def _work_out(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation makes, each tensor as its look. It is not on the host where one of its arguments is not."""
+    if func in _STATISTICS and not kwargs and args[0].is_contiguous() and not any(each is True for each in args):
+        look = Look.of(args[0])
+        precise = torch.promote_types(look.dtype, torch.float32)
+        statistics = torch.empty(_STATISTICS[func](*args), dtype=precise, device=_META)
+        return look, *[Look.of(statistics)._replace(device=look.device)] * 2
+    devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+    device = torch.device(kwargs.get("device") or next(iter(devices - {_HOST}), _HOST))
+    if "device" in kwargs:
+        kwargs = kwargs | {"device": _META}
+    made = func(*_plain(args), **_plain(kwargs))
+    return tree_map_only(torch.Tensor, lambda tensor: Look.of(tensor)._replace(device=device), made)
+
+
+def _each(result: Any, kind: Any, change: Callable[[Any], Any]) -> Any:
+    """What an operation gives, a tensor or several, with each thing of a kind changed."""
+    if isinstance(result, kind):
+        return change(result)
+    if isinstance(result, tuple | list):
+        return type(result)([_each(each, kind, change) for each in result])
+    return result
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, Weightless):
+        return tree.plain
+    if isinstance(tree, torch.Tensor):
+        return torch.empty_strided(tree.size(), tree.stride(), dtype=tree.dtype, device=_META)
+    if isinstance(tree, tuple | list):
+        return type(tree)([_plain(each) for each in tree])
+    if isinstance(tree, dict):
+        return {name: _plain(value) for name, value in tree.items()}
+    return tree
+
+
+def _looks(tree: Any) -> Any:
+    """Something to be looked up by. (A number and a truth value that are equal are not the same argument.)"""
+    if isinstance(tree, torch.Tensor):
+        return tree.size(), tree.stride(), tree.dtype, tree.device
+    if isinstance(tree, tuple | list):
+        return tuple(map(_looks, tree))
+    return (type(tree), tree) if isinstance(tree, bool | float) else tree

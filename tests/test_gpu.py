@@ -1,0 +1,150 @@
+"""What only CUDA can show: streams, pinned memory, the allocator, offloading that moves weights, half precision."""
+
+import gc
+
+import pytest
+import torch
+from diffusers.hooks import apply_group_offloading
+
+import tiny
+from conftest import quiet
+from largerespatch import LargeResPatch
+from largerespatch.core.hosts import Host
+from largerespatch.core.maps import StoredMap
+from largerespatch.core.planes import fetch
+from largerespatch.core.tilings import Runs, Tile
+from test_patch import SMALL, image
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+STATISTICS_MATTER = {"block_out_channels": (32, 32, 64, 64)}
+
+
+@pytest.fixture(autouse=True)
+def exact_arithmetic(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_rows_come_back_as_they_were_stored(rows):
+    """Memory that was stored from is overwritten at once, and read memory is used again, as in a loop over strips."""
+    host = Host(band_bytes=2**16)
+    for _ in range(3):
+        plane = torch.randn(2, 16, 257, 129, device="cuda")
+        kept = StoredMap.empty(plane.shape, plane, host)
+        assert all(band.is_pinned() for band in kept.memory.bands)
+        for top, bottom in Runs(257, rows):
+            part = plane[:, :, top:bottom].clone()
+            kept.write(Tile(top, 0, bottom, 129), part)
+            part.fill_(float("nan"))
+            torch.mm(torch.randn(512, 512, device="cuda"), torch.randn(512, 512, device="cuda"))
+        seen = torch.cat([part.clone() for part in fetch(kept, Runs(257, rows))], dim=2)
+        assert torch.equal(seen, plane)
+        assert torch.equal(kept.memory.gather(Tile(3, 5, 200, 77)), plane[:, :, 3:200, 5:77].cpu())
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+@pytest.mark.parametrize("mode", ["two-pass", "exact", "recompute"])
+def test_maps_of_a_vae_leave_and_return(mode, direction):
+    vae = tiny.vae(**STATISTICS_MATTER).cuda()
+    pipe = quiet(tiny.text_to_image())
+    pipe.vae = vae
+    options = {"vae_mode": "two-pass"} if mode == "two-pass" else {"vae_mode": "exact"}
+    options |= {"vae_recompute": True} if mode == "recompute" else {}
+    shape = (1, 4, 96, 72) if direction == "decode" else (1, 3, 768, 576)
+    source = torch.randn(shape, device="cuda")
+    results = {}
+    for offload in (False, True):
+        with LargeResPatch(pipe, 576, 768, vae_chunk_size_x=24, vae_chunk_size_y=16, vae_offload=offload, **options):
+            for _ in range(3):
+                result = vae.decode(source).sample if direction == "decode" else vae.encode(source).latent_dist.mode()
+        results[offload] = result.cpu()
+    torch.testing.assert_close(results[True], results[False], rtol=1e-4, atol=1e-5)
+
+
+def test_the_exact_vae_is_exact_in_half_precision():
+    """No further from float32 than the untiled decode in half precision."""
+    pipe = quiet(tiny.text_to_image())
+    source = torch.randn(1, 4, 64, 64)
+    exact = pipe.vae.decode(source).sample
+    pipe.vae.to("cuda", torch.float16)
+    half = pipe.vae.decode(source.cuda().half()).sample.float().cpu()
+    with LargeResPatch(pipe, 512, 512, vae_mode="exact", vae_chunk_size_y=16):
+        pieces = pipe.vae.decode(source.cuda().half()).sample.float().cpu()
+    assert (pieces - exact).abs().max() <= 1.5 * (half - exact).abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"unet_serial": True, "unet_strip_rows": 8, "unet_offload": True}])
+def test_a_picture_is_that_of_the_host(options):
+    host, device = (quiet(tiny.text_to_image()) for _ in range(2))
+    expected = patched_image(host, **options)
+    found = patched_image(device.to("cuda"), **options)
+    assert (found - expected).abs().max() < 1e-3
+
+
+def patched_image(pipe, **options):
+    with LargeResPatch(pipe, 96, 64, **SMALL, **options):
+        return torch.as_tensor(image(pipe, 96)).float().cpu()
+
+
+def sequential(pipe):
+    pipe.enable_sequential_cpu_offload()
+
+
+def by_model(pipe):
+    pipe.enable_model_cpu_offload()
+
+
+def leaves(pipe, stream=False):
+    for model in (pipe.unet, pipe.vae):
+        apply_group_offloading(
+            model,
+            onload_device=torch.device("cuda"),
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=stream,
+        )
+    pipe.text_encoder.to("cuda")
+
+
+def leaves_by_stream(pipe):
+    leaves(pipe, stream=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"vae_mode": "exact", "unet_offload": True, "vae_offload": True}])
+@pytest.mark.parametrize("offload", [sequential, by_model, leaves, leaves_by_stream])
+def test_weights_may_come_and_go(offload, options):
+    plain, pipe = (quiet(tiny.text_to_image()) for _ in range(2))
+    expected = patched_image(plain.to("cuda"), **options)
+    offload(pipe)
+    for _ in range(2):
+        assert (patched_image(pipe, **options) - expected).abs().max() < 1e-3
+
+
+def test_auto_plans_when_the_first_call_starts(caplog):
+    pipe = quiet(tiny.text_to_image()).to("cuda")
+    with caplog.at_level("INFO", logger="largerespatch"), LargeResPatch(pipe, 512, 512, **SMALL) as patch:
+        assert "when the first call starts" in repr(patch)
+        image(pipe, 96)
+        told = repr(patch)
+    assert "no saver needed" in told
+    assert "no saver needed" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_models_on_two_devices():
+    pipe = quiet(tiny.text_to_image())
+    pipe.unet.to("cuda:0")
+    pipe.vae.to("cuda:1")
+    source, words = torch.randn(2, 4, 64, 64, device="cuda:0"), torch.randn(2, 7, 32, device="cuda:0")
+    with LargeResPatch(pipe, 512, 512, unet_offload=True, vae_offload=True, vae_mode="exact") as patch:
+        pipe.unet(source, 500, words)
+        decoded = pipe.vae.decode(source[:1].to("cuda:1")).sample
+        weights = patch.estimate().weights
+    assert decoded.device == torch.device("cuda:1")
+    assert weights == sum(each.numel() * each.element_size() for each in pipe.unet.parameters())
