@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from generate import build_parser as generator_parser
-from generate import generate
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from generate import build_parser as generator_parser
+from generate import generate
 from largerespatch import LargeResPatch
 from pipelines import image_path, load_pipeline, patch_builder, positive, run, training_size
 from pipelines import save as save_picture

@@ -8,10 +8,10 @@ import argparse
 from typing import Any
 
 import numpy as np
-from ladder import Patch, add_ladder_options, check_ladder_options, climb, first_size, paint
 from numpy.typing import NDArray
 from PIL import Image
 
+from ladder import Patch, add_ladder_options, check_ladder_options, climb, first_size, paint
 from pipelines import (
     PROMPT,
     Parser,

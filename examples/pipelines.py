@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from demo_training.captions import scale_words
 from diffusers import AutoPipelineForText2Image
 from diffusers.utils import is_accelerate_available
 from PIL import Image
 
+from demo_training.captions import scale_words
 from largerespatch import LargeResPatch
 
 DEMO_MODEL = Path(__file__).with_name("demo_model")
@@ -73,8 +73,9 @@ def load_pipeline(model: str | None = None, parser: argparse.ArgumentParser | No
 
 def load_transformer(transformer: Path = DEMO_TRANSFORMER, model: Path = DEMO_MODEL) -> Any:
     """The demo transformer with the VAE and the text encoder of the demo model, to be called like a pipeline."""
-    from demo_training.transformer import Flux
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+    from demo_training.transformer import Flux
 
     pipe = load_pipeline(str(model))
     weights = FluxTransformer2DModel.from_pretrained(transformer, subfolder="transformer", dtype=pipe.dtype)

@@ -1,9 +1,9 @@
 """Train the demo models in `examples/demo_model` and `examples/demo_transformer` from maps of the Earth.
 
-Stages, each of which resumes where an interrupted run left it: fetch the maps and CLIP's vocabulary with pip, train the
-VAE (in the last third of its steps its decoder alone), encode windows of the maps, train the text encoder, the
-transformer and the U-Net on them. Then the folders are written, with half-precision weights. Longitudes 110 to 180 E
-from 50 S to the equator are never trained on.
+Stages: fetch the maps and CLIP's vocabulary with pip, train the VAE, encode windows of the maps and caption crops of
+them, train the text encoder, the transformer and the U-Net, write the folders with half-precision weights. Trainings
+take as many steps as the device makes in the minutes given, and go on where an interrupted run left them. On a CPU
+crops per step are fewer; all else is the same. Longitudes 110 to 180 E from 50 S to the equator are never trained on.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from demo_training.captions import classes
-from demo_training.data import SCALES, fetch_maps, load_map, resized, sea, without_held_out, without_hole
+from demo_training.data import fetch_maps, load_map, sea, without_held_out, without_hole
+from demo_training.denoiser import Batches, paint_sheet, train_denoiser
 from demo_training.export import export_pipeline, export_transformer
-from demo_training.latents import build_levels, prepare_latents
+from demo_training.planets import build_levels
+from demo_training.pool import prepare_training_set
 from demo_training.text import fetch_vocabulary, train_text_encoder, write_tokenizer
-from demo_training.text_to_image import train_unet
-from demo_training.transformer import train_transformer
-from demo_training.vae import held_out_crops, train_vae
+from demo_training.vae import MapCrops, held_out_crops, train_vae
 
 STAGES = ("vae", "transformer", "unet", "export")
+# What is usual on a kind of device.
+USUAL = {
+    "cuda": {"vae_minutes": 3, "transformer_minutes": 4, "unet_minutes": 4, "batch_share": 1, "windows": 1},
+    "cpu": {"vae_minutes": 60, "transformer_minutes": 90, "unet_minutes": 90, "batch_share": 1 / 32, "windows": 0.1},
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,10 +44,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent, help="folder to write both models into (%(default)s)"
     )
-    parser.add_argument("--vae-steps", type=int, default=1800, help="optimizer steps of the VAE (%(default)s)")
-    parser.add_argument("--transformer-steps", type=int, default=1400, help="of the transformer (%(default)s)")
-    parser.add_argument("--unet-steps", type=int, default=1050, help="of the U-Net (%(default)s)")
-    parser.add_argument("--windows", type=float, default=1.0, help="share of the usual number (%(default)s)")
+    for stage in ("vae", "transformer", "unet"):
+        gpu, cpu = (USUAL[kind][f"{stage}_minutes"] for kind in ("cuda", "cpu"))
+        text = f"of its training, all runs together ({gpu:g} on a GPU, {cpu:g} on a CPU)"
+        parser.add_argument(f"--{stage}-minutes", type=float, help=text)
+    parser.add_argument(
+        "--vae-from", type=Path, metavar="FOLDER", help="a VAE to begin with (the best linear one, set and not learned)"
+    )
+    parser.add_argument(
+        "--batch-share", type=float, help="of the crops per step, 256 of 256x256 (1 on a GPU, 1/32 on a CPU)"
+    )
+    parser.add_argument("--windows", type=float, help="share of the usual number (1 on a GPU, 0.1 on a CPU)")
     parser.add_argument(
         "--stages",
         nargs="+",
@@ -52,64 +65,93 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice where not given")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name, usual in USUAL["cpu" if options.device == "cpu" else "cuda"].items():
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
+    return options
+
+
+def load_maps(folder: Path) -> dict[str, Any]:
+    """Blue Marble and relief without the held-out region, the classes of each cell, and the crops held out."""
+    blue_marble, etopo, relief = (load_map(folder, name) for name in ("bmng.jpg", "etopo1.jpg", "shadedrelief.jpg"))
+    held_out = held_out_crops(blue_marble)
+    blue_marble = without_held_out(without_hole(blue_marble, sea(etopo)))
+    etopo, relief = without_held_out(etopo), without_held_out(relief)
+    cells = classes(blue_marble, etopo, relief)
+    return {"blue_marble": blue_marble, "relief": relief, "cells": cells, "held_out": held_out}
+
+
+def fast_settings() -> None:
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has failed
 
 
 def last_row(log: Path) -> dict[str, float]:
     return json.loads(log.read_text(encoding="utf-8").splitlines()[-1]) if log.exists() else {}
 
 
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
 def main() -> None:
     options = parse_arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
-    work = options.work
+    fast_settings()
+    work, device, seed = options.work, options.device, options.seed
     work.mkdir(parents=True, exist_ok=True)
-    maps = options.maps or fetch_maps(work / "maps")
-    blue_marble, etopo, relief = (load_map(maps, name) for name in ("bmng.jpg", "etopo1.jpg", "shadedrelief.jpg"))
-    held_out = held_out_crops(blue_marble)
-    blue_marble = without_held_out(without_hole(blue_marble, sea(etopo)))
-    etopo, relief = without_held_out(etopo), without_held_out(relief)
+    maps = load_maps(options.maps or fetch_maps(work / "maps"))
 
-    def steps(stage: str) -> int:
-        return getattr(options, f"{stage}_steps") if stage in options.stages else 0
+    def seconds(stage: str) -> float:
+        return 60 * getattr(options, f"{stage}_minutes") if stage in options.stages else 0
 
-    shared = {"seed": options.seed, "device": options.device}
-    pyramids = [[resized(each, scale.width) for scale in SCALES] for each in (blue_marble, relief)]
-    vae, vae_seconds = train_vae(*pyramids, held_out, work, steps=steps("vae"), **shared)
+    crops = MapCrops(maps["blue_marble"], maps["relief"], device)
+    vae = train_vae(
+        crops,
+        maps["held_out"],
+        work,
+        seconds=seconds("vae"),
+        batch_share=options.batch_share,
+        begin_with=options.vae_from,
+        seed=seed,
+        device=device,
+    )
     if set(options.stages) == {"vae"}:
         return
-    levels = build_levels(blue_marble, classes(blue_marble, etopo, relief))
-    windows = prepare_latents(vae, levels, work, share=options.windows, seed=options.seed)
-    tokenizer = write_tokenizer(fetch_vocabulary(work), work / "tokenizer")
-    text_encoder = train_text_encoder(windows, tokenizer, work / "text_encoder.pt", seed=options.seed)
-    text_encoder.to(options.device)
-    parts: dict[str, Any] = {}
-    seconds = {"vae": vae_seconds}
-    for stage, train in (("transformer", train_transformer), ("unet", train_unet)):
-        if stage in options.stages or "export" in options.stages:
-            parts[stage], seconds[stage] = train(
-                windows, vae, text_encoder, tokenizer, work, steps=steps(stage), **shared
-            )
+    levels = build_levels(maps["blue_marble"], maps["cells"], device)
+    training_set = prepare_training_set(
+        vae, levels, work / "latents.pt", share=options.windows, seed=seed, device=device
+    )
+    vocabulary = fetch_vocabulary(work)
+    tokenizer = write_tokenizer(vocabulary, work / "tokenizer")
+    text_encoder = train_text_encoder(
+        training_set.groups, tokenizer, work / "text_encoder.pt", seed=seed, device=device
+    )
+    batches = Batches(training_set, text_encoder, tokenizer, options.batch_share)
+    trained: dict[str, Any] = {}
+    for kind in ("transformer", "unet"):
+        if kind in options.stages or "export" in options.stages:
+            trained[kind] = train_denoiser(kind, batches, work, seconds=seconds(kind), seed=seed, device=device)
+        if kind in options.stages:
+            paint_sheet(kind, trained[kind], vae, text_encoder, tokenizer, work / f"{kind}.png")
     if "export" not in options.stages:
         return
     record = {
-        **shared,
-        "windows": len(windows),
-        **{
-            stage: {"seconds": round(spent), "last": last_row(work / f"{stage}.jsonl")}
-            for stage, spent in seconds.items()
-        },
+        "seed": seed,
+        "device": device_name(device),
+        "windows": sum(len(group.cells) for group in training_set.groups),
+        "captions": len(training_set.captions),
+        **{stage: last_row(work / f"{stage}.jsonl") for stage in ("vae", "unet", "transformer")},
     }
-    vocabulary = fetch_vocabulary(work)
-    for name, size in (
-        (
-            "demo_model",
-            export_pipeline(vae, parts["unet"], text_encoder, vocabulary, options.out / "demo_model", record),
-        ),
-        ("demo_transformer", export_transformer(parts["transformer"], options.out / "demo_transformer", record)),
-    ):
-        print(f"{options.out / name}: {size / 1e6:.1f} MB")
+    out = {name: options.out / name for name in ("demo_model", "demo_transformer")}
+    sizes = (
+        export_pipeline(vae, trained["unet"], text_encoder, vocabulary, out["demo_model"], record),
+        export_transformer(trained["transformer"], out["demo_transformer"], record),
+    )
+    for folder, size in zip(out.values(), sizes, strict=True):
+        print(f"{folder}: {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

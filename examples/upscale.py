@@ -5,9 +5,9 @@ Any model that has an image-to-image pipeline will do; without --model it is the
 
 import argparse
 
-from ladder import Size, add_ladder_options, check_ladder_options, climb
 from PIL import Image, ImageOps
 
+from ladder import Size, add_ladder_options, check_ladder_options, climb
 from pipelines import (
     PROMPT,
     Parser,

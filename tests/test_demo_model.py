@@ -1,14 +1,16 @@
 """What only trained weights can show, and the script that trains them."""
 
+import copy
 import gzip
+import itertools
 import json
+import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, StableDiffusionPipeline
+from diffusers import AutoencoderKL, FluxTransformer2DModel, StableDiffusionPipeline
 from PIL import Image
 
 from _common import psnr
@@ -119,11 +121,10 @@ def test_the_transformer_heeds_the_prompt(monkeypatch):
 def parts(monkeypatch):
     """The training package's modules."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    from demo_training import captions, data, latents, loop, text, text_to_image, vae
+    import demo_training
+    from demo_training import captions, data, denoiser, loop, planets, pool, text, vae  # noqa: F401
 
-    return SimpleNamespace(
-        captions=captions, data=data, latents=latents, loop=loop, text=text, text_to_image=text_to_image, vae=vae
-    )
+    return demo_training
 
 
 def test_nothing_of_the_held_out_region_is_trained_on(parts):
@@ -139,18 +140,39 @@ def test_a_planet_goes_on_at_its_left_edge(parts):
 
 
 def test_a_planet_turned_about_its_own_axis_only_moves_east(parts):
-    earth = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
-    same = parts.latents.tilted(earth, 0.0, 0.0, nearest=True)
-    assert (same == earth).all()
-    spun = parts.latents.tilted(earth, 0.0, 0.5, nearest=True)
-    assert (spun == np.roll(earth, -16, axis=1)).all()
+    earth = torch.rand(3, 32, 64)
+    assert torch.equal(parts.planets.tilted(earth, 0.0, 0.0, (32, 64), "nearest"), earth)
+    spun = parts.planets.tilted(earth, 0.0, 0.5, (32, 64), "nearest")
+    assert torch.equal(spun, earth.roll(-16, dims=2))
 
 
 def test_a_tilted_planet_keeps_its_pole_on_its_meridian(parts):
-    earth = np.zeros((90, 180), np.uint8)
-    earth[:2] = 255
-    rows, columns = np.nonzero(parts.latents.tilted(earth, 40.0, 0.0, nearest=True))
-    assert abs(rows.mean() - 20) < 2 and len(set(columns)) < 20
+    earth = torch.zeros(1, 90, 180)
+    earth[:, :2] = 255
+    _, rows, columns = torch.nonzero(parts.planets.tilted(earth, 40.0, 0.0, (90, 180), "nearest"), as_tuple=True)
+    assert abs(rows.double().mean() - 20) < 2 and len(set(columns.tolist())) < 20
+
+
+def test_crops_go_around_the_planet_and_are_turned_as_said(parts):
+    small, large = torch.arange(6).view(2, 3, 1), 10 + torch.arange(12).view(3, 4, 1)
+    pool = parts.pool.FlatPool.of(torch.cat([small.flatten(0, 1), large.flatten(0, 1)]), [(2, 3), (3, 4)])
+    index, top, left = torch.tensor([[0, 1], [0, 1], [2, 3]])
+    crops = pool.crops(index, top, left, (2, 2))
+    assert crops[0, 0].tolist() == [[2, 0], [5, 3]]
+    assert crops[1, 0].tolist() == [[17, 14], [21, 18]]
+    turned = torch.tensor([[True, False, False], [False, True, True]])
+    assert torch.equal(pool.crops(index, top, left, (2, 2), turned), torch.stack([crops[0].mT, crops[1].flip(1, 2)]))
+
+
+def test_windows_show_what_their_classes_say(parts):
+    """On a map whose every pixel is its class, tilted, mirrored and turned alike."""
+    earth = np.random.default_rng(0).integers(0, 5, (32, 64), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+    pixels = torch.from_numpy(earth)[None].float().expand(3, -1, -1)
+    levels = {512: (pixels, torch.from_numpy(earth)[None].float())}
+    windows = list(parts.planets.draw_windows(levels, 512, 8, np.random.default_rng(0)))
+    assert len({cells.tobytes() for _, cells in windows}) > 1
+    for window, cells in windows:
+        assert (window[4::8, 4::8, 0].numpy() == cells).all()
 
 
 def test_captions_say_what_there_is(parts):
@@ -186,10 +208,10 @@ def test_classes_tell_sea_desert_forest_and_ice_apart(parts):
 
 def test_muon_steps_are_nearly_orthogonal(parts):
     for shape in ((8, 20), (20, 8)):
-        matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-        values = torch.linalg.svdvals(parts.loop.orthogonal(matrix))
+        matrices = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        values = torch.linalg.svdvals(parts.loop.orthogonal(matrices))
         assert values.min() > 0.4 and values.max() < 1.4
-        assert (torch.linalg.svdvals(matrix) / 8 - 1).abs().max() > 0.5
+        assert (torch.linalg.svdvals(matrices) / 8 - 1).abs().max() > 0.5
 
 
 def test_branches_are_silent_for_a_while(parts):
@@ -205,87 +227,157 @@ def test_normalised_latents_decode_as_before(parts):
     vae = parts.vae.build_vae()
     image = torch.randn(1, 3, 64, 64)
     before, latent = parts.vae.reconstruct(vae, image), vae.encode(image).latent_dist.mode()
-    parts.latents.normalise_latents(vae, [latent[0]])
+    parts.pool.normalise(vae, *parts.pool.statistics(latent[0].flatten(1).T))
     after = vae.encode(image).latent_dist.mode() * vae.config.scaling_factor
     torch.testing.assert_close(parts.vae.reconstruct(vae, image), before, rtol=0, atol=1e-4)
     torch.testing.assert_close(after.std(dim=(0, 2, 3)), torch.ones(8), rtol=0, atol=1e-2)
     torch.testing.assert_close(after.mean(dim=(0, 2, 3)), torch.zeros(8), rtol=0, atol=1e-2)
 
 
+class Clock:
+    """A `time` that goes on by a second whenever somebody looks."""
+
+    def __init__(self):
+        self.ticks = itertools.count()
+
+    def monotonic(self):
+        return next(self.ticks)
+
+
 @pytest.fixture
-def training(parts, monkeypatch, tmp_path):
+def seconds(parts, monkeypatch):
+    """Steps of training take a second each."""
+    monkeypatch.setattr(parts.loop, "time", Clock())
+
+
+class BrokenOffError(Exception):
+    pass
+
+
+def train_a_little(parts, folder, seconds, break_at=None):
+    """Of a two-layer network, broken off before a step; the averaged weights."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    average = copy.deepcopy(model).requires_grad_(False)
+    steps = itertools.count()
+
+    def loss_at(progress):
+        if next(steps) == break_at:
+            raise BrokenOffError
+        loss = (model(torch.rand(8, 4)) - progress).square().mean()
+        return loss, {"loss": loss}
+
+    options = {"seed": 0, "peak_rate": 0.1, "inner": lambda name: name.startswith("0"), "decay": 0.9}
+    with torch.enable_grad():
+        parts.loop.train(
+            "toy", model, average, loss_at, folder=folder, seconds=seconds, report=lambda: {"figure": 7.0}, **options
+        )
+    return average.state_dict()
+
+
+def test_an_interrupted_training_equals_a_whole_one(parts, seconds, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts.loop, "SAVE_SECONDS", 2)
+    (tmp_path / "whole").mkdir()
+    with pytest.raises(BrokenOffError):
+        train_a_little(parts, tmp_path, 10, break_at=5)
+    assert torch.load(tmp_path / "toy.pt", weights_only=True)["step"] == 3, "the last that was kept"
+    resumed, whole = train_a_little(parts, tmp_path, 10), train_a_little(parts, tmp_path / "whole", 10)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    rows = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6, 9, 10] and rows[-1]["figure"] == 7
+    again = train_a_little(parts, tmp_path, 10, break_at=0)
+    assert all(torch.equal(again[name], whole[name]) for name in whole), "its time was over"
+
+
+def test_a_training_that_went_wrong_keeps_its_last_good_weights(parts, seconds, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts.loop, "SAVE_SECONDS", 2)
+    monkeypatch.setattr(parts.loop, "learning_rate", lambda step, progress, peak: math.nan if step > 3 else peak)
+    with pytest.raises(FloatingPointError, match="toy"):
+        train_a_little(parts, tmp_path, 10)
+    state = torch.load(tmp_path / "toy.pt", weights_only=True)
+    assert state["step"] == 3 and all(weight.isfinite().all() for weight in state["average"].values())
+
+
+@pytest.fixture
+def training(parts, seconds, monkeypatch, tmp_path):
     """A folder for the training script, with maps of another planet; everything in it made tiny."""
     monkeypatch.setattr(parts.data, "NATIVE", (270, 540))
+    for part in (parts.data, parts.vae):
+        monkeypatch.setattr(part, "SCALES", parts.data.SCALES[:2])
+    for part in (parts.planets, parts.pool):
+        monkeypatch.setattr(part, "WINDOWS", {512: ((256, 512), 1), 1024: ((64, 128), 1)})
+    monkeypatch.setattr(parts.pool, "CROPS", {(8, 8): 4})
+    monkeypatch.setattr(parts.pool, "FEWEST", 4)
     monkeypatch.setattr(parts.vae, "START_CROPS", 2)
     monkeypatch.setattr(parts.vae, "PHASES", ((1.0, 32, 1),))
     monkeypatch.setattr(parts.vae, "TEST_SIZE", 64)
     monkeypatch.setattr(parts.text, "STEPS", 2)
-    monkeypatch.setattr(parts.text_to_image, "PHASES", ((1.0, (((8, 8), 2, 1.0),)),))
-    monkeypatch.setattr(parts.text_to_image, "SHEET_PROMPTS", (("a whole planet", 64, 64),))
-    monkeypatch.setattr(parts.text_to_image, "SHEET_STEPS", 2)
+    monkeypatch.setattr(parts.denoiser, "PHASES", ((1.0, (((8, 8), 2, 1.0),)),))
+    monkeypatch.setattr(parts.denoiser, "SHEET", (("a whole planet", 64, 64),))
+    monkeypatch.setattr(parts.denoiser, "SHEET_STEPS", 2)
     rng = np.random.default_rng(0)
     (tmp_path / "maps").mkdir()
     for name in parts.data.FILES:
         coarse = Image.fromarray(rng.integers(0, 256, (27, 54, 3), dtype=np.uint8))
         coarse.resize((540, 270), Image.Resampling.BICUBIC).save(tmp_path / "maps" / name)
     merges = (DEMO_MODEL / "tokenizer" / "merges.txt").read_bytes()
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(merges))
+    for work in ("work", "whole"):
+        (tmp_path / work).mkdir()
+        (tmp_path / work / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(merges, 1))
     yield tmp_path
-    shutil.rmtree(tmp_path / "work")  # 200 MB of checkpoints
+    for work in ("work", "whole"):
+        shutil.rmtree(tmp_path / work)  # 200 MB of checkpoints
 
 
 def test_training_resumes_in_every_stage_and_exports(run, training):
-    def train(work, *arguments):
-        shared = ("--maps", training / "maps", "--work", work, "--out", training, "--device", "cpu", "--windows", 0.001)
+    def train(work, denoiser_steps, *stages):
         with torch.enable_grad():
-            run(EXAMPLES / "train_demo_model.py", *shared, *arguments)
+            run(
+                EXAMPLES / "train_demo_model.py",
+                *("--maps", training / "maps", "--work", training / work, "--out", training, "--device", "cpu"),
+                *("--vae-minutes", 2 / 60, "--batch-share", 1, "--stages", *stages),
+                *("--transformer-minutes", denoiser_steps / 60, "--unet-minutes", denoiser_steps / 60),
+            )
 
-    def average(work, stage):
-        return torch.load(work / f"{stage}.pt", weights_only=True)["average"]
+    def kept(work, stage):
+        return torch.load(training / work / f"{stage}.pt", weights_only=True)
 
-    def equal(first, second, stage):
-        first, second = average(first, stage), average(second, stage)
+    def equal(stage):
+        first, second = kept("work", stage)["average"], kept("whole", stage)["average"]
         return all(torch.equal(first[name], second[name]) for name in first)
 
-    work, whole = training / "work", training / "work" / "whole"
-    train(work, "--vae-steps", 1, "--stages", "vae")
-    train(work, "--vae-steps", 3, "--stages", "vae")
-    train(whole, "--vae-steps", 3, "--stages", "vae")
-    assert equal(work, whole, "vae")
-    once = average(work, "vae")
-
-    train(work, "--transformer-steps", 1, "--unet-steps", 1, "--stages", "transformer", "unet")
-    shutil.copytree(work, whole, ignore=shutil.ignore_patterns("whole", "transformer*", "unet*"), dirs_exist_ok=True)
-    train(work, "--transformer-steps", 2, "--unet-steps", 2, "--stages", "transformer", "unet", "export")
-    train(whole, "--transformer-steps", 2, "--unet-steps", 2, "--stages", "transformer", "unet")
-    assert equal(work, whole, "transformer") and equal(work, whole, "unet")
-    assert equal(work, whole, "vae"), "other stages have trained the VAE"
-    assert all(torch.equal(once[name], weight) for name, weight in average(work, "vae").items())
+    train("work", 1, "vae", "transformer", "unet")
+    assert {stage: kept("work", stage)["step"] for stage in ("vae", "transformer", "unet")} == {
+        "vae": 2,
+        "transformer": 1,
+        "unet": 1,
+    }
+    latents = (training / "work" / "latents.pt").stat().st_mtime_ns
+    train("work", 2, "transformer", "unet", "export")
+    assert (training / "work" / "latents.pt").stat().st_mtime_ns == latents, "they were made anew"
+    train("whole", 2, "vae", "transformer", "unet")
+    assert equal("vae") and equal("transformer") and equal("unet")
+    for stage in ("transformer", "unet"):
+        assert kept("work", stage)["step"] == 2 and (training / "work" / f"{stage}.png").exists()
 
     pipe = StableDiffusionPipeline.from_pretrained(training / "demo_model")
     assert paint(pipe, "a planet", side=64, steps=2).shape == (1, 3, 64, 64)
     transformer = FluxTransformer2DModel.from_pretrained(training / "demo_transformer" / "transformer")
-    kept = average(work, "transformer")
-    assert all(torch.equal(kept[name].half().float(), weight) for name, weight in transformer.state_dict().items())
+    weights = kept("work", "transformer")["average"]
+    assert all(torch.equal(weights[name].half().float(), weight) for name, weight in transformer.state_dict().items())
     record = json.loads((training / "demo_model" / "training.json").read_text())
-    assert record["unet"]["last"]["step"] == 2 and record["vae"]["last"].keys() >= {"silent", "l1"}
+    assert record["unet"]["step"] == 2 and record["vae"].keys() >= {"silent", "l1"}
 
 
-def test_the_encoder_rests_while_the_decoder_learns(run, training, parts):
-    def train(steps):
-        with torch.enable_grad():
-            run(
-                EXAMPLES / "train_demo_model.py",
-                *("--maps", training / "maps", "--work", training / "work", "--device", "cpu"),
-                *("--vae-steps", steps, "--stages", "vae"),
-            )
-        return torch.load(training / "work" / "vae.pt", weights_only=True)["average"]
-
-    half, whole = train(2), train(4)  # of two steps the encoder learns in one, of four in two
-    moved = {name for name in half if not torch.equal(half[name], whole[name])}
-    assert any(name.startswith("decoder.") for name in moved)
-    longer = train(5)
-    assert not any(
-        name.startswith(("encoder.", "quant_conv.")) for name in whole if not torch.equal(whole[name], longer[name])
-    )
+def test_a_training_of_the_vae_begins_with_another(run, training):
+    """At no minutes it is that one; its figures are far from those of the start."""
+    with torch.enable_grad():
+        script = run(
+            EXAMPLES / "train_demo_model.py",
+            *("--maps", training / "maps", "--work", training / "work", "--device", "cpu"),
+            *("--vae-minutes", 1 / 60, "--stages", "vae", "--vae-from", DEMO_MODEL / "vae"),
+        )
+    assert script["USUAL"]["cpu"]["batch_share"] < 1
+    trained = torch.load(training / "work" / "vae.pt", weights_only=True)["average"]
+    shipped = AutoencoderKL.from_pretrained(DEMO_MODEL / "vae").state_dict()
+    assert all(torch.allclose(trained[name], weight, atol=1e-4) for name, weight in shipped.items())

@@ -1,8 +1,4 @@
-"""The maps: fetch, take the held-out region away, scale, crop.
-
-Everything is drawn from a `numpy` generator seeded by the training step, so a run that was interrupted and resumed sees
-the same crops as one that was not.
-"""
+"""The maps: fetch, take the held-out region away, scale, crop."""
 
 from __future__ import annotations
 
@@ -117,6 +113,11 @@ def resized(pixels: Pixels, width: int) -> Pixels:
     if pixels.shape[1] == width:
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((width, width // 2), Image.Resampling.LANCZOS))
+
+
+def pyramid(pixels: Pixels) -> dict[int, Pixels]:
+    """A map of the whole planet at each of the scales, by its width."""
+    return {scale.width: resized(pixels, scale.width) for scale in SCALES}
 
 
 def crop(pixels: NDArray[np.uint8], top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .captions import caption, look
-from .latents import Window
 from .loop import save_atomically
+from .planets import Windows
 
 VOCABULARY_PACKAGE = "clip-anytorch==2.6.0"
 VOCABULARY_FILE = "clip/bpe_simple_vocab_16e6.txt.gz"
@@ -102,23 +102,25 @@ def embed(
     return output.last_hidden_state, output.pooler_output
 
 
-def train_text_encoder(windows: list[Window], tokenizer: CLIPTokenizer, path: Path, *, seed: int = 0) -> CLIPTextModel:
+def train_text_encoder(
+    groups: list[Windows], tokenizer: CLIPTokenizer, path: Path, *, seed: int, device: str
+) -> CLIPTextModel:
     """The encoder that tells best from a caption what is to be seen, by its pooled output; kept in `path`."""
     torch.manual_seed(seed)
-    text_encoder = build_text_encoder()
+    text_encoder = build_text_encoder().to(device)
     if path.exists():
-        text_encoder.load_state_dict(torch.load(path, weights_only=True))
+        text_encoder.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return text_encoder.requires_grad_(False).eval()
-    attributes = torch.tensor(np.array([look(each.cells).attributes(each.width) for each in windows])).float()
-    tell = nn.Linear(text_encoder.config.hidden_size, attributes.shape[1])
+    windows = [(cells, group.width) for group in groups for cells in group.cells]
+    attributes = torch.tensor(np.array([look(cells).attributes(width) for cells, width in windows])).float().to(device)
+    tell = nn.Linear(text_encoder.config.hidden_size, attributes.shape[1]).to(device)
     optimizer = torch.optim.AdamW([*text_encoder.parameters(), *tell.parameters()], lr=2e-3, weight_decay=0)
     rng = np.random.default_rng([seed, 11])
     for step in (bar := tqdm(range(STEPS), desc="text encoder", mininterval=10)):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 50, (STEPS - step) / (0.5 * STEPS))
         chosen = rng.integers(len(windows), size=BATCH)
-        captions = [caption(windows[i].cells, windows[i].width, rng) for i in chosen]
-        _, pooled = embed(text_encoder, tokenizer, captions)
+        _, pooled = embed(text_encoder, tokenizer, [caption(*windows[i], rng) for i in chosen])
         loss = (tell(pooled) - attributes[chosen]).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -1,39 +1,15 @@
-"""The U-Net of Stable Diffusion's shape, and sheets of what a denoiser paints."""
+"""The U-Net of Stable Diffusion's shape: its pipeline, and what it learns."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .latents import Window, random_latents
-from .loop import train
 from .start import LATENTS
-from .text import embed
 
 SAMPLE_SIZE = 32
-# (share of the steps up to which it holds, then shapes in latent pixels, crops per step and how often)
-PHASES = (
-    (0.6, (((32, 32), 8, 0.8), ((32, 64), 4, 0.2))),
-    (1.0, (((32, 32), 8, 0.35), ((32, 64), 4, 0.3), ((48, 48), 4, 0.35))),
-)
-MIN_SNR = 5.0
-PEAK_RATE = 1.2e-3
-SHEET_SIZE, SHEET_STEPS, SHEET_COLUMNS = 256, 12, 3
-SHEET_PROMPTS = (
-    ("a whole planet, green and desert continents by a deep sea, some ice, bays and islands", 512, 256),
-    ("a continent, green and desert coast by a deep sea, mountains", SHEET_SIZE, SHEET_SIZE),
-    ("a region from near, green islands in a shallow sea, mountains", SHEET_SIZE, SHEET_SIZE),
-    ("a region, desert land, mountains", SHEET_SIZE, SHEET_SIZE),
-    ("a hemisphere, icy continents by a dark blue sea", SHEET_SIZE, SHEET_SIZE),
-)
+MIN_SNR, LEAST_WEIGHT = 5.0, 0.15
 
 
 def build_unet(text_width: int) -> UNet2DConditionModel:
@@ -81,92 +57,19 @@ def build_pipeline(
     )
 
 
-@torch.inference_mode()
-def prompt_sheet(pipeline: Callable[..., Any], path: Path) -> None:
-    """One picture for each of `SHEET_PROMPTS`, in rows that are filled from the left."""
-    sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_SIZE, 2 * SHEET_SIZE))
-    left = top = 0
-    for seed, (prompt, width, height) in enumerate(SHEET_PROMPTS):
-        picture = pipeline(
-            prompt,
-            width=width,
-            height=height,
-            num_inference_steps=SHEET_STEPS,
-            guidance_scale=3.0,
-            generator=torch.Generator().manual_seed(seed),
-        ).images[0]
-        sheet.paste(picture, (left, top))
-        left += picture.width
-        if left >= sheet.width:
-            left, top = 0, top + SHEET_SIZE
-    sheet.save(path)
-
-
-def pick_shape(step: int, steps: int, rng: np.random.Generator) -> tuple[tuple[int, int], int]:
-    """Height and width in latent pixels, and crops per step."""
-    kinds = next(kinds for share, kinds in PHASES if step < share * steps)
-    shape, batch, _ = kinds[rng.choice(len(kinds), p=[often for _, _, often in kinds])]
-    return shape, batch
-
-
-def train_unet(
-    windows: list[Window],
-    vae: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    folder: Path,
-    *,
-    steps: int,
-    seed: int,
-    device: str,
-) -> tuple[UNet2DConditionModel, float]:
-    """Train, or finish training, the U-Net; return its averaged weights and the seconds spent."""
-    torch.manual_seed(seed)
-    unet = build_unet(text_encoder.config.hidden_size).to(device)
-    average = copy.deepcopy(unet).requires_grad_(False).eval()
-    signal_shares = build_scheduler().alphas_cumprod.to(device)
-
-    def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        rng = np.random.default_rng([seed, step])
-        (height, width), batch = pick_shape(step, steps, rng)
-        latents, captions = random_latents(windows, batch, height, width, rng)
-        torch.manual_seed(seed * 1_000_003 + step)
-        latents = latents.to(device)
-        with torch.no_grad():
-            words, _ = embed(text_encoder, tokenizer, captions)
-        noise = torch.randn_like(latents)
-        # Stratified over the batch: the same distribution as independent draws, with less noise in the loss.
-        strata = (torch.arange(batch) + torch.rand(batch)) / batch
-        timesteps = (strata * 1000).long().clamp(max=999).to(device)
-        share = signal_shares[timesteps][:, None, None, None]
-        noisy = share.sqrt() * latents + (1 - share).sqrt() * noise
-        target = share.sqrt() * noise - (1 - share).sqrt() * latents
-        error = (unet(noisy, timesteps, words).sample - target).square().mean(dim=(1, 2, 3))
-        snr = (share / (1 - share)).flatten()
-        # min-SNR weighting (Hang et al. 2023) for v-prediction: the cleanest steps else dominate. The noisiest keep
-        # a weight, for without them nothing is learned of where to begin.
-        weight = (snr.clamp(max=MIN_SNR) / (snr + 1)).clamp(min=0.15)
-        loss = (weight * error).mean()
-        return loss, {"loss": loss.item(), "mse": error.mean().item()}
-
-    def report(step: int) -> dict[str, float]:
-        pipeline = build_pipeline(vae, average, text_encoder, tokenizer)
-        pipeline.set_progress_bar_config(disable=True)
-        prompt_sheet(pipeline, folder / "unet.png")
-        return {}
-
-    seconds = train(
-        "unet",
-        unet,
-        average,
-        loss_at,
-        folder=folder,
-        steps=steps,
-        peak_rate=PEAK_RATE,
-        inner=lambda name: "_block" in name and "time_emb_proj" not in name,
-        decay=0.997,
-        report=report,
-        report_every=400,
-        save_seconds=120,
-    )
-    return average, seconds
+def v_prediction_loss(
+    unet: UNet2DConditionModel, latents: torch.Tensor, words: torch.Tensor, pooled: torch.Tensor, even: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """With min-SNR weights (Hang et al. 2023), at steps as `even` `[B]` in (0, 1) says. It knows no pooled words."""
+    noise = torch.randn_like(latents)
+    timesteps = (even * 1000).long().clamp(max=999)
+    share = build_scheduler().alphas_cumprod.to(latents.device)[timesteps][:, None, None, None]
+    target = share.sqrt() * noise - (1 - share).sqrt() * latents
+    output = unet(share.sqrt() * latents + (1 - share).sqrt() * noise, timesteps, words).sample
+    error = (output.float() - target).square().mean(dim=(1, 2, 3))
+    snr = (share / (1 - share)).flatten()
+    # The cleanest steps else dominate. The noisiest keep a weight, for without them nothing is learned of where to
+    # begin.
+    weight = (snr.clamp(max=MIN_SNR) / (snr + 1)).clamp(min=LEAST_WEIGHT)
+    loss = (weight * error).mean()
+    return loss, {"loss": loss, "mse": error.mean()}

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import copy
-import math
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
-from PIL import Image
 from torch import nn
 
-from .data import SCALES, Pixels, crop, held_out_region, psnr, resized, to_array, to_tensor
+from .data import SCALES, Pixels, held_out_region, psnr, pyramid, resized, to_array, to_tensor
 from .loop import train
+from .pool import FlatPool
 from .start import GROUPS, LATENTS, start_as_linear_codec
 
-# (share of the steps up to which it holds, crop size, crops per step). Group statistics and mid attention of a small
-# crop are not those of a picture, so training ends on large ones.
-PHASES = ((0.67, 96, 4), (0.8, 192, 1), (1.00, 256, 1))
-ENCODER_SHARE = 2 / 3  # of the steps: then the encoder rests, and denoisers can be trained beside the decoder
+# (share of the training up to which it holds, crop size, crops per step). Ends at the size that figures are taken at:
+# group statistics and mid attention of a small crop are not those of a picture.
+PHASES = ((0.45, 192, 32), (0.75, 256, 16), (1.0, 512, 5))
 KL_WEIGHT = 1e-5
-MSE_WEIGHT = 10
+MSE_WEIGHT = 20
 RELIEF_SHARE = 0.1  # of crops from shaded relief, so that the colours of one map are not all that it can restore
 # So that it does not learn one planet's colours only: in so many crops each channel is made weaker or stronger.
 TINTED_SHARE, TINT = 0.4, (0.6, 1.3)
 TEST_SIZE = 512
 START_CROPS = 192
-PEAK_RATE = 6e-4
+PEAK_RATE = 8e-4
+CHAIN_FACTOR = 0.2  # on the rate of the chain of convolutions, which starts out good
 BASE_INPUTS = 144
 
 
@@ -49,28 +48,33 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def crop_shape(step: int, steps: int) -> tuple[int, int]:
-    """Crop size and number of crops at a step."""
-    return next((size, batch) for share, size, batch in PHASES if step < share * steps)
+class MapCrops:
+    """Random crops of the maps at all scales, mirrored, turned and tinted, made on the device."""
 
+    def __init__(self, blue_marble: Pixels, relief: Pixels, device: str) -> None:
+        maps = [*pyramid(blue_marble).values(), *pyramid(relief).values()]
+        values = torch.cat([torch.tensor(each, device=device).flatten(0, 1) for each in maps])
+        self.pool = FlatPool.of(values, [each.shape[:2] for each in maps])
+        weights = torch.tensor([scale.weight for scale in SCALES], device=device)
+        self.weights = torch.cat([weights * (1 - RELIEF_SHARE), weights * RELIEF_SHARE])
 
-def random_batch(
-    blue_marble: list[Pixels], relief: list[Pixels], batch: int, size: int, rng: np.random.Generator
-) -> torch.Tensor:
-    """Random crops `[batch, 3, size, size]` in [-1, 1] of maps at all scales, mirrored, turned, tinted."""
-    weights = np.array([scale.weight for scale in SCALES])
-    crops = []
-    for index in rng.choice(len(SCALES), size=batch, p=weights / weights.sum()):
-        pixels = (relief if rng.random() < RELIEF_SHARE else blue_marble)[index]
-        height, width = pixels.shape[:2]
+    def __call__(self, batch: int, size: int) -> torch.Tensor:
+        """`[batch, 3, size, size]` in [-1, 1]."""
+        device = self.weights.device
+        weights = torch.where(self.pool.heights >= size, self.weights, 0)
+        index = torch.multinomial(weights, batch, replacement=True)
+        heights, widths = self.pool.heights[index], self.pool.widths[index]
         # Rows near the poles are stretched and plain: half of the crops that would lie there lie elsewhere.
-        margin = height // 10 if rng.random() < 0.5 and height * 0.8 >= size else 0
-        top = rng.integers(margin, max(margin, height - margin - size) + 1)
-        part = crop(pixels, top, rng.integers(width), size, size)
-        if rng.random() < TINTED_SHARE:
-            part = np.clip(part * np.exp(rng.uniform(*np.log(TINT), 3)), 0, 255).round().astype(np.uint8)
-        crops.append(np.rot90(part, rng.integers(4))[:, :: rng.choice((-1, 1))])
-    return to_tensor(np.stack(crops))
+        margin = torch.where(heights * 0.8 >= size, heights // 10, 0) * (torch.rand(batch, device=device) < 0.5)
+        top = margin + (torch.rand(batch, device=device) * (heights - 2 * margin - size + 1)).long()
+        left = (torch.rand(batch, device=device) * widths).long()
+        turned = torch.rand(batch, 3, device=device) < 0.5
+        crops = self.pool.crops(index, top, left, (size, size), turned).float()
+        low, high = torch.tensor(TINT).log().tolist()
+        tint = torch.empty(batch, 3, 1, 1, device=device).uniform_(low, high).exp()
+        tinted = torch.rand(batch, 1, 1, 1, device=device) < TINTED_SHARE
+        crops = torch.where(tinted, (crops * tint).clamp(max=255).round(), crops)
+        return crops.div(127.5).sub(1).contiguous()
 
 
 def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
@@ -125,13 +129,15 @@ def branches_silent(vae: AutoencoderKL) -> Iterator[None]:
             module.weight.data, module.bias.data = weight, bias
 
 
-@torch.inference_mode()
-def reconstruction_sheet(vae: AutoencoderKL, crops: dict[str, Pixels], path: Path) -> None:
-    """Original above, reconstruction below, for each crop at native size."""
-    device = next(vae.parameters()).device
-    native = [part for name, part in crops.items() if name.startswith("native")]
-    back = [to_array(reconstruct(vae, to_tensor(part[None]).to(device)))[0] for part in native]
-    Image.fromarray(np.concatenate([np.hstack(native), np.hstack(back)])).save(path)
+def figures(vae: AutoencoderKL, crops: dict[str, Pixels]) -> dict[str, float]:
+    """`held_out_psnr`, the mean at native size, and what that is without residual branches."""
+
+    def mean(table: dict[str, float]) -> float:
+        return statistics.fmean(value for name, value in table.items() if name.startswith("native"))
+
+    whole = held_out_psnr(vae, crops)
+    with branches_silent(vae):
+        return whole | {"mean": mean(whole), "silent": mean(held_out_psnr(vae, crops))}
 
 
 def rate_factor(name: str, parameter: nn.Parameter) -> float:
@@ -144,67 +150,51 @@ def rate_factor(name: str, parameter: nn.Parameter) -> float:
     inputs = parameter[0].numel() if parameter.ndim > 1 else BASE_INPUTS
     in_branch = ("resnets" in name and "shortcut" not in name) or "attentions" in name
     last = name.startswith("decoder.up_blocks.3") and ".conv2." in name
-    return min(1.0, BASE_INPUTS / inputs) * (1.0 if in_branch else 0.1) * (0.2 if last else 1.0)
+    return min(1.0, BASE_INPUTS / inputs) * (1.0 if in_branch else CHAIN_FACTOR) * (0.2 if last else 1.0)
 
 
 def train_vae(
-    blue_marble: list[Pixels],
-    relief: list[Pixels],
+    crops: MapCrops,
     held_out: dict[str, Pixels],
     folder: Path,
     *,
-    steps: int,
+    seconds: float,
+    batch_share: float,
+    begin_with: Path | None,
     seed: int,
     device: str,
-) -> tuple[AutoencoderKL, float]:
-    """Train, or finish training, the VAE; return its averaged weights and the seconds spent."""
+) -> AutoencoderKL:
+    """Train, or finish training, the VAE, from `begin_with` or as a linear codec; return its averaged weights."""
     torch.manual_seed(seed)
     vae = build_vae()
-    if not (folder / "vae.pt").exists():
-        start_as_linear_codec(vae, random_batch(blue_marble, relief, START_CROPS, 128, np.random.default_rng(seed)))
+    if begin_with:
+        vae.load_state_dict(AutoencoderKL.from_pretrained(begin_with).state_dict())
+    elif not (folder / "vae.pt").exists():
+        start_as_linear_codec(vae, crops(START_CROPS, 128).cpu())
     vae.to(device)
     average = copy.deepcopy(vae).requires_grad_(False).eval()
-    encoder_steps = math.ceil(ENCODER_SHARE * steps)
 
-    def keep_encoder() -> None:
-        """Go on with the averaged encoder, and without training it."""
-        for part, kept in ((vae.encoder, average.encoder), (vae.quant_conv, average.quant_conv)):
-            if next(part.parameters()).requires_grad:
-                part.load_state_dict(kept.state_dict())
-                part.requires_grad_(False)
-
-    def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        size, batch = crop_shape(step, steps)
-        images = random_batch(blue_marble, relief, batch, size, np.random.default_rng([seed, step])).to(device)
-        torch.manual_seed(seed * 1_000_003 + step)
-        if step >= encoder_steps:
-            keep_encoder()
+    def loss_at(progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        size, batch = next((size, batch) for share, size, batch in PHASES if progress < share)
+        images = crops(max(1, round(batch * batch_share)), size)
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample()).sample
         l1, l2 = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return l1 + MSE_WEIGHT * l2 + KL_WEIGHT * kl, {"l1": l1.item(), "mse": l2.item(), "kl": kl.item()}
+        return l1 + MSE_WEIGHT * l2 + KL_WEIGHT * kl, {"l1": l1, "mse": l2, "kl": kl}
 
-    def report(step: int) -> dict[str, float]:
-        reconstruction_sheet(average, held_out, folder / "vae.png")
-        figures = held_out_psnr(average, held_out)
-        with branches_silent(average):
-            silent = held_out_psnr(average, held_out)
-        native = [name for name in figures if name.startswith("native")]
-        return {**figures, "silent": sum(silent[name] for name in native) / len(native)}
-
-    seconds = train(
+    train(
         "vae",
         vae,
         average,
         loss_at,
         folder=folder,
-        steps=steps,
+        seconds=seconds,
+        seed=seed,
         peak_rate=PEAK_RATE,
         rate_factor=rate_factor,
-        decay=0.99,
-        report=report,
-        report_every=400,
-        save_seconds=120,
+        # No Muon: it makes large steps in directions that Adam has left small, and undoes what the start has given.
+        decay=0.995,
+        report=lambda: figures(average, held_out),
     )
-    return average, seconds
+    return average
