@@ -20,11 +20,11 @@ from demo_training.data import fetch_maps, load_map, sea, without_held_out, with
 from demo_training.denoiser import Batches, paint_sheet, train_denoiser
 from demo_training.export import export_pipeline, export_transformer
 from demo_training.planets import build_levels
-from demo_training.pool import prepare_training_set
+from demo_training.pool import TrainingSet, prepare_training_set
 from demo_training.text import fetch_vocabulary, train_text_encoder, write_tokenizer
 from demo_training.vae import MapCrops, held_out_crops, train_vae
 
-STAGES = ("vae", "transformer", "unet", "export")
+STAGES = ("vae", "latents", "transformer", "unet", "export")
 # What is usual on a kind of device.
 USUAL = {
     "cuda": {"vae_minutes": 3, "transformer_minutes": 4, "unet_minutes": 4, "batch_share": 1, "windows": 1},
@@ -52,7 +52,9 @@ def parse_arguments() -> argparse.Namespace:
         "--vae-from", type=Path, metavar="FOLDER", help="a VAE to begin with (the best linear one, set and not learned)"
     )
     parser.add_argument(
-        "--batch-share", type=float, help="of the crops per step, 256 of 256x256 (1 on a GPU, 1/32 on a CPU)"
+        "--batch-share",
+        type=float,
+        help="of the crops per step, 256 where they are small (1 on a GPU, 1/32 on a CPU)",
     )
     parser.add_argument("--windows", type=float, help="share of the usual number (1 on a GPU, 0.1 on a CPU)")
     parser.add_argument(
@@ -60,7 +62,8 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         choices=STAGES,
         default=STAGES,
-        help="what to do; the others' parts are taken as their checkpoints hold them (all)",
+        help="what to do; the others' parts are taken as their checkpoints hold them (all). "
+        "Once there are latents, two processes can train the denoisers beside each other",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
@@ -91,15 +94,24 @@ def last_row(log: Path) -> dict[str, float]:
     return json.loads(log.read_text(encoding="utf-8").splitlines()[-1]) if log.exists() else {}
 
 
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+def record_of(options: argparse.Namespace, training_set: TrainingSet) -> dict[str, Any]:
+    """What the training was, for the folders of the models."""
+    cuda = options.device.startswith("cuda")
+    return {
+        "seed": options.seed,
+        "device": torch.cuda.get_device_name(options.device) if cuda else options.device,
+        "windows": sum(len(group.cells) for group in training_set.groups),
+        "captions": len(training_set.captions),
+        **{stage: last_row(options.work / f"{stage}.jsonl") for stage in ("vae", "unet", "transformer")},
+    }
 
 
 def main() -> None:
     options = parse_arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
-    fast_settings()
+    if options.device.startswith("cuda"):
+        fast_settings()
     work, device, seed = options.work, options.device, options.seed
     work.mkdir(parents=True, exist_ok=True)
     maps = load_maps(options.maps or fetch_maps(work / "maps"))
@@ -136,22 +148,13 @@ def main() -> None:
             trained[kind] = train_denoiser(kind, batches, work, seconds=seconds(kind), seed=seed, device=device)
         if kind in options.stages:
             paint_sheet(kind, trained[kind], vae, text_encoder, tokenizer, work / f"{kind}.png")
-    if "export" not in options.stages:
-        return
-    record = {
-        "seed": seed,
-        "device": device_name(device),
-        "windows": sum(len(group.cells) for group in training_set.groups),
-        "captions": len(training_set.captions),
-        **{stage: last_row(work / f"{stage}.jsonl") for stage in ("vae", "unet", "transformer")},
-    }
-    out = {name: options.out / name for name in ("demo_model", "demo_transformer")}
-    sizes = (
-        export_pipeline(vae, trained["unet"], text_encoder, vocabulary, out["demo_model"], record),
-        export_transformer(trained["transformer"], out["demo_transformer"], record),
-    )
-    for folder, size in zip(out.values(), sizes, strict=True):
-        print(f"{folder}: {size / 1e6:.1f} MB")
+    if "export" in options.stages:
+        record = record_of(options, training_set)
+        pipeline, transformer = (options.out / name for name in ("demo_model", "demo_transformer"))
+        size = export_pipeline(vae, trained["unet"], text_encoder, vocabulary, pipeline, record)
+        print(f"{pipeline}: {size / 1e6:.1f} MB")
+        size = export_transformer(trained["transformer"], transformer, record)
+        print(f"{transformer}: {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def draw_samples(
         cells = crop(group.cells[window], top, left, *shape)
         text = numbers.setdefault(caption(cells, group.width, rng), len(numbers))
         rows.append((firsts[number] + window, top, left, text))
-    return Samples(*torch.tensor(rows).T.contiguous())
+    return Samples(*torch.from_numpy(np.array(rows)).T.contiguous())
 
 
 def make_training_set(vae: AutoencoderKL, levels: Levels, share: float, seed: int) -> dict[str, object]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -57,13 +59,18 @@ def build_pipeline(
     )
 
 
+@cache
+def signal_shares(device: torch.device) -> torch.Tensor:
+    return build_scheduler().alphas_cumprod.to(device)
+
+
 def v_prediction_loss(
     unet: UNet2DConditionModel, latents: torch.Tensor, words: torch.Tensor, pooled: torch.Tensor, even: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """With min-SNR weights (Hang et al. 2023), at steps as `even` `[B]` in (0, 1) says. It knows no pooled words."""
     noise = torch.randn_like(latents)
     timesteps = (even * 1000).long().clamp(max=999)
-    share = build_scheduler().alphas_cumprod.to(latents.device)[timesteps][:, None, None, None]
+    share = signal_shares(latents.device)[timesteps][:, None, None, None]
     target = share.sqrt() * noise - (1 - share).sqrt() * latents
     output = unet(share.sqrt() * latents + (1 - share).sqrt() * noise, timesteps, words).sample
     error = (output.float() - target).square().mean(dim=(1, 2, 3))
