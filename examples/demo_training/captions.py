@@ -172,9 +172,3 @@ def caption(cells: NDArray[np.uint8], width: int, rng: np.random.Generator) -> s
     if sight.land >= 0.1 and sight.coast > 1.2:
         details.append(say("a long ragged coast", "bays and islands"))
     return ", ".join([*parts, *(detail for detail in details if rng.random() < DETAIL_KEPT)])
-
-
-def captions_of(cells: NDArray[np.uint8], widths: NDArray[np.int64], seed: list[int]) -> list[str]:
-    """A sentence about each of the crops `[N, H, W]`; here, so that a process that writes them imports little."""
-    rng = np.random.default_rng(seed)
-    return [caption(each, int(width), rng) for each, width in zip(cells, widths, strict=True)]
