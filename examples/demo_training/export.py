@@ -34,9 +34,10 @@ def export_pipeline(
     tokenizer = write_tokenizer(vocabulary, folder / "tokenizer")
     pipeline = build_pipeline(*(_shipped(part) for part in (vae, unet, text_encoder)), tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
-        pipeline.save_pretrained(scratch)
-        shutil.rmtree(Path(scratch) / "tokenizer")
-        shutil.copytree(scratch, folder, dirs_exist_ok=True)
+        saved = Path(scratch) / "model"  # which others may read, unlike the temporary folder
+        pipeline.save_pretrained(saved)
+        shutil.rmtree(saved / "tokenizer")
+        shutil.copytree(saved, folder, dirs_exist_ok=True)
     _load_in_single_precision(folder / "text_encoder" / "config.json")
     return _finished(folder, training)
 

@@ -157,9 +157,10 @@ def train(
         means = {key: float(value) / counted for key, value in sums.items()}
         if not all(math.isfinite(mean) for mean in means.values()):
             raise FloatingPointError(f"{name}: {means} at step {step}; {checkpoint} is from before")
+        row = {"step": step, "seconds": spent, **means, **figures()}  # before the checkpoint: it says that all is done
         state = {"model": model.state_dict(), "average": average.state_dict(), "step": step, "seconds": spent}
         save_atomically({**state, "optimizers": [each.state_dict() for each in optimizers]}, checkpoint)
-        write_row(log, {"step": step, "seconds": spent, **means, **figures()})
+        write_row(log, row)
 
     while spent < seconds:
         progress = spent / seconds
