@@ -1,11 +1,13 @@
-"""Make the README's pictures from scratch: what the patch does to a picture, part by part, as labelled sheets.
+"""Make the README's pictures from scratch, as labelled sheets.
 
+    planet.jpg     a planet painted by the ladder of generate.py, shown small, with two parts of it as they are
     sizes.jpg      one prompt and one seed at the training size, and at a multiple of it without and with the patch
     attention.jpg  the ways to block self-attention against attention over the whole image
-    vae.jpg        the ways to decode in pieces against decoding at once: crops across their seams
+    seams.jpg      decoding by diffusers' tiling and in two passes, and what each differs by from decoding at once
 
 Everything but the part shown is as without the patch, so a difference has one cause only. Without --model the small
-pipeline that comes with the examples paints. To be run where the unpatched pipeline still fits into memory.
+pipeline that comes with the examples paints. All but the planet is to be run where the unpatched pipeline still fits
+into memory.
 """
 
 import argparse
@@ -19,10 +21,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from generate import build_parser as generator_parser
+from generate import generate
 from largerespatch import LargeResPatch
-from pipelines import PROMPT, load_pipeline, positive, training_size
+from pipelines import image_path, load_pipeline, patch_builder, positive, run, training_size
+from pipelines import save as save_picture
 
-SHEETS = ("sizes", "attention", "vae")
+SHEETS = ("planet", "sizes", "attention", "seams")
+CONTINENT = "a continent, green and desert coast by a deep sea, mountains"
 ATTENTION = {
     "bricks with context": {"attn_shape": "brick"},
     "tiles with context": {"attn_shape": "tile"},
@@ -31,8 +37,10 @@ ATTENTION = {
 }
 PATCHED = "bricks with context"  # as by default
 LARGEST_FILE = 500_000  # bytes
-ZOOM = 4
-ATTENTION_GAIN, VAE_GAIN = 4, 64  # of drawn differences
+ZOOM = 2
+ATTENTION_GAIN, VAE_GAIN = 4, 16  # of drawn differences
+PAGE = 1000  # drawn pixels that the planet is wide
+PARTS = ((0.28, 0.35), (0.62, 0.6))  # where the middles of its two parts are, of its width and height
 GAP, FONT = 12, 20
 PAPER, INK = "white", "#2A2733"
 
@@ -117,20 +125,36 @@ def attention(painter: Painter) -> list[Panel]:
     return [Panel("whole image", whole), *against(whole, blocked), prompt, *differences(whole, blocked, ATTENTION_GAIN)]
 
 
-def vae(painter: Painter) -> list[Panel]:
+def seams(painter: Painter) -> list[Panel]:
     """Enlarged crops, which hold a seam of each way that has one."""
     whole = painter.decoded(PATCHED)
-    ways = {
-        "two-pass": painter.patch(vae_mode="two-pass"),
-        "exact": painter.patch(vae_mode="exact"),
-        "diffusers' tiling": DiffusersTiling(painter.pipe.vae, painter.small),
-    }
+    ways = {"diffusers' tiling": DiffusersTiling(painter.pipe.vae, painter.small), "two passes": painter.patch()}
     decoded = {label: painter.decoded(PATCHED, way) for label, way in ways.items()}
     box = seam_box(painter.small, painter.large)
     panels = [*against(whole, decoded), *differences(whole, decoded, VAE_GAIN)]
-    crops = [Panel(label, zoomed(picture, box)) for label, picture in panels]
-    half = len(ways)
-    return [Panel("untiled", zoomed(whole, box)), *crops[:half], Panel("the crop", framed(whole, box)), *crops[half:]]
+    return [Panel(label, zoomed(picture, box)) for label, picture in panels]
+
+
+def planet(options: argparse.Namespace) -> Image.Image:
+    """The planet above, two parts of it below, each as wide as half of the page."""
+    arguments = [f"--width={options.planet_width}", f"--height={options.planet_width // 2}"]
+    generating = generator_parser().parse_args([*arguments, f"--seed={options.seed}", *model_option(options)])
+    pipe = load_pipeline(options.model)
+    picture = generate(pipe, generating, patch_builder(generator_parser(), generating))
+    if options.planet:
+        save_picture(picture, options.planet)
+    half, height = (PAGE - GAP) // 2, PAGE // 3
+    page = Image.new("RGB", (PAGE, PAGE // 2 + GAP + height), PAPER)
+    page.paste(picture.resize((PAGE, PAGE // 2), Image.Resampling.LANCZOS))
+    for index, (across, down) in enumerate(PARTS):
+        left = min(max(0, round(across * picture.width) - half // 2), max(0, picture.width - half))
+        top = min(max(0, round(down * picture.height) - height // 2), max(0, picture.height - height))
+        page.paste(picture.crop((left, top, left + half, top + height)), (index * (half + GAP), PAGE // 2 + GAP))
+    return page
+
+
+def model_option(options: argparse.Namespace) -> list[str]:
+    return [f"--model={options.model}"] if options.model else []
 
 
 def against(reference: Image.Image, pictures: dict[str, Image.Image]) -> list[Panel]:
@@ -158,22 +182,13 @@ def seam_box(small: int, large: int) -> tuple[int, int, int, int]:
 
     diffusers' tiles start every three quarters of their side, and are blended over the quarter before.
     """
-    side, middle = small // 2, large // 2
+    side, middle = small // ZOOM, large // 2
     return (middle - side // 4, middle - side // 4, middle + side - side // 4, middle + side - side // 4)
 
 
 def zoomed(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     crop = picture.crop(box)
     return crop.resize((crop.width * ZOOM, crop.height * ZOOM), Image.Resampling.NEAREST)
-
-
-def framed(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
-    """The whole picture, as large as the crops beside it, with the crop outlined."""
-    side = (box[2] - box[0]) * ZOOM
-    scale = side / picture.width
-    page = picture.resize((side, side), Image.Resampling.LANCZOS)
-    ImageDraw.Draw(page).rectangle([edge * scale for edge in box], outline=PAPER, width=2)
-    return page
 
 
 def sheet(panels: Sequence[Panel], columns: int, side: int) -> Image.Image:
@@ -208,11 +223,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheets", nargs="+", choices=SHEETS, default=SHEETS, help="which to make (all)")
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="a checkpoint or a folder in diffusers' format")
-    parser.add_argument("--prompt", default=PROMPT, help="what to paint (%(default)s)")
+    parser.add_argument("--prompt", default=CONTINENT, help="what to paint but for the planet (%(default)s)")
+    parser.add_argument(
+        "--planet-width", type=positive, default=8192, metavar="N", help="of the planet, twice its height (%(default)s)"
+    )
+    parser.add_argument("--planet", type=image_path, metavar="FILE", help="write the whole planet there, too")
     parser.add_argument("--size", type=positive, metavar="N", help="of the small picture (the model's training size)")
     parser.add_argument("--times", type=positive, default=4, metavar="N", help="how much larger (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=6, metavar="N", help="denoising steps (%(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, metavar="X", help="(%(default)s)")
+    parser.add_argument("--steps", type=positive, default=12, metavar="N", help="denoising steps (%(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (%(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).with_name("pictures"), help="folder to write to (%(default)s)"
@@ -224,16 +243,15 @@ def main() -> None:
     options = build_parser().parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     painter = Painter(options)
-    crop = painter.small // 2 * ZOOM
     pages = {
-        "sizes": lambda: (sheet(sizes(painter), 3, painter.large // 2), "sizes.jpg"),
-        "attention": lambda: (sheet(attention(painter), 5, painter.large * 3 // 8), "attention.jpg"),
-        "vae": lambda: (sheet(vae(painter), 4, crop), "vae.jpg"),
+        "planet": lambda: planet(options),
+        "sizes": lambda: sheet(sizes(painter), 3, painter.large // 2),
+        "attention": lambda: sheet(attention(painter), 5, painter.large * 3 // 8),
+        "seams": lambda: sheet(seams(painter), 4, painter.small),
     }
     for name in options.sheets:
-        page, file = pages[name]()
-        save(page, options.out / file)
+        save(pages[name](), options.out / f"{name}.jpg")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

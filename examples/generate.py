@@ -1,37 +1,49 @@
-"""Generate a large image from a prompt.
+"""Paint a large image from a prompt: small first, then enlarged and refined, doubling by doubling.
 
-Without --model this uses the small pipeline that comes with the examples: it needs no download and no GPU.
+Without --model this paints the map of a planet with the small pipeline that comes with the examples: it needs no
+download and no GPU.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines import PROMPT, add_patch_options, beside, build_patch, image_path, load_pipeline, positive
+from ladder import Patch, add_ladder_options, check_ladder_options, climb, first_size, paint
+from pipelines import (
+    PROMPT,
+    Parser,
+    add_patch_options,
+    beside,
+    image_path,
+    load_pipeline,
+    patch_builder,
+    positive,
+    run,
+    save,
+    training_size,
+    unpatched,
+    words_for,
+)
 
-SIZE = 2048  # default width and height, in sample pixels
-STEPS_HELP = "denoising steps (%(default)s, enough for the small pipeline; others want 20 to 50)"
-
-Pixels = NDArray[np.float32]  # [H, W, 3] in [0, 1]
+Pixels = NDArray[np.uint8]  # [H, W, 3]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt", nargs="?", default=PROMPT, help="what to paint (%(default)s)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", default=PROMPT, help="what to paint (%(default)s)")
     parser.add_argument(
         "--model", metavar="NAME_OR_PATH", help="a checkpoint on the hub or a folder in diffusers' format"
     )
-    parser.add_argument("--width", type=positive, default=SIZE, metavar="N", help="in sample pixels (%(default)s)")
-    parser.add_argument("--height", type=positive, default=SIZE, metavar="N", help="in sample pixels (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=6, metavar="N", help=STEPS_HELP)
-    parser.add_argument("--guidance-scale", type=float, default=4.0, metavar="X", help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise to start from (%(default)s)")
-    parser.add_argument("--out", type=image_path, default="large.png", help="the file to write (%(default)s)")
+    parser.add_argument("--width", type=positive, default=4096, metavar="N", help="in sample pixels (%(default)s)")
+    parser.add_argument("--height", type=positive, default=2048, metavar="N", help="in sample pixels (%(default)s)")
+    add_ladder_options(parser)
+    parser.add_argument(
+        "--at-once", action="store_true", help="from noise at full size, without the small picture and the refining"
+    )
+    parser.add_argument("--out", type=image_path, default="planet.png", help="the file to write (%(default)s)")
     parser.add_argument(
         "--compare",
         action="store_true",
@@ -41,44 +53,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def generate(pipe: Any, options: argparse.Namespace) -> Pixels:
-    generator = torch.Generator("cpu").manual_seed(options.seed)
-    return pipe(
-        options.prompt,
-        width=options.width,
-        height=options.height,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        generator=generator,
-        output_type="np",
-    ).images[0]
+def generate(pipe: Any, options: argparse.Namespace, patch: Patch) -> Image.Image:
+    size, words = (options.width, options.height), words_for(options)
+    first = size if options.at_once else first_size(size, training_size(pipe), pipe.vae_scale_factor)
+    image = paint(pipe, words, first, options, patch)
+    if first != size:
+        *_, image = climb(pipe, words, image, size, options, patch)
+    return image
 
 
-def save(pixels: Pixels, path: Path) -> None:
-    Image.fromarray((pixels * 255).round().astype(np.uint8)).save(path)
-    print(f"written to {path}")
-
-
-def compare(patched: Pixels, unpatched: Pixels, path: Path) -> None:
-    """Write the unpatched picture and the difference, with its largest value as white, and print how large it is."""
-    difference = np.abs(patched - unpatched)
-    largest, mean_square = float(difference.max()), float(np.square(difference, dtype=np.float64).mean())
-    save(unpatched, beside(path, "unpatched"))
-    save(difference / largest if largest else difference, beside(path, "difference"))
-    psnr = f"{-10 * np.log10(mean_square):.1f} dB" if mean_square else "infinite"
-    print(f"patched against unpatched: PSNR {psnr}, largest error {255 * largest:.0f} of 255 (drawn as white)")
+def compare(patched: Pixels, reference: Pixels) -> Image.Image:
+    """The difference, with its largest value as white; prints how large it is."""
+    difference = np.abs(patched.astype(int) - reference)
+    largest, mean_square = int(difference.max()), float(np.square(difference).mean())
+    psnr = f"{10 * np.log10(255**2 / mean_square):.1f} dB" if mean_square else "infinite"
+    print(f"patched against unpatched: PSNR {psnr}, largest error {largest} of 255 (drawn as white)")
+    return Image.fromarray((difference * 255 // max(1, largest)).astype(np.uint8))
 
 
 def main() -> None:
     parser = build_parser()
     options = parser.parse_args()
-    pipe = load_pipeline(options.model)
-    with build_patch(parser, pipe, options.width, options.height, options):
-        patched = generate(pipe, options)
+    check_ladder_options(parser, options)
+    pipe = load_pipeline(options.model, parser)
+    patch = patch_builder(parser, options)
+    patch(pipe, options.width, options.height)  # what it refuses is told before any work
+    patched = generate(pipe, options, patch)
     save(patched, options.out)
     if options.compare:
-        compare(patched, generate(pipe, options), options.out)
+        reference = generate(pipe, options, unpatched)
+        save(reference, beside(options.out, "unpatched"))
+        save(compare(np.asarray(patched), np.asarray(reference)), beside(options.out, "difference"))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

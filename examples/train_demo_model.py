@@ -1,10 +1,9 @@
-"""Train the demo model in `examples/demo_model` from freely licensed photographs.
+"""Train the demo models in `examples/demo_model` and `examples/demo_transformer` from maps of the Earth.
 
-Stages, each of which resumes where an interrupted run left it: fetch the photographs (four Debian packages, with
-apt-get and dpkg-deb, and the sample pictures of scikit-image and scikit-learn where those are installed), train the
-VAE, train its decoder alone, train U-Net and text encoder on the VAE's latents. Then the pipeline folder is written,
-with half-precision weights. Photographs are used where `captions.json` describes them; those it lists as held out are
-never trained on.
+Stages: fetch the maps and CLIP's vocabulary with pip, train the VAE, encode windows of the maps and caption crops of
+them, train the text encoder, the transformer and the U-Net, write the folders with half-precision weights. Trainings
+take as many steps as the device makes in the minutes given, and go on where an interrupted run left them. On a CPU
+crops per step are fewer; all else is the same. Longitudes 110 to 180 E from 50 S to the equator are never trained on.
 """
 
 from __future__ import annotations
@@ -12,19 +11,30 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from demo_training.data import fetch_packages, load_photos, sample_image_folders
-from demo_training.decoder import train_decoder
-from demo_training.export import export
-from demo_training.text import fetch_vocabulary, write_tokenizer
-from demo_training.text_to_image import TextToImage, prepare_latents, train_text_to_image
-from demo_training.vae import train_vae
+
+from demo_training.captions import classes
+from demo_training.data import fetch_maps, load_map, sea, without_held_out, without_hole
+from demo_training.denoiser import Batches, paint_sheet, train_denoiser
+from demo_training.export import export_pipeline, export_transformer
+from demo_training.planets import build_levels
+from demo_training.pool import TrainingSet, prepare_training_set
+from demo_training.text import fetch_vocabulary, train_text_encoder, write_tokenizer
+from demo_training.vae import MapCrops, held_out_crops, train_vae
+
+STAGES = ("vae", "latents", "transformer", "unet", "export")
+# What is usual on a kind of device.
+USUAL = {
+    "cuda": {"vae_minutes": 3, "transformer_minutes": 4, "unet_minutes": 4, "batch_share": 1, "windows": 1},
+    "cpu": {"vae_minutes": 60, "transformer_minutes": 90, "unet_minutes": 90, "batch_share": 1 / 32, "windows": 0.1},
+}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="folder with the unpacked packages; fetched where not given")
+    parser.add_argument("--maps", type=Path, help="folder with the maps; fetched where not given")
     parser.add_argument(
         "--work",
         type=Path,
@@ -32,71 +42,119 @@ def parse_arguments() -> argparse.Namespace:
         help="folder for checkpoints, logs and sample sheets; training resumes from what it holds (%(default)s)",
     )
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).with_name("demo_model"),
-        help="pipeline folder to write (%(default)s)",
+        "--out", type=Path, default=Path(__file__).parent, help="folder to write both models into (%(default)s)"
     )
-    parser.add_argument("--vae-steps", type=int, default=600, help="optimizer steps of the VAE (%(default)s)")
-    parser.add_argument("--decoder-steps", type=int, default=800, help="of the decoder alone, then (%(default)s)")
-    parser.add_argument("--unet-steps", type=int, default=940, help="optimizer steps of the U-Net (%(default)s)")
-    parser.add_argument("--unet-batch", type=int, default=8, help="latent crops in a step of the U-Net (%(default)s)")
+    for stage in ("vae", "transformer", "unet"):
+        gpu, cpu = (USUAL[kind][f"{stage}_minutes"] for kind in ("cuda", "cpu"))
+        text = f"of its training, all runs together ({gpu:g} on a GPU, {cpu:g} on a CPU)"
+        parser.add_argument(f"--{stage}-minutes", type=float, help=text)
+    parser.add_argument(
+        "--vae-from", type=Path, metavar="FOLDER", help="a VAE to begin with (the best linear one, set and not learned)"
+    )
+    parser.add_argument(
+        "--batch-share",
+        type=float,
+        help="of the crops per step, 256 where they are small (1 on a GPU, 1/32 on a CPU)",
+    )
+    parser.add_argument("--windows", type=float, help="share of the usual number (1 on a GPU, 0.1 on a CPU)")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=STAGES,
+        help="what to do; the others' parts are taken as their checkpoints hold them (all). "
+        "Once there are latents, two processes can train the denoisers beside each other",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice where not given")
-    parser.add_argument("--until", choices=("vae", "decoder", "all"), default="all", help="where to stop (%(default)s)")
-    parser.add_argument(
-        "--export-now",
-        action="store_true",
-        help="write the folder from the checkpoints as they are, without training any further",
-    )
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name, usual in USUAL["cpu" if options.device == "cpu" else "cuda"].items():
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
+    return options
+
+
+def load_maps(folder: Path) -> dict[str, Any]:
+    """Blue Marble and relief without the held-out region, the classes of each cell, and the crops held out."""
+    blue_marble, etopo, relief = (load_map(folder, name) for name in ("bmng.jpg", "etopo1.jpg", "shadedrelief.jpg"))
+    held_out = held_out_crops(blue_marble)
+    blue_marble = without_held_out(without_hole(blue_marble, sea(etopo)))
+    etopo, relief = without_held_out(etopo), without_held_out(relief)
+    cells = classes(blue_marble, etopo, relief)
+    return {"blue_marble": blue_marble, "relief": relief, "cells": cells, "held_out": held_out}
+
+
+def fast_settings() -> None:
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has failed
 
 
 def last_row(log: Path) -> dict[str, float]:
     return json.loads(log.read_text(encoding="utf-8").splitlines()[-1]) if log.exists() else {}
 
 
+def record_of(options: argparse.Namespace, training_set: TrainingSet) -> dict[str, Any]:
+    """What the training was, for the folders of the models."""
+    cuda = options.device.startswith("cuda")
+    return {
+        "seed": options.seed,
+        "device": torch.cuda.get_device_name(options.device) if cuda else options.device,
+        "windows": sum(len(group.cells) for group in training_set.groups),
+        "captions": len(training_set.captions),
+        **{stage: last_row(options.work / f"{stage}.jsonl") for stage in ("vae", "unet", "transformer")},
+    }
+
+
 def main() -> None:
     options = parse_arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
-    work = options.work
+    if options.device.startswith("cuda"):
+        fast_settings()
+    work, device, seed = options.work, options.device, options.seed
     work.mkdir(parents=True, exist_ok=True)
-    folders = [options.images or fetch_packages(work / "photographs"), *sample_image_folders()]
-    photos = load_photos(folders, ("photos", "drawings"))
-    held_out = load_photos(folders, ("held_out",))
-    vocabulary = fetch_vocabulary(work)
+    maps = load_maps(options.maps or fetch_maps(work / "maps"))
 
-    shared = {"seed": options.seed, "device": options.device}
-    vae_steps = 0 if options.export_now else options.vae_steps
-    vae, vae_seconds = train_vae(photos, held_out, work, steps=vae_steps, **shared)
-    if options.until == "vae":
+    def seconds(stage: str) -> float:
+        return 60 * getattr(options, f"{stage}_minutes") if stage in options.stages else 0
+
+    crops = MapCrops(maps["blue_marble"], maps["relief"], device)
+    vae = train_vae(
+        crops,
+        maps["held_out"],
+        work,
+        seconds=seconds("vae"),
+        batch_share=options.batch_share,
+        begin_with=options.vae_from,
+        seed=seed,
+        device=device,
+    )
+    if set(options.stages) == {"vae"}:
         return
-    decoder_steps = 0 if options.export_now else options.decoder_steps
-    vae, decoder_seconds = train_decoder(vae, photos, held_out, work, steps=decoder_steps, **shared)
-    if options.until == "decoder":
-        return
-    both, both_seconds = TextToImage(), 0.0
-    if not options.export_now or (work / "text_to_image.pt").exists():
-        both, both_seconds = train_text_to_image(
-            prepare_latents(vae, photos, work),
-            vae,
-            write_tokenizer(vocabulary, work / "tokenizer"),
-            work,
-            steps=0 if options.export_now else options.unet_steps,
-            batch=options.unet_batch,
-            **shared,
-        )
-    training = {
-        **shared,
-        "photographs": len(photos),
-        "vae": {"seconds": round(vae_seconds), "last": last_row(work / "vae.jsonl")},
-        "decoder": {"seconds": round(decoder_seconds), "last": last_row(work / "decoder.jsonl")},
-        "text_to_image": {"seconds": round(both_seconds), "last": last_row(work / "text_to_image.jsonl")},
-    }
-    size = export(vae, both, vocabulary, options.out, training)
-    print(f"{options.out}: {size / 1e6:.1f} MB")
+    levels = build_levels(maps["blue_marble"], maps["cells"], device)
+    training_set = prepare_training_set(
+        vae, levels, work / "latents.pt", share=options.windows, seed=seed, device=device
+    )
+    vocabulary = fetch_vocabulary(work)
+    tokenizer = write_tokenizer(vocabulary, work / "tokenizer")
+    text_encoder = train_text_encoder(
+        training_set.groups, tokenizer, work / "text_encoder.pt", seed=seed, device=device
+    )
+    batches = Batches(training_set, text_encoder, tokenizer, options.batch_share)
+    trained: dict[str, Any] = {}
+    for kind in ("transformer", "unet"):
+        if kind in options.stages or "export" in options.stages:
+            trained[kind] = train_denoiser(kind, batches, work, seconds=seconds(kind), seed=seed, device=device)
+        if kind in options.stages:
+            paint_sheet(kind, trained[kind], vae, text_encoder, tokenizer, work / f"{kind}.png")
+    if "export" in options.stages:
+        record = record_of(options, training_set)
+        pipeline, transformer = (options.out / name for name in ("demo_model", "demo_transformer"))
+        size = export_pipeline(vae, trained["unet"], text_encoder, vocabulary, pipeline, record)
+        print(f"{pipeline}: {size / 1e6:.1f} MB")
+        size = export_transformer(trained["transformer"], transformer, record)
+        print(f"{transformer}: {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

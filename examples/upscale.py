@@ -1,50 +1,41 @@
-"""Paint a coherent large image: generate small, enlarge, refine by image-to-image under the patch.
+"""Enlarge a picture and paint the details that belong to its new size, doubling by doubling.
 
-A model composes well only at about the size that it was trained on; asked for more at once, it repeats itself.
-So the composition is made at that size, and the patch lets the same model paint the details at full size.
+Any model that has an image-to-image pipeline will do; without --model it is the small one that comes with the examples.
 """
 
 import argparse
-from typing import Any
 
-import torch
-from diffusers import AutoPipelineForImage2Image
 from PIL import Image, ImageOps
 
+from ladder import Size, add_ladder_options, check_ladder_options, climb
 from pipelines import (
     PROMPT,
+    Parser,
     add_patch_options,
     beside,
-    build_patch,
     image_path,
     load_pipeline,
+    patch_builder,
     positive,
-    training_size,
+    run,
+    save,
+    words_for,
 )
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt", nargs="?", default=PROMPT, help="what to paint (%(default)s)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="image", type=picture, required=True, metavar="IMAGE", help="the picture")
+    parser.add_argument(
+        "--to", dest="size", type=size, required=True, metavar="WIDTHxHEIGHT", help="its new size, in sample pixels"
+    )
+    parser.add_argument("--prompt", default=PROMPT, help="what is on it (%(default)s)")
     parser.add_argument(
         "--model", metavar="NAME_OR_PATH", help="a checkpoint on the hub or a folder in diffusers' format"
     )
-    parser.add_argument("--image", type=picture, metavar="FILE", help="enlarge this picture, not a generated one")
-    parser.add_argument("--width", type=positive, metavar="N", help="of the small image (the model's training size)")
-    parser.add_argument("--height", type=positive, metavar="N", help="of the small image (the model's training size)")
-    parser.add_argument("--factor", type=factor, default=4.0, metavar="X", help="how much larger (%(default)s)")
-    parser.add_argument(
-        "--strength",
-        type=fraction,
-        default=0.4,
-        metavar="X",
-        help="share of the steps that refine: 0.2 sharpens, 0.6 repaints (%(default)s)",
-    )
-    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="denoising steps (%(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, metavar="X", help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of both noises (%(default)s)")
+    add_ladder_options(parser)
     parser.add_argument("--out", type=image_path, default="upscaled.png", help="the file to write (%(default)s)")
-    parser.add_argument("--stages", action="store_true", help="also write the small and the enlarged image")
+    parser.add_argument("--stages", action="store_true", help="also write the picture at every size on the way")
     add_patch_options(parser)
     return parser
 
@@ -57,59 +48,33 @@ def picture(text: str) -> Image.Image:
         raise argparse.ArgumentTypeError(f"there is no picture {text!r} to read: {error}") from None
 
 
-def factor(text: str) -> float:
-    """A finite number greater than 1, as an argparse type."""
-    value = float(text)
-    if not 1 < value <= 64:
-        raise argparse.ArgumentTypeError(f"must be more than 1 and at most 64; got {text!r}")
-    return value
-
-
-def fraction(text: str) -> float:
-    """A number above 0 and up to 1, as an argparse type."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be more than 0 and at most 1; got {text!r}")
-    return value
-
-
-def paint(pipe: Any, options: argparse.Namespace, **arguments: Any) -> Image.Image:
-    return pipe(
-        options.prompt,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(options.seed),
-        **arguments,
-    ).images[0]
-
-
-def generate_small(pipe: Any, options: argparse.Namespace) -> Image.Image:
-    side = training_size(pipe)
-    return paint(pipe, options, width=options.width or side, height=options.height or side)
-
-
-def enlarge(image: Image.Image, times: float, multiple: int) -> Image.Image:
-    """By Lanczos, to the nearest size in multiples of `multiple` sample pixels."""
-    width, height = (max(1, round(side * times / multiple)) * multiple for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+def size(text: str) -> Size:
+    """``4096x2048`` as a pair, as an argparse type."""
+    sides = text.lower().split("x")
+    if len(sides) != 2:
+        raise argparse.ArgumentTypeError(f"must be like 4096x2048; got {text!r}")
+    width, height = map(positive, sides)
+    return width, height
 
 
 def main() -> None:
     parser = build_parser()
     options = parser.parse_args()
-    if int(options.steps * options.strength) < 1:
-        parser.error(f"--steps {options.steps} times --strength {options.strength} must leave at least one step")
-    pipe = load_pipeline(options.model)
-    small = options.image or generate_small(pipe, options)
-    enlarged = enlarge(small, options.factor, pipe.vae_scale_factor)
-    refiner = AutoPipelineForImage2Image.from_pipe(pipe)
-    with build_patch(parser, refiner, *enlarged.size, options):
-        refined = paint(refiner, options, image=enlarged, strength=options.strength)
-    stages = {beside(options.out, "small"): small, beside(options.out, "enlarged"): enlarged} if options.stages else {}
-    for path, image in {options.out: refined, **stages}.items():
-        image.save(path)
-        print(f"written to {path}")
+    check_ladder_options(parser, options)
+    image, large = options.image, options.size
+    if large[0] * large[1] <= image.width * image.height:
+        parser.error(
+            f"--to must be larger than the picture, which is {image.width}x{image.height}; got {large[0]}x{large[1]}"
+        )
+    pipe = load_pipeline(options.model, parser)
+    patch = patch_builder(parser, options)
+    patch(pipe, *large)  # what it refuses is told before any work
+    for stage in climb(pipe, words_for(options), image, large, options, patch):
+        if stage.size == large:
+            save(stage, options.out)
+        elif options.stages:
+            save(stage, beside(options.out, f"{stage.width}x{stage.height}"))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,7 +18,9 @@ from conftest import EXAMPLES
 BENCHMARKS = EXAMPLES / "benchmarks"
 # 32x32 tokens at the finest level: small enough to be quick, larger than what is attended whole here.
 SMALL = ("--attn-slice", "8", "--attn-full-tokens", "256", "--vae-chunk", "16")
-HELD_OUT = list(json.loads((EXAMPLES / "captions.json").read_text())["held_out"])
+TINY = (*SMALL, "--vae-mode", "exact")
+TWO_PASS = ("--vae-mode", "two-pass")
+FROM = ("--from", "given.png")
 SCRIPTS = ("gallery.py", "generate.py", "upscale.py", "view_bricks.py")
 
 
@@ -35,55 +37,109 @@ def refused(run, capsys, script, *arguments):
     return capsys.readouterr().err
 
 
-def test_generate_compares_patched_with_unpatched(run, capsys):
-    run(EXAMPLES / "generate.py", "a lake", "--width", 256, "--height", 192, "--steps", 2, "--compare", *SMALL)
-    patched, unpatched = pixels("large.png"), pixels("large-unpatched.png")
-    assert patched.shape == unpatched.shape == (192, 256, 3)
+def test_generate_climbs_and_compares_patched_with_unpatched(run, capsys):
+    size = ("--width", 512, "--height", 384)
+    run(EXAMPLES / "generate.py", "--prompt", "a lake", *size, "--steps", 3, "--compare", *SMALL, *TWO_PASS)
+    patched, unpatched = pixels("planet.png"), pixels("planet-unpatched.png")
+    assert patched.shape == unpatched.shape == (384, 512, 3)
     assert patched.std() > 1, "a picture of one colour would hide every difference"
     largest = np.abs(patched - unpatched).max()
     assert largest > 0, "nothing was blocked"
-    assert pixels("large-difference.png").max() == 255
+    assert pixels("planet-difference.png").max() == 255
     printed = capsys.readouterr().out
-    assert "written to large.png" in printed
-    # Files are rounded to whole levels, the printed error is not.
-    assert abs(int(printed.split("largest error ")[1].split()[0]) - largest) <= 1
+    assert "written to planet.png" in printed
+    assert int(printed.split("largest error ")[1].split()[0]) == largest
+
+
+def test_generate_paints_small_first_and_says_how_near(run, capsys):
+    run(EXAMPLES / "generate.py", "--prompt", "seas", "--width", 512, "--height", 1024, "--steps", 3, *TINY)
+    assert pixels("planet.png").shape == (1024, 512, 3)
+    rungs = [line for line in capsys.readouterr().out.splitlines() if "seas" in line]
+    assert rungs == ["256 x 512: a whole planet, seas", "512 x 1024: a whole planet, seas"]
+
+
+def test_generate_at_once(run, capsys):
+    run(EXAMPLES / "generate.py", "--width", 512, "--height", 512, "--steps", 3, "--at-once", *TINY)
+    assert "256 x" not in capsys.readouterr().out
 
 
 def test_generate_reports_equality_where_nothing_needs_the_patch(run, capsys):
-    run(EXAMPLES / "generate.py", "--width", 64, "--height", 64, "--steps", 1, "--compare")
+    plain = ("--padding-mode", "constant")
+    run(EXAMPLES / "generate.py", "--width", 64, "--height", 64, "--steps", 3, "--compare", *TWO_PASS, *plain)
     assert "PSNR infinite, largest error 0 of 255" in capsys.readouterr().out
 
 
 def test_generate_uses_its_seed(run):
     for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
-        run(EXAMPLES / "generate.py", "--width", 64, "--height", 64, "--steps", 1, "--seed", seed, "--out", name)
+        run(EXAMPLES / "generate.py", "--width", 64, "--height", 64, "--steps", 3, "--seed", seed, "--out", name)
     assert (pixels("a.png") == pixels("b.png")).all()
     assert (pixels("a.png") != pixels("c.png")).any()
 
 
+def test_a_planet_goes_on_at_its_left_edge(run):
+    """Its edges differ no more than columns inside do; without circular padding they do."""
+    steps = []
+    for mode in ("circular", "constant"):
+        size = ("--width", 256, "--height", 128, "--steps", 8)
+        run(EXAMPLES / "generate.py", *size, "--padding-mode", mode, "--seed", 3)
+        picture = pixels("planet.png")
+        steps.append(np.abs(picture[:, 0] - picture[:, -1]).mean() / np.abs(np.diff(picture, axis=1)).mean())
+    assert steps[0] < steps[1] and steps[0] < 3
+
+
 def test_upscale_refines_an_enlarged_picture(run):
-    small = ("--width", 128, "--height", 96)
-    run(EXAMPLES / "upscale.py", *small, "--factor", 2, "--steps", 3, "--strength", 0.7, "--stages", *SMALL)
-    assert pixels("upscaled-small.png").shape == (96, 128, 3)
-    enlarged, refined = pixels("upscaled-enlarged.png"), pixels("upscaled.png")
-    assert enlarged.shape == refined.shape == (192, 256, 3)
-    assert (enlarged != refined).any()
+    Image.new("RGBA", (72, 48), "teal").save("given.png")
+    run(EXAMPLES / "upscale.py", "--from", "given.png", "--to", "240x160", "--steps", 3, "--stages", *SMALL)
+    assert pixels("upscaled-128x88.png").shape == (88, 128, 3)
+    assert pixels("upscaled.png").shape == (160, 240, 3)
+    assert (pixels("upscaled.png") != pixels("given.png")[0, 0]).any()
 
 
-def test_upscale_takes_a_picture_of_any_size(run):
-    Image.new("RGBA", (70, 45), "teal").save("given.png")
-    run(EXAMPLES / "upscale.py", "--image", "given.png", "--factor", 1.5, "--steps", 2, "--strength", 0.5, *SMALL)
-    assert pixels("upscaled.png").shape == (64, 104, 3)  # 67.5 x 105, to the nearest multiples of 8
+def test_upscale_takes_any_model(run, capsys):
+    tiny_models.text_to_image().save_pretrained("model")
+    Image.new("RGB", (64, 48), "teal").save("given.png")
+    tiny = ("--model", "model", "--prompt", "a lake", "--steps", 3)
+    run(EXAMPLES / "upscale.py", "--from", "given.png", "--to", "128x96", *tiny, "--attn-slice", 4, "--vae-chunk", 8)
+    assert pixels("upscaled.png").shape == (96, 128, 3)
+    assert "128 x 96: a lake" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "expected"),
+    [
+        ((512, 256), (4096, 2048), [(1024, 512), (2048, 1024), (4096, 2048)]),
+        ((512, 512), (1024, 512), [(1024, 512)]),
+        ((512, 256), (3000, 1504), [(920, 464), (1664, 832), (3000, 1504)]),
+    ],
+)
+def test_rungs_of_the_ladder(monkeypatch, small, large, expected):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import ladder
+
+    assert list(ladder.sizes_between(small, large, 8)) == expected
+
+
+def test_an_enlarged_planet_still_goes_on_at_its_left_edge(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import ladder
+
+    planet = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
+    turned = [
+        np.asarray(ladder.enlarge(Image.fromarray(np.roll(planet, by, axis=1)), (64, 32), True)) for by in (0, 16)
+    ]
+    assert (np.roll(turned[0], 32, axis=1) == turned[1]).all()
+    assert (turned[0] != np.asarray(ladder.enlarge(Image.fromarray(planet), (64, 32), False))).any()
 
 
 def test_gallery(run, capsys):
-    """Three sheets; at this size one map is blocked, and every way to decode has seams."""
-    run(EXAMPLES / "gallery.py", "--size", 64, "--times", 3, "--steps", 1, "--out", "sheets")
-    sizes = {"sizes.jpg": (3, 1), "attention.jpg": (5, 2), "vae.jpg": (4, 2)}
+    """Four sheets; at this size one map is blocked, and every way to decode has seams."""
+    run(EXAMPLES / "gallery.py", "--size", 64, "--times", 3, "--steps", 2, "--planet-width", 512, "--out", "sheets")
+    sizes = {"planet.jpg": (1, 1), "sizes.jpg": (3, 1), "attention.jpg": (5, 2), "seams.jpg": (4, 1)}
     for name, (columns, rows) in sizes.items():
         sheet = pixels(f"sheets/{name}")
         assert sheet.std() > 1 and sheet.shape[1] // columns > 64 and sheet.shape[0] // rows > 64
-    assert capsys.readouterr().out.count("written to") == 3
+        assert Path("sheets", name).stat().st_size <= 500_000
+    assert capsys.readouterr().out.count("written to") == 4
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -102,17 +158,40 @@ def test_help(run, capsys, script):
         ("generate.py", ("--attn-context", "-1"), "must be a whole number, at least 0; got '-1'"),
         ("generate.py", ("--out", "nowhere/large.png"), "must lie in an existing folder; got 'nowhere/large.png'"),
         ("generate.py", ("--out", "large"), "must end in the suffix of an image, as in .png; got 'large'"),
-        ("upscale.py", ("--factor", "1"), "must be more than 1 and at most 64; got '1'"),
-        ("upscale.py", ("--strength", "nan"), "must be more than 0 and at most 1; got 'nan'"),
-        ("upscale.py", ("--steps", "2", "--strength", "0.4"), "must leave at least one step"),
-        ("upscale.py", ("--image", "missing.png"), "there is no picture 'missing.png'"),
+        ("generate.py", ("--model", "nowhere"), "--model: there is no folder 'nowhere', and a name on the hub has"),
+        ("generate.py", ("--model", "../no/where"), "--model: there is no folder '../no/where'"),
+        ("generate.py", ("--model", "."), "--model: there is no pipeline '.' to load"),
+        ("generate.py", ("--steps", "2", "--strength", "0.4"), "must leave at least one step"),
+        ("upscale.py", (*FROM, "--to", "64"), "must be like 4096x2048; got '64'"),
+        ("upscale.py", (*FROM, "--to", "32x32"), "must be larger than the picture, which is 64x48; got 32x32"),
+        ("upscale.py", (*FROM, "--to", "128x100"), "height must be a multiple of 8 sample pixels; got 100"),
+        ("upscale.py", (*FROM, "--to", "128x96", "--strength", "nan"), "must be more than 0 and at most 1; got 'nan'"),
+        ("upscale.py", ("--from", "missing.png", "--to", "64x64"), "there is no picture 'missing.png'"),
     ],
 )
-def test_wrong_options_are_named(run, capsys, script, arguments, message):
-    assert message in refused(run, capsys, script, *arguments)
+def test_wrong_options_are_named(run, capsys, monkeypatch, script, arguments, message):
+    from diffusers import StableDiffusionPipeline
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", None)  # nothing is painted before
+    Image.new("RGB", (64, 48)).save("given.png")
+    told = refused(run, capsys, script, *arguments)
+    assert message in told and len(lines_of_ours(told)) == 1
 
 
-def test_interrupt_reaches_the_shell(run, monkeypatch):
+def lines_of_ours(told):
+    """Without the bars and remarks that loading a pipeline writes."""
+    return [line for line in told.splitlines() if "error" in line or "usage" in line]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(run, capsys, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert "must lie in a folder that can be written" in refused(run, capsys, "generate.py", "--out", "planet.png")
+
+
+def test_interrupt_ends_in_one_line(run, monkeypatch, capsys):
     """Ctrl-C while generating writes nothing."""
     from diffusers import StableDiffusionPipeline
 
@@ -120,26 +199,49 @@ def test_interrupt_reaches_the_shell(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         run(EXAMPLES / "generate.py", "--width", 64, "--height", 64)
-    assert not Path("large.png").exists()
+    assert ended.value.code == 130
+    assert "interrupted" in capsys.readouterr().err and not list(Path().glob("planet*"))
+
+
+def test_half_a_picture_is_not_left_under_the_final_name(run, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import pipelines
+
+    def disk_full(image, path, **_):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", disk_full)
+    with pytest.raises(KeyboardInterrupt):
+        pipelines.save(Image.new("RGB", (8, 8)), Path("planet.png"))
+    assert not list(Path().iterdir())
 
 
 def test_notebook():
     notebook = nbformat.read(EXAMPLES / "large_res.ipynb", as_version=4)
     nbformat.validate(notebook)
-    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in notebook.cells)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
-    results = {
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    shown = outputs(notebook)
+    for name in ("bricks", "small", "refined"):
+        assert "image/png" in shown[name] and len(shown[name]["image/png"]) * 3 / 4 < 500_000
+    (estimate,) = (cell for cell in notebook.cells if cell.id == "estimate")
+    assert any("peak" in output.get("text", "") for output in estimate.outputs)
+    assert shown["limit"]["text/plain"] != shown["disable"]["text/plain"]
+    assert shown["same"]["text/plain"] == "True"
+    assert ", active" in shown["enable"]["text/plain"]
+    assert "not active" in shown["disable"]["text/plain"]
+
+
+def outputs(notebook):
+    """What each cell shows at its end, by the cell's name."""
+    return {
         cell.id: output.data
         for cell in notebook.cells
         for output in cell.get("outputs", ())
         if output.output_type == "execute_result"
     }
-    assert "image/png" in results["bricks"] and "image/png" in results["block"]
-    assert results["same"]["text/plain"] == "True"
-    assert ", active" in results["enable"]["text/plain"]
-    assert "not active" in results["disable"]["text/plain"]
 
 
 def check_environment(report):
@@ -187,14 +289,25 @@ def test_vae(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("size", [64, 128], ids=["one tile", "four tiles"])
 def test_fidelity(run, tmp_path, capsys, size):
-    out, photograph = tmp_path / "fidelity.json", tmp_path / HELD_OUT[0]
+    out = tmp_path / "fidelity.json"
     tiny_models.text_to_image().save_pretrained(tmp_path / "model")
-    photograph.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
-    Image.fromarray(noise).resize((200, 160), Image.Resampling.BICUBIC).save(photograph)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
+    for name in ("bmng.jpg", "etopo1.jpg", "shadedrelief.jpg"):
+        Image.fromarray(noise).resize((800, 400), Image.Resampling.BICUBIC).save(tmp_path / name)
     few = ("--size", size, "--vae-chunk", 8, "--passes", 2, 4, "--threads", 1)
     few += ("--generated", size, "--attn-slice", 4, "--contexts", 0, 64, "--steps", 1, 2, "--prompts", 1)
-    run(BENCHMARKS / "fidelity.py", "--model", tmp_path / "model", "--images", tmp_path, *few, "--out", out)
+    run(
+        BENCHMARKS / "fidelity.py",
+        "--model",
+        tmp_path / "model",
+        "--maps",
+        tmp_path,
+        "--pictures",
+        1,
+        *few,
+        "--out",
+        out,
+    )
     report = json.loads(out.read_text())
     check_environment(report)
     rows = {(row["direction"], row["method"]): row for row in report["vae"]}
@@ -215,6 +328,37 @@ def test_fidelity(run, tmp_path, capsys, size):
     if size == 128:
         assert all(blocked[steps, shape, 64] > blocked[steps, shape, 0] for steps, shape, _ in blocked)
     assert "2022 recipe" in capsys.readouterr().out
+
+
+def test_figures_of_the_demo_model_are_printed_from_what_is_committed(run, capsys):
+    figures = json.loads((BENCHMARKS / "results" / "demo_model.json").read_text())
+    run(BENCHMARKS / "demo_model.py")
+    printed = capsys.readouterr().out
+    assert all(f"{value:.2f}" in printed for value in figures["psnr_db"].values())
+    assert ("blind test" in printed) == ("blind_test" in figures)
+
+
+def test_figures_of_the_demo_model_are_measured(run, tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
+    for name in ("bmng.jpg", "etopo1.jpg", "shadedrelief.jpg"):
+        Image.fromarray(noise).resize((800, 400), Image.Resampling.BICUBIC).save(tmp_path / name)
+    run(BENCHMARKS / "demo_model.py", "--measure", "--maps", tmp_path, "--out", tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len(figures["psnr_db"]) == 10 and min(figures["psnr_db"].values()) > 20
+    assert all(figures["psnr_db_without_residual_branches"][name] != psnr for name, psnr in figures["psnr_db"].items())
+    assert "mean, native" in capsys.readouterr().out
+
+
+def test_blind_test_counts_right_answers(run, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    figures = json.loads((BENCHMARKS / "results" / "demo_model.json").read_text())
+    out.write_text(json.dumps(figures | {"blind_test": {"right": 0, "pictures": 20, "by": "nobody"}}))
+    few = ("--blind", tmp_path / "quiz", "--out", out)
+    run(BENCHMARKS / "demo_model.py", *few, "--samples", 3, "--size", 32, "--steps", 2)
+    right = json.loads((tmp_path / "quiz" / "answers.json").read_text())["answers"]
+    wrong = "b" if right[0] == "a" else "a"
+    run(BENCHMARKS / "demo_model.py", *few, "--answers", wrong + right[1] + right[2].upper(), "--by", "a test")
+    assert "blind test: 2 of 3 right (chance: 1 in 5); a test" in capsys.readouterr().out
 
 
 JUNIT = """<testsuites><testsuite>

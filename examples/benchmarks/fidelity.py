@@ -1,17 +1,14 @@
 """How far are results from those of the unpatched model: overall, at worst, and next to the lines where tiles meet?
 
-The VAE: encode and decode of photographs, in tiles as diffusers does it, by the original's recipe of 2022, in two and
-more passes, and exactly, against the untiled result of the same weights. It means something on trained weights and on
-photographs only. With --images these are the demo model's held-out ones, which it was never trained on, without it
-some of scikit-image's, which it was.
+The VAE: encode and decode of maps, in tiles as diffusers does it, by the original's recipe of 2022, in two and more
+passes, and exactly, against the untiled result of the same weights. It means something on trained weights and on
+pictures of their kind only: these are of the region of the Earth that the demo model was never trained on.
 
 Self-attention: whole pictures, generated with attention in blocks alone and with contexts of several sizes, against the
 picture that dense attention gives from the same noise. Both are decoded by the untiled VAE.
 """
 
 import argparse
-import importlib.util
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -21,10 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from PIL import Image, ImageOps
 from torch import nn
 
 from _common import (
@@ -50,9 +45,9 @@ from largerespatch.core.tilings import tiles, window
 EXAMPLES = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(EXAMPLES))
 
-from demo_training.data import load_photos  # noqa: E402  (by the line above)
+from demo_training.captions import PROMPTS  # noqa: E402  (by the line above)
+from demo_training.data import fetch_maps, held_out_region, load_map, to_tensor  # noqa: E402
 
-SAMPLE_PICTURES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 OVERLAP = 0.25  # of a tile, in diffusers' own tiling
 RECIPE_HALO = 4  # latent pixels
 DIFFUSERS, RECIPE, EXACT = "diffusers' tiling", "2022 recipe", "exact"
@@ -70,12 +65,13 @@ def parse_arguments() -> argparse.Namespace:
         help="a trained pipeline in diffusers' format (%(default)s)",
     )
     parser.add_argument(
-        "--images",
+        "--maps",
         type=Path,
+        default=Path("demo_training_work/maps"),
         metavar="FOLDER",
-        help="where the photograph packages of examples/train_demo_model.py are unpacked; scikit-image's if not given",
+        help="where the maps of examples/train_demo_model.py are, or are to be fetched to (%(default)s)",
     )
-    parser.add_argument("--pictures", type=positive, metavar="N", help="no more than so many photographs")
+    parser.add_argument("--pictures", type=positive, metavar="N", help="no more than so many parts of the map")
     parser.add_argument("--size", type=positive, default=512, metavar="N", help="of an image (%(default)s)")
     parser.add_argument("--vae-chunk", type=positive, default=32, metavar="N", help="in latent pixels (%(default)s)")
     parser.add_argument(
@@ -95,25 +91,21 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# --- photographs ------------------------------------------------------------------------------------------------
+# --- maps -------------------------------------------------------------------------------------------------------
 
 
-def photographs(images: Path | None, size: int) -> Pictures:
-    """Whole photographs, cropped to squares ``[1, 3, size, size]`` in [-1, 1]."""
-    if images is not None:
-        found = {photo.name: Image.fromarray(photo.levels[0]) for photo in load_photos([images], ("held_out",))}
-    else:
-        spec = importlib.util.find_spec("skimage")
-        if spec is None or spec.origin is None:
-            raise SystemExit("there are no photographs: give --images, or install scikit-image")
-        folder = Path(spec.origin).parent / "data"
-        found = {name: Image.open(folder / name) for name in SAMPLE_PICTURES if (folder / name).exists()}
-    return {name: as_tensor(image, size) for name, image in found.items()}
-
-
-def as_tensor(image: Image.Image, size: int) -> torch.Tensor:
-    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+def held_out_maps(folder: Path, size: int) -> Pictures:
+    """The corners of the region that was never trained on, ``[1, 3, size, size]`` in [-1, 1]."""
+    region = held_out_region(load_map(fetch_maps(folder), "bmng.jpg"))
+    bottom, right = (side - size for side in region.shape[:2])
+    if bottom < 0 or right < 0:
+        raise SystemExit(
+            f"--size must be at most {min(region.shape[:2])}, which the held-out region is high; got {size}"
+        )
+    corners = {"north-west": (0, 0), "north-east": (0, right), "south-west": (bottom, 0), "south-east": (bottom, right)}
+    return {
+        name: to_tensor(region[top : top + size, left : left + size][None]) for name, (top, left) in corners.items()
+    }
 
 
 # --- the VAE ----------------------------------------------------------------------------------------------------
@@ -204,7 +196,7 @@ def seam_lines(method: str, size: int, chunk: int, unit: int) -> list[int]:
 
 
 def measure_vae(vae: AutoencoderKL, pictures: Pictures, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each photograph, direction and method, against the untiled result."""
+    """A row for each part of the map, direction and method, against the untiled result."""
     methods = vae_methods(vae, options.size, options.vae_chunk, options.passes)
     for name, picture in pictures.items():
         image = picture.to(vae.device, vae.dtype)
@@ -258,7 +250,6 @@ def print_vae(rows: list[dict[str, Any]]) -> None:
 def measure_attention(pipe: StableDiffusionPipeline, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each number of steps, prompt, shape of blocks and size of context, against dense attention."""
     size, side = options.generated, options.attn_slice
-    prompts = list(json.loads((EXAMPLES / "captions.json").read_text(encoding="utf-8"))["photos"].values())
 
     def latents(prompt: str, steps: int, seed: int) -> torch.Tensor:
         return pipe(
@@ -276,7 +267,7 @@ def measure_attention(pipe: StableDiffusionPipeline, options: argparse.Namespace
 
     for steps in options.steps:
         for seed in range(options.prompts):
-            prompt = prompts[seed * len(prompts) // options.prompts]
+            prompt = PROMPTS[seed * len(PROMPTS) // options.prompts]
             dense = picture(latents(prompt, steps, seed))
             for shape in ("brick", "tile"):
                 for context in options.contexts:
@@ -313,14 +304,14 @@ def print_attention(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    pictures = dict(list(photographs(options.images, options.size).items())[: options.pictures])
+    pictures = dict(list(held_out_maps(options.maps, options.size).items())[: options.pictures])
     report: dict[str, Any] = {
         "question": __doc__.splitlines()[0],
         "environment": prepare(options) | {"dtype": "float32"},
         "note": options.note,
         "options": {name: getattr(options, name) for name in ("size", "vae_chunk", "generated", "attn_slice", "steps")},
         "weights": options.model.resolve().name,
-        "photographs": "held out" if options.images else "scikit-image's",
+        "pictures": "parts of a map of the region that was never trained on",
     }
     pipe = StableDiffusionPipeline.from_pretrained(options.model, dtype=torch.float32).to(options.device)
     pipe.set_progress_bar_config(disable=True)
@@ -328,7 +319,7 @@ def main() -> None:
         report["vae"] = list(measure_vae(pipe.vae, pictures, options))
         report["attention"] = list(measure_attention(pipe, options))
     write_json(options.out, report)
-    print(f"The VAE of {report['weights']}: {report['photographs']} photographs, {options.size}x{options.size}")
+    print(f"The VAE of {report['weights']}: {report['pictures']}, {options.size}x{options.size}")
     print_vae(report["vae"])
     print(f"Self-attention in blocks: {options.generated}x{options.generated} pictures, against dense attention")
     print_attention(report["attention"])

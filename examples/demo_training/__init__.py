@@ -1,1 +1,1 @@
-"""The parts of `train_demo_model.py`: photographs, VAE, text-to-image, export."""
+"""The parts of `train_demo_model.py`: maps, captions, VAE, text encoder, denoisers, export."""

@@ -1,4 +1,4 @@
-"""Write the trained parts as a pipeline folder that loads without network."""
+"""Write the trained parts as folders that load without network."""
 
 from __future__ import annotations
 
@@ -12,24 +12,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel
 
 from .text import write_tokenizer
-from .text_to_image import TextToImage, build_pipeline, build_scheduler
+from .text_to_image import build_pipeline
+from .transformer import build_flow_scheduler
 
 
-def export(vae: AutoencoderKL, both: TextToImage, vocabulary: Path, folder: Path, training: dict[str, Any]) -> int:
+def export_pipeline(
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    vocabulary: Path,
+    folder: Path,
+    training: dict[str, Any],
+) -> int:
     """Save the pipeline in half precision and a record of its training; return the folder's size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Python walks contiguous weights faster, and nobody should inherit the training's memory layout.
-    vae, both = (copy.deepcopy(part).cpu().half().to(memory_format=torch.contiguous_format) for part in (vae, both))
     tokenizer = write_tokenizer(vocabulary, folder / "tokenizer")
-    pipeline = build_pipeline(vae, both, tokenizer, build_scheduler())
+    pipeline = build_pipeline(*(_shipped(part) for part in (vae, unet, text_encoder)), tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
-        pipeline.save_pretrained(scratch)
-        shutil.rmtree(Path(scratch) / "tokenizer")
-        shutil.copytree(scratch, folder, dirs_exist_ok=True)
+        saved = Path(scratch) / "model"  # which others may read, unlike the temporary folder
+        pipeline.save_pretrained(saved)
+        shutil.rmtree(saved / "tokenizer")
+        shutil.copytree(saved, folder, dirs_exist_ok=True)
     _load_in_single_precision(folder / "text_encoder" / "config.json")
+    return _finished(folder, training)
+
+
+def export_transformer(transformer: FluxTransformer2DModel, folder: Path, training: dict[str, Any]) -> int:
+    """Save the transformer in half precision, its scheduler and the record; return the folder's size in bytes.
+
+    The VAE and the text encoder are those of the pipeline and are not written twice.
+    """
+    _shipped(transformer).save_pretrained(folder / "transformer")
+    build_flow_scheduler().save_pretrained(folder / "scheduler")
+    return _finished(folder, training)
+
+
+def _shipped(model: nn.Module) -> Any:
+    # Python walks contiguous weights faster, and nobody should inherit the training's memory layout.
+    return copy.deepcopy(model).cpu().half().to(memory_format=torch.contiguous_format)
+
+
+def _finished(folder: Path, training: dict[str, Any]) -> int:
     record = training | {"python": platform.python_version()}
     record |= {package: version(package) for package in ("torch", "diffusers", "transformers")}
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

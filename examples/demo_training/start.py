@@ -1,4 +1,4 @@
-"""A head start for the VAE: before any training it already is the best linear codec of the photographs, or nearly.
+"""A head start for the VAE: before any training it already is the best linear codec of the maps, or nearly.
 
 A random start spends most of a short training on finding out how to pass brightness and colour through. All of that
 can be had in closed form, because without its residual branches the VAE is a chain of resampling convolutions: the
@@ -17,7 +17,8 @@ from torch import nn
 
 # Features kept at a half, a quarter and an eighth of the size, out of 3 * 4, 12 * 4 and 32 * 4.
 KEPT = (12, 32, 64)
-LATENTS = 4
+LATENTS = 8
+GROUPS = 4
 # The group norm at the end of encoder and decoder would take a picture's brightness and contrast away. Opposite
 # constants in two channels of each group dominate its statistics, so that brightness passes (trained decoders grow
 # such channels by themselves). A pair x, -x passes the activation unharmed: silu(x) - silu(-x) = x.
@@ -60,8 +61,8 @@ def _start_encoder(vae: AutoencoderKL, crops: torch.Tensor) -> list[torch.Tensor
     latent = torch.einsum("kc,nchw->nkhw", directions, hidden)
     directions /= latent.square().mean(dim=(0, 2, 3)).sqrt()[:, None]
     last = blocks[-1].resnets[0].conv_shortcut
-    gain = _write_pairs(last, encoder.mid_block.resnets[-1].conv2, directions, LEVEL_ENCODER)
-    _read_pairs(encoder.conv_out, LATENTS, last.out_channels // LATENTS, gain)
+    pairs = _write_pairs(last, encoder.mid_block.resnets[-1].conv2, directions, LEVEL_ENCODER)
+    _read_pairs(encoder.conv_out, *pairs)
     encoder.conv_out.weight[LATENTS:] = 0
     encoder.conv_out.bias[LATENTS:] = NOISE_LOG_VARIANCE
     return [*features[:2], torch.einsum("kc,nchw->nkhw", directions, hidden)]
@@ -84,8 +85,8 @@ def _start_decoder(vae: AutoencoderKL, features: list[torch.Tensor], crops: torc
         _pass_on(after.resnets[0].conv_shortcut, len(kernel))
         hidden = F.conv2d(hidden, kernel, padding=1)
     last = decoder.up_blocks[-1].resnets[0].conv_shortcut
-    gain = _write_pairs(last, decoder.up_blocks[-1].resnets[-1].conv2, torch.eye(3), LEVEL_DECODER)
-    _read_pairs(decoder.conv_out, 3, last.out_channels // decoder.conv_norm_out.num_groups, gain)
+    pairs = _write_pairs(last, decoder.up_blocks[-1].resnets[-1].conv2, torch.eye(3), LEVEL_DECODER)
+    _read_pairs(decoder.conv_out, *pairs)
 
 
 def _principal_directions(hidden: torch.Tensor, kept: int) -> torch.Tensor:
@@ -122,27 +123,32 @@ def _pass_on(shortcut: nn.Conv2d | None, channels: int) -> None:
         _set_rows(shortcut, torch.eye(channels)[:, :, None, None], at=(0, 0))
 
 
-def _write_pairs(shortcut: nn.Conv2d, last: nn.Conv2d, directions: torch.Tensor, level: float) -> float:
-    """Write each direction and its opposite into a group of its own, constants beside them; return the norm's size."""
-    groups = 4
-    size = shortcut.out_channels // groups
+def _write_pairs(
+    shortcut: nn.Conv2d, last: nn.Conv2d, directions: torch.Tensor, level: float
+) -> tuple[list[int], float]:
+    """Write each direction and, in the channel after, its opposite; beside them constants that rule their group's norm.
+
+    Return the channels of the directions and the size of the norm.
+    """
+    size = shortcut.out_channels // GROUPS
+    channels = [index % GROUPS * size + index // GROUPS * 2 for index in range(len(directions))]
     shortcut.weight *= 0.05
     nn.init.zeros_(shortcut.bias)
-    for group, direction in enumerate(directions):
-        for row, sign in ((group * size, 1), (group * size + 1, -1)):
+    for channel, direction in zip(channels, directions, strict=True):
+        for row, sign in ((channel, 1), (channel + 1, -1)):
             shortcut.weight[row] = 0
             shortcut.weight[row, : len(direction), 0, 0] = sign * direction
-    for group in range(groups):
-        last.bias[group * size + 2] = level
-        last.bias[group * size + 3] = -level
-    return (2 * level**2 / size) ** 0.5
+    for end in range(size, shortcut.out_channels + 1, size):
+        last.bias[end - 2] = level
+        last.bias[end - 1] = -level
+    return channels, (2 * level**2 / size) ** 0.5
 
 
-def _read_pairs(convolution: nn.Conv2d, count: int, size: int, gain: float) -> None:
+def _read_pairs(convolution: nn.Conv2d, channels: list[int], gain: float) -> None:
     """The outputs' inverse of `_write_pairs`, behind the norm and the activation."""
     convolution.weight *= 0.05
     nn.init.zeros_(convolution.bias)
-    for group in range(count):
-        convolution.weight[group] = 0
-        convolution.weight[group, group * size, 1, 1] = gain
-        convolution.weight[group, group * size + 1, 1, 1] = -gain
+    for row, channel in enumerate(channels):
+        convolution.weight[row] = 0
+        convolution.weight[row, channel, 1, 1] = gain
+        convolution.weight[row, channel + 1, 1, 1] = -gain
