@@ -40,7 +40,7 @@ LARGEST_FILE = 500_000  # bytes
 ZOOM = 2
 ATTENTION_GAIN, VAE_GAIN = 4, 16  # of drawn differences
 PAGE = 1000  # drawn pixels that the planet is wide
-PARTS = ((0.28, 0.35), (0.62, 0.6))  # where the middles of its two parts are, of its width and height
+PARTS = ((0.4, 0.49), (0.785, 0.25))  # where the middles of its two parts are, of its width and height
 GAP, FONT = 12, 20
 PAPER, INK = "white", "#2A2733"
 
@@ -136,13 +136,17 @@ def seams(painter: Painter) -> list[Panel]:
 
 
 def planet(options: argparse.Namespace) -> Image.Image:
-    """The planet above, two parts of it below, each as wide as half of the page."""
     arguments = [f"--width={options.planet_width}", f"--height={options.planet_width // 2}"]
     generating = generator_parser().parse_args([*arguments, f"--seed={options.seed}", *model_option(options)])
     pipe = load_pipeline(options.model)
     picture = generate(pipe, generating, patch_builder(generator_parser(), generating))
     if options.planet:
         save_picture(picture, options.planet)
+    return with_parts(picture)
+
+
+def with_parts(picture: Image.Image) -> Image.Image:
+    """The picture above, two parts of it below, each as wide as half of the page."""
     half, height = (PAGE - GAP) // 2, PAGE // 3
     page = Image.new("RGB", (PAGE, PAGE // 2 + GAP + height), PAPER)
     page.paste(picture.resize((PAGE, PAGE // 2), Image.Resampling.LANCZOS))
