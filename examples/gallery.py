@@ -229,11 +229,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="a checkpoint or a folder in diffusers' format")
     parser.add_argument("--prompt", default=CONTINENT, help="what to paint but for the planet (%(default)s)")
     parser.add_argument(
-        "--planet-width", type=positive, default=8192, metavar="N", help="of the planet, twice its height (%(default)s)"
+        "--planet-width", type=positive, default=4096, metavar="N", help="of the planet, twice its height (%(default)s)"
     )
     parser.add_argument("--planet", type=image_path, metavar="FILE", help="write the whole planet there, too")
     parser.add_argument("--size", type=positive, metavar="N", help="of the small picture (the model's training size)")
-    parser.add_argument("--times", type=positive, default=4, metavar="N", help="how much larger (%(default)s)")
+    parser.add_argument("--times", type=positive, default=3, metavar="N", help="how much larger (%(default)s)")
     parser.add_argument("--steps", type=positive, default=12, metavar="N", help="denoising steps (%(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (%(default)s)")
