@@ -40,7 +40,7 @@ LARGEST_FILE = 500_000  # bytes
 ZOOM = 2
 ATTENTION_GAIN, VAE_GAIN = 4, 16  # of drawn differences
 PAGE = 1000  # drawn pixels that the planet is wide
-PARTS = ((0.28, 0.35), (0.62, 0.6))  # where the middles of its two parts are, of its width and height
+PARTS = ((0.4, 0.49), (0.785, 0.25))  # where the middles of its two parts are, of its width and height
 GAP, FONT = 12, 20
 PAPER, INK = "white", "#2A2733"
 
@@ -136,13 +136,17 @@ def seams(painter: Painter) -> list[Panel]:
 
 
 def planet(options: argparse.Namespace) -> Image.Image:
-    """The planet above, two parts of it below, each as wide as half of the page."""
     arguments = [f"--width={options.planet_width}", f"--height={options.planet_width // 2}"]
     generating = generator_parser().parse_args([*arguments, f"--seed={options.seed}", *model_option(options)])
     pipe = load_pipeline(options.model)
     picture = generate(pipe, generating, patch_builder(generator_parser(), generating))
     if options.planet:
         save_picture(picture, options.planet)
+    return with_parts(picture)
+
+
+def with_parts(picture: Image.Image) -> Image.Image:
+    """The picture above, two parts of it below, each as wide as half of the page."""
     half, height = (PAGE - GAP) // 2, PAGE // 3
     page = Image.new("RGB", (PAGE, PAGE // 2 + GAP + height), PAPER)
     page.paste(picture.resize((PAGE, PAGE // 2), Image.Resampling.LANCZOS))
@@ -225,11 +229,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="a checkpoint or a folder in diffusers' format")
     parser.add_argument("--prompt", default=CONTINENT, help="what to paint but for the planet (%(default)s)")
     parser.add_argument(
-        "--planet-width", type=positive, default=8192, metavar="N", help="of the planet, twice its height (%(default)s)"
+        "--planet-width", type=positive, default=4096, metavar="N", help="of the planet, twice its height (%(default)s)"
     )
     parser.add_argument("--planet", type=image_path, metavar="FILE", help="write the whole planet there, too")
     parser.add_argument("--size", type=positive, metavar="N", help="of the small picture (the model's training size)")
-    parser.add_argument("--times", type=positive, default=4, metavar="N", help="how much larger (%(default)s)")
+    parser.add_argument("--times", type=positive, default=3, metavar="N", help="how much larger (%(default)s)")
     parser.add_argument("--steps", type=positive, default=12, metavar="N", help="denoising steps (%(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (%(default)s)")

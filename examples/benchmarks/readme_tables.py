@@ -82,7 +82,7 @@ def vae_table() -> str:
 
 
 def vae_fidelity_table() -> str:
-    """A row for each direction and method, over all photographs."""
+    """A row for each direction and method, over all parts of the map."""
     report = load("fidelity")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in report["vae"]:
