@@ -341,7 +341,7 @@ def test_figures_of_the_demo_model_are_printed_from_what_is_committed(run, capsy
 def test_figures_of_the_demo_model_are_measured(run, tmp_path, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
     for name in ("bmng.jpg", "etopo1.jpg", "shadedrelief.jpg"):
-        Image.fromarray(noise).resize((800, 400), Image.Resampling.BICUBIC).save(tmp_path / name)
+        Image.fromarray(noise).resize((400, 200), Image.Resampling.BICUBIC).save(tmp_path / name)
     run(BENCHMARKS / "demo_model.py", "--measure", "--maps", tmp_path, "--out", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert len(figures["psnr_db"]) == 10 and min(figures["psnr_db"].values()) > 20
