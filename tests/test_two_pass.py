@@ -111,7 +111,7 @@ def test_every_pass_makes_one_more_norm_exact(half, wrap):
             install(padding, padding_sites(vae, "vae", "circular"))
         expected = run(vae, x)
         fidelity = []
-        for passes in (2, 3, 5, norms + 1):
+        for passes in (2, 4, norms + 1):
             with PatchStack() as stack:
                 install_two_pass(stack, vae, (9, 8), wrap, slice(2, 3), passes)
                 fidelity.append(psnr(run(vae, x), expected))
@@ -164,7 +164,7 @@ def test_half_precision_keeps_its_dtype_and_its_accuracy(half, dtype):
     assert (result.float() - exact).square().mean() < 2 * untiled_error
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 11), st.integers(1, 11), st.booleans())
 def test_any_size_and_any_tile(height, width, tile_height, tile_width, wrap):
     vae = tiny.vae()

@@ -39,7 +39,7 @@ def sd_like():
     return tiny.vae(block_out_channels=(8, 16, 32, 32), layers_per_block=2, norm_num_groups=8)
 
 
-@settings(max_examples=30)
+@settings(max_examples=24)
 @given(
     st.sampled_from(sorted(HALVES)),
     st.integers(1, 2),
