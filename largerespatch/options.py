@@ -103,7 +103,8 @@ class Options:
     )
     vae_recompute: bool = _switch(
         "whether an exact VAE computes its largest maps strip by strip each time they are read, the last upsampler's "
-        "output among them, rather than keep them: about 27 % of the untiled memory, 30 % more time for a decode. Exact"
+        "output among them, rather than keep them: about 27 % of the untiled memory, workspaces aside, 30 % more time "
+        "for a decode. Exact"
     )
     vae_offload: bool = _switch(
         "whether whole maps of the VAE are kept in (pinned) host memory while their strips or tiles visit the device. "

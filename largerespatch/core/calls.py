@@ -68,12 +68,17 @@ def latent_size(pipe: Any, factor: int, height: int, width: int) -> tuple[int, i
     return height // factor, width // factor
 
 
+def nets_of(model: Any) -> list[Any]:
+    """The ControlNets that one which is several consists of; any other model alone."""
+    return list(getattr(model, "nets", [model]))
+
+
 def sees_image(pipe: Any) -> bool:
     """Whether something beside the VAE looks at a picture at each step: a ControlNet of a U-Net, a T2I-Adapter.
 
     (ControlNets of transformers are shown a latent.)
     """
-    models = (model for each in models_of(pipe).values() for model in getattr(each, "nets", [each]))
+    models = (model for each in models_of(pipe).values() for model in nets_of(each))
     shown = any(hasattr(model, "controlnet_cond_embedding") for model in models)
     return shown or getattr(pipe, "adapter", None) is not None
 

@@ -9,7 +9,16 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
-from ..core.calls import PROMPT_TOKENS, default_of, guidance_batch, latent_size, new_like, schedulers_of, sees_image
+from ..core.calls import (
+    PROMPT_TOKENS,
+    default_of,
+    guidance_batch,
+    latent_size,
+    nets_of,
+    new_like,
+    schedulers_of,
+    sees_image,
+)
 from ..core.families import Family, Order, Site, factor_of, register, unknown_call
 from ..techniques.attention import attends_cells, attends_map, attention_sites
 from ..techniques.chunks import chunk_sites
@@ -69,7 +78,7 @@ class AnyDenoiser(Family):
         yield from padding_sites(model, name, options.padding_mode)
 
     def halvings(self, model: Any) -> int:
-        configs = [getattr(part, "config", None) for part in getattr(model, "nets", [model])]
+        configs = [getattr(part, "config", None) for part in nets_of(model)]
         return max(0, *(len(getattr(config, "block_out_channels", ())) - 1 for config in configs))
 
     def repeated(self, model: nn.Module) -> Iterator[nn.Module]:

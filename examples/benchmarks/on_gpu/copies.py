@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -31,47 +32,29 @@ def rows(lab: Lab) -> Iterator[Row]:
             row["seconds_on_device"] = timed(lab, stage(pipe, name, size, kept))
             row["seconds_by_pieces_ahead"] = {}
             for ahead in AHEAD:
-                before, hosts.UNDER_WAY = hosts.UNDER_WAY, ahead
-                try:
+                with patch.object(hosts, "UNDER_WAY", ahead):
                     row["seconds_by_pieces_ahead"][ahead] = timed(lab, stage(pipe, name, size, settings))
-                finally:
-                    hosts.UNDER_WAY = before
             row |= pinned(lab, pipe, name, size, settings) | hidden(lab, pipe, name, size, settings)
         lab.clear()
         yield row
 
 
 def pinned(lab: Lab, pipe: Any, name: str, size: int, settings: Settings) -> Row:
-    """Bytes of host memory that were asked for at most, and those that torch took for it."""
-    asked = Asked()
-    with asked:
-        candidate = stage(pipe, name, size, settings)
-        seconds(candidate, lab.device)
-    row: Row = {"host_bytes_asked": asked.total}
+    """Bytes of all maps that were made on the host (more than lived at once, if some died), and those torch took."""
+    original, asked = hosts.HostRows.empty, []
+
+    def empty(*args: Any) -> Any:
+        made = original(*args)
+        asked.extend(band.numel() * band.element_size() for band in made.bands)
+        return made
+
+    with patch.object(hosts.HostRows, "empty", empty):
+        seconds(stage(pipe, name, size, settings), lab.device)
+    row: Row = {"host_bytes_asked": sum(asked)}
     if lab.cuda:
         stats = torch.cuda.host_memory_stats()
         row["host_bytes_taken"] = {key: value for key, value in stats.items() if "bytes" in key and "peak" in key}
     return row
-
-
-class Asked:
-    """Sums the bytes of maps that are made on the host inside: more than lived at once, if some died meanwhile."""
-
-    def __init__(self) -> None:
-        self.total = 0
-
-    def __enter__(self) -> None:
-        self.original = hosts.HostRows.empty
-
-        def empty(*args: Any) -> Any:
-            made = self.original(*args)
-            self.total += sum(band.numel() * band.element_size() for band in made.bands)
-            return made
-
-        hosts.HostRows.empty = empty
-
-    def __exit__(self, *_: object) -> None:
-        hosts.HostRows.empty = self.original
 
 
 def hidden(lab: Lab, pipe: Any, name: str, size: int, settings: Settings) -> Row:

@@ -81,7 +81,7 @@ def compared(lab: Lab, case: Case) -> Iterator[Row]:
                 result = attend()[:, :, :CHECKED_QUERIES]
                 error = (result.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
                 row |= {"relative_error": float(error), "milliseconds": medians(lab, attend), "kernel": kernel(attend)}
-        except (RuntimeError, NotImplementedError) as failure:
+        except RuntimeError as failure:  # no kernel does it in this way
             row["failed"] = str(failure).splitlines()[0][:120]
         yield row
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -169,6 +170,4 @@ def attempts(rows: Iterator[Row]) -> Iterator[Row]:
     try:
         yield from rows
     except Exception as error:
-        import traceback
-
         yield {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc().splitlines()[-6:]}

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -93,18 +93,15 @@ def measure_stage(lab: Lab, pipe: Any, name: str, size: int) -> Row:
     return found
 
 
-def capped(lab: Lab, limit: int | None) -> Any:
+@contextmanager
+def capped(lab: Lab, limit: int | None) -> Iterator[None]:
     """Inside, the allocator gives no more than `limit` GiB in all."""
-    return Cap(limit) if limit is not None and lab.cuda else nullcontext()
-
-
-class Cap:
-    def __init__(self, limit: int) -> None:
-        self.share = min(limit * GIB / torch.cuda.get_device_properties(0).total_memory, 1.0)
-
-    def __enter__(self) -> None:
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(self.share)
-
-    def __exit__(self, *_: object) -> None:
+    if limit is None or not lab.cuda:
+        yield
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(limit * GIB / torch.cuda.get_device_properties(0).total_memory, 1.0))
+    try:
+        yield
+    finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
