@@ -3,32 +3,80 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.pieces import rehearsal
-from largerespatch.techniques.notes import MapNote, MapNoting, StepNote, StepNoting, step_index
+from largerespatch.techniques.notes import MapNote, MapNoting, StepNote, StepNoting
+
+
+class Denoiser(torch.nn.Module):
+    def forward(self, sample, timestep, encoder_hidden_states=None):
+        return sample
+
+
+def noted(timestep, *schedulers):
+    note = StepNote()
+    StepNoting(note, lambda: schedulers)(Denoiser().forward, 0, timestep)
+    return note.step
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler])
 def test_steps_count_up_by_one_per_distinct_timestep(kind):
     scheduler = kind()
     scheduler.set_timesteps(7)
-    steps = [step_index(timestep, scheduler) for timestep in scheduler.timesteps]
+    steps = [noted(timestep, scheduler) for timestep in scheduler.timesteps]
     assert sorted(set(steps)) == list(range(len(set(steps))))
     assert steps == sorted(steps)
-    # asking again, in another order and for a whole batch, changes nothing
-    again = [step_index(timestep.expand(2), scheduler) for timestep in scheduler.timesteps.flip(0)]
-    assert again == steps[::-1]
+    # asking again, in another order, for a whole batch, or in another dtype, changes nothing
+    for change in (lambda t: t.expand(2), lambda t: t.clone(), lambda t: t.double(), float):
+        assert [noted(change(timestep), scheduler) for timestep in scheduler.timesteps.flip(0)] == steps[::-1]
 
 
 def test_without_a_schedule_the_timestep_itself_counts():
-    assert step_index(torch.tensor(41), None) == 41
-    assert step_index(7.0, object()) == 7
+    assert noted(torch.tensor(41)) == 41
+    assert noted(7.0) == 7
 
 
-class Denoiser(torch.nn.Module):
-    def forward(self, sample, timestep, encoder_hidden_states=None):
-        return sample
+def test_a_schedule_that_changes_is_read_again():
+    scheduler, note = DDIMScheduler(), StepNote()
+    noting = StepNoting(note, lambda: [scheduler])
+    for steps in (10, 25):
+        scheduler.set_timesteps(steps)
+        for index in (3, 7):
+            noting(Denoiser().forward, 0, scheduler.timesteps[index])
+            assert note.step == index
+    scheduler.timesteps -= 1  # in its own memory
+    noting(Denoiser().forward, 0, float(scheduler.timesteps[7]))
+    assert note.step == 7
+    scheduler.timesteps[8] = scheduler.timesteps[0] + 1
+    noting(Denoiser().forward, 0, scheduler.timesteps[8])
+    assert note.step == 0
+
+
+def test_timesteps_of_the_schedule_are_not_read_one_by_one():
+    """A number that comes from a device makes the host wait for all that was asked of the device before."""
+    scheduler, note, reads = HeunDiscreteScheduler(), StepNote(), Reads()
+    noting = StepNoting(note, lambda: [scheduler])
+    scheduler.set_timesteps(9)
+    with reads:
+        for timestep in scheduler.timesteps[2:]:
+            noting(Denoiser().forward, 0, timestep)
+            noting(Denoiser().forward, 0, timestep.expand(4))
+    assert note.step == 8 and reads.count == 0
+    with reads:
+        noting(Denoiser().forward, 0, scheduler.timesteps[5].clone())
+    assert note.step == 3 and reads.count == 1
+
+
+class Reads(TorchDispatchMode):
+    """Counts single numbers that Python asks of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

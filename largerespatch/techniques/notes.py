@@ -1,6 +1,7 @@
 """What is noted on the way in for the techniques further inside: which denoising step it is, how large the map."""
 
 import inspect
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,47 +25,76 @@ class MapNote:
     size: tuple[int, int] | None = None
 
 
-def step_index(timestep: object, scheduler: Any) -> int:
-    """The place of `timestep` in the scheduler's present schedule, counted in distinct timesteps.
+class Schedule:
+    """The timesteps that a scheduler visits, read from its device once.
 
-    A function of the two alone, never of how often a model was called: guidance in two calls, two pipelines in
-    turns and a second image see the same steps. Schedulers that visit a timestep twice (Heun) count it once.
+    `step` is a timestep's place among the distinct ones: a function of these alone, never of how often a model was
+    called, so that guidance in two calls, two pipelines in turns and a second image see the same steps. What is visited
+    twice (by Heun's method) counts once.
     """
-    value = _number(timestep)
-    schedule = getattr(scheduler, "timesteps", None)
-    if schedule is None:
-        return int(value)
-    return int((torch.unique(torch.as_tensor(schedule)) > value).sum())
+
+    def __init__(self, timesteps: Any) -> None:
+        self.timesteps = timesteps
+        self.version = _version(timesteps)
+        self._values: list[float] = torch.as_tensor(timesteps).flatten().tolist()
+        self._distinct = sorted(set(self._values))
+
+    def is_of(self, timesteps: Any) -> bool:
+        return timesteps is self.timesteps and _version(timesteps) == self.version
+
+    def number(self, timestep: torch.Tensor) -> float | None:
+        """The first element of a part of the scheduler's own tensor, as pipelines pass on, without a wait for it."""
+        whole = self.timesteps
+        if not isinstance(whole, torch.Tensor) or not whole.is_contiguous() or timestep.dtype != whole.dtype:
+            return None
+        same = timestep.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        return self._values[timestep.storage_offset() - whole.storage_offset()] if same else None
+
+    def visits(self, number: float) -> bool:
+        return number in self._distinct
+
+    def step(self, number: float) -> int:
+        return len(self._distinct) - bisect_right(self._distinct, number)
+
+
+def _version(timesteps: Any) -> int | None:
+    """Changes when a tensor is written to, if anybody knows."""
+    return timesteps._version if isinstance(timesteps, torch.Tensor) and not timesteps.is_inference() else None
 
 
 class StepNoting:
     """Takes the place of a denoiser's ``forward`` and notes the step for the attentions inside it.
 
     `schedulers` are asked for at each call, since pipelines let users put in another one at any time. Of several the
-    one counts that visits the timestep.
+    one counts that visits the timestep; without any the timestep is the step.
     """
 
     def __init__(self, note: StepNote, schedulers: Callable[[], Sequence[Any]]) -> None:
         self.note = note
         self.schedulers = schedulers
+        self._known: list[Schedule] = []
 
     def __call__(self, original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
-        arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-        timestep = arguments.get("timestep")
+        timestep = inspect.signature(original).bind_partial(*args, **kwargs).arguments.get("timestep")
         if timestep is not None and not rehearsing():
-            schedulers = self.schedulers()
-            visiting = (each for each in schedulers if _visits(each, timestep))
-            self.note.step = step_index(timestep, next(visiting, schedulers[0] if schedulers else None))
+            self._note(timestep)
         return original(*args, **kwargs)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # values are for Python to see
+    def _note(self, timestep: Any) -> None:
+        visits = (getattr(each, "timesteps", None) for each in self.schedulers())
+        self._known = schedules = [self._schedule(each) for each in visits if each is not None]
+        if isinstance(timestep, torch.Tensor):
+            told = (each.number(timestep) for each in schedules)
+            number = next((each for each in told if each is not None), None)
+            timestep = timestep.flatten()[0] if number is None else number
+        number = float(timestep)
+        visited = (each for each in schedules if each.visits(number))
+        schedule = next(visited, schedules[0] if schedules else None)
+        self.note.step = int(number) if schedule is None else schedule.step(number)
 
-def _visits(scheduler: Any, timestep: object) -> bool:
-    schedule = getattr(scheduler, "timesteps", None)
-    return schedule is not None and bool((torch.as_tensor(schedule) == _number(timestep)).any())
-
-
-def _number(timestep: object) -> float:
-    return float(torch.as_tensor(timestep).flatten()[0])
+    def _schedule(self, timesteps: Any) -> Schedule:
+        return next((each for each in self._known if each.is_of(timesteps)), None) or Schedule(timesteps)
 
 
 class MapNoting:

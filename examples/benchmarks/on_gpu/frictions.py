@@ -1,9 +1,12 @@
 """Small things: host synchronizations, launches, half precision, memory format, compiling, bfloat16."""
 
 import statistics
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +37,8 @@ def named(part: Callable[[Lab], Iterator[Row]], lab: Lab) -> Iterator[Row]:
 
 
 def synchronizations(lab: Lab) -> Iterator[Row]:
-    """Places where a patched step makes the host wait for the device."""
+    """Places where the host is made to wait for the device: in the parts, and in a denoising loop as the pipeline has
+    it, where a scheduler has its own."""
     pipe, size = lab.pipeline("sd15"), lab.sizes[1]
     for name, settings in (("step", {}), ("decode", {}), ("decode", {"vae_mode": "exact"})):
         candidate = stage(pipe, name, size, settings)
@@ -42,9 +46,23 @@ def synchronizations(lab: Lab) -> Iterator[Row]:
             candidate.run()
             places = waits(candidate.run) if lab.cuda else {}
         yield {"stage": name, "settings": settings, "size": size, "waits": places}
+    patched = partial(LargeResPatch, pipe, size, size, memory_limit=None)
+    for way, context in (("unpatched", nullcontext), ("patched", patched)):
+        with context():
+            denoise(lab, pipe, size, 1)
+            counts = [waits(partial(denoise, lab, pipe, size, steps)) if lab.cuda else Counter() for steps in (2, 6)]
+        few, many = counts
+        in_a_step = {place: (count - few[place]) / 4 for place, count in many.items() if count != few[place]}
+        yield {"stage": "denoising", "way": way, "size": size, "waits_in_a_step": in_a_step, "other_waits": few}
 
 
-def waits(run: Callable[[], Any]) -> dict[str, int]:
+def denoise(lab: Lab, pipe: Any, size: int, steps: int) -> None:
+    words = torch.zeros(1, 77, pipe.unet.config.cross_attention_dim, device=lab.device, dtype=pipe.unet.dtype)
+    told = {"prompt_embeds": words, "negative_prompt_embeds": words, "output_type": "latent"}
+    pipe(**told, height=size, width=size, num_inference_steps=steps)
+
+
+def waits(run: Callable[[], Any]) -> Counter[str]:
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -52,21 +70,37 @@ def waits(run: Callable[[], Any]) -> dict[str, int]:
             run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    places = ("/".join(each.filename.split("/")[-3:]) + f":{each.lineno}" for each in caught)
-    return dict(Counter(places))
+    return Counter("/".join(each.filename.split("/")[-3:]) + f":{each.lineno}" for each in caught)
 
 
 def launches(lab: Lab) -> Iterator[Row]:
-    """Patched against unpatched where nothing is blocked: what the patch itself costs."""
+    """Patched against unpatched where nothing is blocked: what the patch itself costs, in all and until the host has
+    asked for everything."""
     for model in ("sd15", "sdxl"):
         pipe, size = lab.pipeline(model), lab.sizes[0]
         both = {"unpatched": stage(pipe, "step", size, None), "patched": stage(pipe, "step", size, {})}
         with torch.no_grad():
             interleaved(both, 2, lab.device)
-            samples = interleaved(both, LAUNCHES, lab.device)
-        median = {name: statistics.median(each) for name, each in samples.items()}
-        ratio = median["patched"] / median["unpatched"]
-        yield {"model": model, "size": size, "median": median, "ratio": ratio}
+            samples = {"": interleaved(both, LAUNCHES, lab.device), "host_": asked(lab, both)}
+        row: Row = {"model": model, "size": size}
+        for name, kept in samples.items():
+            median = {way: statistics.median(each) for way, each in kept.items()}
+            row |= {f"{name}median": median, f"{name}ratio": median["patched"] / median["unpatched"]}
+        yield row
+
+
+def asked(lab: Lab, candidates: dict[str, Candidate]) -> dict[str, list[float]]:
+    """Seconds until the host has asked for all, while the device has nothing else to do."""
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(LAUNCHES):
+        for name, candidate in candidates.items():
+            with candidate.context():
+                lab.synchronize()
+                since = time.perf_counter()
+                candidate.run()
+                samples[name].append(time.perf_counter() - since)
+    lab.synchronize()
+    return samples
 
 
 def where_time_goes(lab: Lab) -> Iterator[Row]:
@@ -145,7 +179,7 @@ def compiled(lab: Lab) -> Iterator[Row]:
     with torch.no_grad():
         plain = timed(lab, stage(pipe, "step", size, {}))
         pipe.unet.compile_repeated_blocks()
-        with LargeResPatch(pipe, size, size):
+        with LargeResPatch(pipe, size, size, memory_limit=None):
             run = Candidate(stage(pipe, "step", size, None).run)
             first = interleaved({"first": run}, 1, lab.device)["first"][0]
             warm = timed(lab, run)

@@ -137,9 +137,11 @@ def build_flux(device: str, dtype: torch.dtype, small: bool) -> Any:
 
 
 def stage(pipe: Any, name: str, size: int, settings: Settings | None) -> Candidate:
-    """The calls that a pipeline makes for one of `STAGES`; unpatched where there are no settings."""
+    """The calls that a pipeline makes for one of `STAGES`; unpatched where settings are None."""
     run = partial(play, name, list(families_in(pipe).values()), pipe, size, size)
-    return Candidate(run) if settings is None else Candidate(run, partial(LargeResPatch, pipe, size, size, **settings))
+    if settings is None:
+        return Candidate(run)
+    return Candidate(run, partial(LargeResPatch, pipe, size, size, memory_limit=None, **settings))
 
 
 def timed(lab: Lab, candidate: Candidate, rounds: int = 3) -> list[float]:

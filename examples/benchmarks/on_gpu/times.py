@@ -20,7 +20,7 @@ STEPS: dict[str, tuple[Settings | None, int]] = {
 PIECES: dict[str, tuple[Settings | None, int]] = {
     "untiled": (None, 4096),
     "diffusers' tiling": (None, 4096),
-    "two-pass": ({}, 8192),
+    "two-pass": ({}, 4096),
     "two-pass, blocked": ({"vae_attn": "blocked"}, 8192),
     "exact": ({"vae_mode": "exact"}, 4096),
     "exact, vae_offload": ({"vae_mode": "exact", "vae_offload": True}, 4096),
