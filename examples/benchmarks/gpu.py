@@ -32,8 +32,8 @@ def cuda_tests(lab: Lab) -> Iterator[Row]:
 
 # Each with its share of what is left when its turn comes.
 PARTS: dict[str, tuple[Callable[[Lab], Iterator[Row]], float]] = {
-    "tests": (cuda_tests, 0.15),
-    "frictions": (frictions.rows, 0.15),
+    "tests": (cuda_tests, 0.2),
+    "frictions": (frictions.rows, 0.25),
     "copies": (copies.rows, 0.15),
     "times": (times.rows, 0.4),
     "kernels": (kernels.rows, 0.2),

@@ -12,10 +12,11 @@ from largerespatch.core import hosts
 
 from .lab import Lab, Row, Settings, stage, timed
 
-CASES: tuple[tuple[str, str, Settings], ...] = (
-    ("sd15", "step", {"unet_offload": True, "unet_serial": True, "unet_strip_rows": 64}),
-    ("sd15", "decode", {"vae_mode": "exact", "vae_offload": True}),
-    ("sd15", "decode", {"vae_offload": True}),
+# Model, stage, place of the size among the lab's, settings.
+CASES: tuple[tuple[str, str, int, Settings], ...] = (
+    ("sd15", "step", -2, {"unet_offload": True, "unet_serial": True, "unet_strip_rows": 64}),
+    ("sd15", "decode", 1, {"vae_mode": "exact", "vae_offload": True}),
+    ("sd15", "decode", 1, {"vae_offload": True}),
 )
 AHEAD = (1, 2, 3)  # pieces under way at once
 
@@ -23,9 +24,10 @@ Span = tuple[float, float]
 
 
 def rows(lab: Lab) -> Iterator[Row]:
-    size = lab.sizes[-2]
-    for model, name, settings in CASES:
-        pipe = lab.pipeline(model)
+    for model, name, place, settings in CASES:
+        if lab.clock.left() < 0:
+            return
+        pipe, size = lab.pipeline(model), lab.sizes[place]
         kept = {key: value for key, value in settings.items() if not key.endswith("_offload")}
         row: Row = {"model": model, "stage": name, "size": size, "settings": settings}
         with torch.no_grad():
