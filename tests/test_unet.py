@@ -114,7 +114,7 @@ def test_on_cuda_skip_connections_leave_and_return(serial):
                 results[offload] = model(sample, 500, words).sample
                 used[offload] = torch.cuda.max_memory_allocated()
     torch.testing.assert_close(results[True], results[False], rtol=1e-3, atol=1e-4)  # TF32 convolutions
-    assert used[True] < 0.8 * used[False]
+    assert used[True] < 0.85 * used[False]
 
 
 def test_several_controlnets_halve_as_often_as_the_deepest_of_them():

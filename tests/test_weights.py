@@ -159,7 +159,7 @@ def test_no_more_is_there_at_once_than_the_estimate_says(hook, way, loads):
         counted(loads, stage, pipe)
     assert loads.peak == weights_on(pipe, CPU) - staying
     unpatched, loads.peak = loads.peak, 0
-    patch = LargeResPatch(pipe, 96, 64, **SMALL, **WAYS[way])
+    patch = LargeResPatch(pipe, 96, 64, **SMALL | {"ff_chunk_size": 8}, **WAYS[way])  # all blocks in chunks
     with patch:
         for stage in STAGES:
             counted(loads, stage, pipe)

@@ -35,7 +35,7 @@ PARTS: dict[str, tuple[Callable[[Lab], Iterator[Row]], float]] = {
     "tests": (cuda_tests, 0.2),
     "frictions": (frictions.rows, 0.25),
     "copies": (copies.rows, 0.15),
-    "times": (times.rows, 0.4),
+    "times": (times.rows, 0.5),
     "kernels": (kernels.rows, 0.2),
     "peaks": (peaks.rows, 0.8),
     "compiled": (frictions.compiled, 1.0),

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .patching import PatchStack
-from .weights import holding
+from .weights import Holding
 
 
 class Order(IntEnum):
@@ -50,9 +50,9 @@ class Order(IntEnum):
 class Site:
     """A place where a technique is put in: an instance, its path in the pipeline, and what goes there.
 
-    `technique` is called as ``technique(original, *args, **kwargs)`` in place of `attribute`; where it cannot be called
-    it is the attribute's value instead. `says` tells `repr` about it; of sites that say the same one is told, with
-    ``{count}`` as their number.
+    `technique` is called as ``technique(original, *args, **kwargs)`` in place of `attribute`, where it has a method
+    `applies` for those calls alone to which that says it does; where it cannot be called it is the attribute's value
+    instead. `says` tells `repr` about it; of sites that say the same one is told, with ``{count}`` as their number.
     """
 
     module: nn.Module
@@ -70,7 +70,7 @@ class Site:
     def install(self, stack: PatchStack) -> None:
         label = f"{self.path}.{self.attribute}"
         if callable(self.technique):
-            around = holding(self.module, self.technique) if self.order.in_pieces else self.technique
+            around = Holding(self.module, self.technique) if self.order.in_pieces else self.technique
             stack.wrap(self.module, self.attribute, around, label)
         else:
             stack.set(self.module, self.attribute, self.technique, label)

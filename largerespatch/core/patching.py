@@ -82,14 +82,16 @@ class PatchStack:
     def wrap(self, target: Any, method: str, around: Callable[..., Any], label: str) -> None:
         """Route calls of ``target.method`` through ``around(original, *args, **kwargs)``.
 
+        If there is an ``around.applies``, only those to which, given their arguments, that says it does.
         After `undo` a wrapper that somebody kept only calls the original, so nothing of ours outlives the stack.
         """
         holder, attribute = beneath_hooks(target, method)
-        original = getattr(holder, attribute)
+        original, replaced = getattr(holder, attribute), self._replaced
+        applies = getattr(around, "applies", None)
 
         @functools.wraps(original)
         def replacement(*args: Any, **kwargs: Any) -> Any:
-            if not self.active:
+            if not replaced or (applies is not None and not applies(*args, **kwargs)):
                 return original(*args, **kwargs)
             return around(original, *args, **kwargs)
 

@@ -6,8 +6,7 @@ group before it sees to, on a stream of its own, would not come a second time at
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -29,18 +28,11 @@ LEANS_ON = (
 )
 
 
-_ACCELERATES, _DIFFUSERS = "_hf_hook", "_diffusers_hook"  # attributes of modules
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return _ACCELERATES in vars(module) or _DIFFUSERS in vars(module)
-
-
 def offload_hooks(module: nn.Module) -> Iterator[Any]:
     """accelerate's and diffusers' hooks on `module`, those that move weights for its calls among them."""
-    hook = vars(module).get(_ACCELERATES)
+    hook = vars(module).get("_hf_hook")
     yield from getattr(hook, "hooks", (hook,) if hook is not None else ())
-    registry = vars(module).get(_DIFFUSERS)
+    registry = vars(module).get("_diffusers_hook")
     yield from registry.hooks.values() if registry is not None else ()
 
 
@@ -139,26 +131,16 @@ class _Once:
             original()
 
 
-# Modules in a call of which, in this thread, the weights of all that they consist of stay anyway.
-_inside: ContextVar[frozenset[nn.Module]] = ContextVar("inside", default=frozenset())
+class Holding:
+    """`technique` with the weights of `module` held for the length of a call."""
 
+    def __init__(self, module: nn.Module, technique: Callable[..., Any]) -> None:
+        self.module = module
+        self.technique = technique
+        self.applies: Callable[..., bool] | None = getattr(technique, "applies", None)
 
-def holding(module: nn.Module, technique: Callable[..., Any]) -> Callable[..., Any]:
-    """`technique` with the weights of `module` held for the length of a call.
-
-    Where nothing moves weights that costs a look at each module, once for those that are inside one another.
-    """
-
-    def held(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # Hooks are not traced into a graph.
-        if torch.compiler.is_compiling() or module in _inside.get():
-            return technique(original, *args, **kwargs)
-        modules = list(module.modules())
-        token = _inside.set(_inside.get().union(modules))
-        try:
-            with weights_held(modules) if any(map(_is_hooked, modules)) else nullcontext():
-                return technique(original, *args, **kwargs)
-        finally:
-            _inside.reset(token)
-
-    return held
+    def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # hooks are not traced into a graph
+            return self.technique(original, *args, **kwargs)
+        with weights_held(self.module.modules()):
+            return self.technique(original, *args, **kwargs)

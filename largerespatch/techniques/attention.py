@@ -100,26 +100,36 @@ class BlockedAttention:
         self.layer = layer
         self.map_note = map_note
 
+    def applies(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> bool:
+        """To self-attention, text beside it or not, without a mask, on a large map."""
+        attends_itself = encoder_hidden_states is None or self.attention.added_kv_proj_dim is not None
+        return attends_itself and attention_mask is None and self._is_large(hidden_states)
+
+    def _is_large(self, hidden_states: torch.Tensor) -> bool:
+        size = self._size(hidden_states)
+        return size is not None and size[0] * size[1] > self.blocking.full_tokens
+
+    # A graph would write every tile out, and which tokens are sampled is for Python to say.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self,
         original: Forward,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
+        attention_mask: None = None,
+        **others: Any,
     ) -> torch.Tensor:
-        size = self._size(hidden_states)
-        others = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, **kwargs}
-        if size is None or not self._is_cut(size, others):
-            return original(hidden_states, **others)
-        return self._in_blocks(original, hidden_states, size, _given(others))  # type: ignore[no-any-return]
-
-    # A graph would write every tile out, and which tokens are sampled is for Python to say.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _in_blocks(
-        self, original: Forward, hidden_states: torch.Tensor, size: tuple[int, int], kwargs: dict[str, Any]
-    ) -> torch.Tensor:
+        others["encoder_hidden_states"] = encoder_hidden_states
+        kwargs = {name: value for name, value in others.items() if value is not None}
         plane, overwritable = taken(hidden_states)
+        size = self._size(plane)
+        assert size is not None  # since it applies
         cells = plane.permute(0, 2, 3, 1) if plane.ndim == 4 else plane.reshape(len(plane), *size, -1)
 
         def output(result: torch.Tensor) -> torch.Tensor:
@@ -148,11 +158,6 @@ class BlockedAttention:
             return (hidden_states.shape[2], hidden_states.shape[3]) if hidden_states.ndim == 4 else None
         size = self.map_note.size
         return size if size and hidden_states.ndim == 3 and hidden_states.shape[1] == size[0] * size[1] else None
-
-    def _is_cut(self, size: tuple[int, int], others: dict[str, Any]) -> bool:
-        """Which calls are blocked: self-attention, text beside it or not, without a mask, on a large map."""
-        attends_itself = others["encoder_hidden_states"] is None or self.attention.added_kv_proj_dim is not None
-        return attends_itself and others["attention_mask"] is None and size[0] * size[1] > self.blocking.full_tokens
 
     def _cut(self, height: int, width: int) -> Tiling:
         return self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES)
@@ -216,10 +221,6 @@ class BlockedAttention:
             )
 
 
-def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
 class ChunkedAttention(BlockedAttention):
     """Attention to a whole map in chunks of `QUERIES`: exact, to rounding. In the mid blocks of VAEs.
 
@@ -231,10 +232,10 @@ class ChunkedAttention(BlockedAttention):
     def __init__(self, attention: Attention) -> None:
         super().__init__(attention, Blocking("tile", 1, 1, QUERIES), StepNote(), 0)
 
-    def _is_cut(self, size: tuple[int, int], others: dict[str, Any]) -> bool:
-        alone = all(value is None for value in others.values())
+    def applies(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> bool:
+        alone = all(value is None for value in (*others, *named.values()))
         known = type(self.attention.processor) in TAKES_OTHER_KEYS
-        return alone and known and size[0] * size[1] > QUERIES and not torch.is_grad_enabled()
+        return alone and known and self._is_large(hidden_states) and not torch.is_grad_enabled()
 
     def _cut(self, height: int, width: int) -> Tiling:
         return Tiling(even_cuts(height, max(QUERIES // width, 1)), even_cuts(width, QUERIES))

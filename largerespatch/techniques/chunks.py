@@ -38,12 +38,13 @@ class ChunkedFeedForward:
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size = chunk_size
 
+    def applies(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> bool:
+        return hidden_states.shape[:-1].numel() > self.chunk_size
+
     def __call__(
         self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: object, **kwargs: object
     ) -> torch.Tensor:
         tokens = hidden_states.shape[:-1].numel()
-        if tokens <= self.chunk_size:
-            return original(hidden_states, *args, **kwargs)
         # Three dimensions, as every feed-forward and every adapter around one expects.
         rows = hidden_states.reshape(1, tokens, hidden_states.shape[-1])
         output = assemble(
@@ -60,8 +61,11 @@ class Attended:
 
     result: torch.Tensor | None = None
 
-    def __call__(self, original: Callable[..., torch.Tensor], *args: object, **kwargs: object) -> torch.Tensor:
-        return original(*args, **kwargs) if self.result is None else self.result
+    def applies(self, *args: object, **kwargs: object) -> bool:
+        return self.result is not None
+
+    def __call__(self, original: Callable[..., torch.Tensor], *args: object, **kwargs: object) -> torch.Tensor | None:
+        return self.result
 
 
 def can_be_chunked(block: BasicTransformerBlock) -> bool:
@@ -84,13 +88,16 @@ class ChunkedBlock:
         self.attended = attended
         self.chunk_size = chunk_size
 
+    def applies(self, hidden_states: torch.Tensor, *args: object, **kwargs: Any) -> bool:
+        return hidden_states.shape[1] > self._length(hidden_states) and not args and self._sees_single_tokens(kwargs)
+
+    def _length(self, hidden_states: torch.Tensor) -> int:
+        """Tokens of each sample that make a chunk."""
+        return max(self.chunk_size // len(hidden_states), 1)
+
     def __call__(
-        self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: object, **kwargs: Any
+        self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        batch, tokens, _ = hidden_states.shape
-        length = max(self.chunk_size // batch, 1)
-        if tokens <= length or args or not self._sees_single_tokens(kwargs):
-            return original(hidden_states, *args, **kwargs)
         attended: torch.Tensor = self.block.attn1(
             self.block.norm1(hidden_states), **(kwargs.get("cross_attention_kwargs") or {})
         )
@@ -109,7 +116,10 @@ class ChunkedBlock:
             return attended
 
         return assemble(  # type: ignore[no-any-return]
-            _runs(tokens, length), rest, place=lambda chunk: (slice(None), chunk), make=output
+            _runs(hidden_states.shape[1], self._length(hidden_states)),
+            rest,
+            place=lambda chunk: (slice(None), chunk),
+            make=output,
         )
 
     def _sees_single_tokens(self, arguments: dict[str, Any]) -> bool:
