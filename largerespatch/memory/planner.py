@@ -1,9 +1,9 @@
 """Settings that fit a budget, the cheapest first."""
 
 from bisect import bisect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from functools import partial
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ VAE_SAVERS: Mapping[str, tuple[Saver, ...]] = {
 }
 MARGIN, LEAST_MARGIN = 0.1, 2**29  # of a limit, for kernels' workspace and fragmentation
 SEARCH_STEP = 64  # sample pixels
-FEW_PROBES = 6
+GUESSES = 2
 
 
 class DoesNotFitError(ValueError):
@@ -162,16 +162,24 @@ class Planner:
         settings: Settings = {}
         peak = without = 0
         for stages, ladder in self._ladders:
-            needed = {}
-            for i, tried in enumerate(ladder):
-                needed[i] = self._needs(stages, height, width, tried)
-                if needed[i] <= self.room:
-                    break
-            else:
+            needed = [partial(self._needs, stages, height, width, tried) for tried in ladder]
+            enough = self._first_that_fits(needed)
+            if enough == len(ladder):
                 raise DoesNotFitError(self._refusal(height, width), self.denoiser[-1] | self.vae[-1])
-            settings, peak, without = settings | tried, max(peak, needed[i]), max(without, needed[0])
+            settings |= ladder[enough]
+            peak, without = max(peak, needed[enough]()), max(without, needed[0]())
         weights = self.estimator.weights
         return Plan(settings, self.limit, weights + peak, weights + without)
+
+    def _first_that_fits(self, needed: Sequence[Callable[[], int]]) -> int:
+        """The place of the first of some counts that fits, or their number: each is less than the one before."""
+        if needed[0]() <= self.room:
+            return 0
+        first, last = 1, len(needed)
+        while first < last:
+            middle = (first + last - 1) // 2  # the later ones take longer to count
+            first, last = (first, middle) if needed[middle]() <= self.room else (middle + 1, last)
+        return first
 
     def _needs(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> int:
         """Bytes that the largest of some stages needs, beside the weights."""
@@ -192,31 +200,42 @@ class Planner:
         )
 
     def _largest(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> tuple[int, int] | None:
-        """The largest size of nearly the same shape for which some stages fit: this one, or whole search steps.
-
-        What is needed grows nearly as the area does, so two sizes tell where a third should be tried.
-        """
+        """The largest size of nearly the same shape for which some stages fit: this one, or whole search steps."""
         sides = [self._scaled(height, width, i) for i in range(1, ceil(min(height, width) / SEARCH_STEP))]
         sides.append((height, width))
-        areas = [tall * wide for tall, wide in sides]
-        low, below = -1, (0, 0)  # area and bytes of what fits
-        high, above = len(sides), (2 * areas[-1], 2 * self.room)  # and of what does not
-        probe = len(sides) - 1
-        for probes in count(1):
-            found = areas[probe], self._needs(stages, *sides[probe], settings)
-            if found[1] <= self.room:
-                low, below = probe, found
-            else:
-                high, above = probe, found
-            if high - low <= 1:
-                return sides[low] if low >= 0 else None
-            if probes < FEW_PROBES:
-                share = (self.room - below[1]) / (above[1] - below[1])
-                expected = bisect(areas, below[0] + share * (above[0] - below[0])) - 1
-                probe = min(max(expected, low + 1), high - 1)
-            else:
-                probe = (low + high) // 2  # where the above goes wrong again and again, this comes to an end
-        raise AssertionError
+
+        def beyond(i: int) -> int:
+            return self._needs(stages, *sides[i], settings) - self.room
+
+        low, high = -1, len(sides)  # what fits, and what does not
+        probe, stride = high - 1, 1
+        for found in self._guesses([tall * wide for tall, wide in sides], beyond):
+            low, high = (max(low, found), high) if beyond(found) <= 0 else (low, min(high, found))
+            probe = found
+        while high - low > 1:  # away from the last guess, faster and faster, and then in halves
+            probe = low + stride if probe == low else high - stride
+            stride *= 2
+            if not low < probe < high:
+                probe = (low + high) // 2
+            low, high = (probe, high) if beyond(probe) <= 0 else (low, probe)
+        return sides[low] if low >= 0 else None
+
+    def _guesses(self, areas: list[int], beyond: Callable[[int], int]) -> Iterator[int]:
+        """Places of sizes among the `areas`, the largest first, then nearer and nearer to where nothing is `beyond`
+        what there is, if that grows as the area does, from nothing or along a line."""
+        last = len(areas) - 1
+        yield last
+        if beyond(last) <= 0:
+            return
+        points = [(0, -self.room), (areas[last], beyond(last))]
+        for _ in range(GUESSES):
+            (a, low), (b, high) = points[-2:]
+            if low == high:
+                return
+            guess = bisect(areas, b - high * (b - a) / (high - low)) - 1
+            guess = min(max(guess, 0), last - 1)
+            yield guess
+            points.append((areas[guess], beyond(guess)))
 
     def _scaled(self, height: int, width: int, i: int) -> tuple[int, int]:
         """The size whose shorter side is `i` search steps, both in whole latent pixels."""

@@ -1,6 +1,7 @@
 """A pipeline without weights: same modules, weightless tensors. What runs on it takes no memory and next to no time."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -191,16 +192,40 @@ def _compute_dtype(module: nn.Module) -> torch.dtype | None:
     return next((hook.compute_dtype for hook in offload_hooks(module) if hasattr(hook, "compute_dtype")), None)
 
 
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What `copy.deepcopy` makes of a model, in less than half the time: most of what modules hold are numbers and
+    empty containers, for each of which it takes a detour."""
+    plain = [module for module in model.modules() if not _copies_itself(type(module))]
+    copies = [module.__new__(type(module)) for module in plain]
+    memo.update((id(module), made) for module, made in zip(plain, copies, strict=True))
+    for module, made in zip(plain, copies, strict=True):
+        for name, value in vars(module).items():
+            if type(value) in _CONTAINERS and not value:
+                vars(made)[name] = value.copy()
+            else:
+                vars(made)[name] = value if type(value) in _ATOMS else copy.deepcopy(value, memo)
+    return copy.deepcopy(model, memo)
+
+
+_CONTAINERS = (dict, OrderedDict, set)
+_ATOMS = (NoneType, bool, int, float, str)
+
+
+def _copies_itself(kind: type) -> bool:
+    ways = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__")
+    return any(getattr(kind, way, None) is not getattr(nn.Module, way, None) for way in ways)
+
+
 def _without_weights(model: nn.Module, stacks: list[PatchStack]) -> nn.Module:
     """A weightless copy of a model, as its class made it: without replacements, hooks and compiled calls."""
     # What `deepcopy` finds in its memo it takes for copied.
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for attribute in ("forward", *_HOOKS):
-            if attribute in vars(module):
+        for attribute in ("forward", "_compiled_call_impl", *_HOOKS):
+            if vars(module).get(attribute) is not None:
                 memo[id(vars(module)[attribute])] = None
     with _InPlaceOfData(_place(device_of(model))):
-        shadow = copy.deepcopy(model, memo)
+        shadow = _copied(model, memo)
     for stack in stacks:
         stack.undo_in(memo)
     for original, module in zip(list(model.modules()), list(shadow.modules()), strict=True):
