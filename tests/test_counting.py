@@ -1,6 +1,7 @@
 """Bytes alive, counted; amounts, read and written."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -36,6 +37,17 @@ def test_what_has_shrunk_since_it_was_counted_counts_as_it_is():
         small = torch.ones(10)
         assert count.alive == small.nbytes
         assert count.peak == 4000
+
+
+def test_nothing_is_called_when_memory_dies():
+    """Python drops what is raised in there, Ctrl-C too."""
+    called = []
+    with LiveBytes("cpu") as count:
+        some = torch.ones(10)
+        sys.setprofile(lambda frame, event, given: called.append(frame.f_code) if event == "call" else None)
+        del some
+        sys.setprofile(None)
+        assert called == [] and count.alive == 0
 
 
 def test_the_peak_of_a_part_is_its_own():

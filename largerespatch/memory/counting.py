@@ -64,7 +64,7 @@ def amount(option: str, value: object) -> int | str | None:
 
 
 class _Storage(NamedTuple):
-    reference: "weakref.ref[torch.UntypedStorage]"
+    reference: "weakref.KeyedRef[int, torch.UntypedStorage]"
     counted: int
 
 
@@ -87,8 +87,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.peak = 0
-        self._alive = 0  # an upper bound: a storage may have been shrunk since it was counted
+        self._alive = 0  # an upper bound: a storage may have been shrunk or be gone since it was counted
         self._known: dict[int, _Storage] = {}
+        self._gone: list[weakref.KeyedRef[int, torch.UntypedStorage]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -96,6 +97,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = self.run(func, types, args, kwargs or {})
         if makes_views(func):
             return result
+        self._forget()
         for tensor in (result,) if isinstance(result, torch.Tensor) else _tensors(result):
             self._note(tensor)
         workspace = self.workspace(func, args, result)
@@ -114,6 +116,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @property
     def alive(self) -> int:
         """Bytes alive now."""
+        self._forget()
         self._measure_again()
         return self._alive
 
@@ -132,11 +135,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._known and tensor.device.type == self.device:
-            self._known[key] = _Storage(weakref.ref(storage, lambda _: self._forget(key)), storage.nbytes())
+            # No function of ours is called when a storage dies: an interrupt that comes in there is lost.
+            reference = weakref.KeyedRef(storage, self._gone.append, key)
+            self._known[key] = _Storage(reference, storage.nbytes())
             self._alive += self._known[key].counted
 
-    def _forget(self, key: int) -> None:
-        self._alive -= self._known.pop(key).counted
+    def _forget(self) -> None:
+        while self._gone:
+            self._alive -= self._known.pop(self._gone.pop().key).counted
 
     def _measure_again(self) -> None:
         for key, (reference, counted) in list(self._known.items()):
