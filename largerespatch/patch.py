@@ -132,7 +132,7 @@ class LargeResPatch:
         self._stack, self._first_calls = PatchStack(), PatchStack()
         try:
             install(self._stack, [site for own in sites.values() for site in own])
-            if self._given.memory_limit == "auto" and limit_bytes("auto", self.pipe) is not None:
+            if self._given.memory_limit == "auto":
                 self._plan_at_first_call([name for name, own in sites.items() if own])
         except BaseException:
             self.disable()
@@ -192,13 +192,18 @@ class LargeResPatch:
         return None if limit is None else Planner(self._estimator(self._on), limit, self._given, self._kept)
 
     def _plan_at_first_call(self, names: Iterable[str]) -> None:
-        """Settings are planned when the first of these models is called, then put in."""
+        """Settings are planned when the first of these models is called, wherever it is by then, and put in."""
         families = families_in(self.pipe)
         for name in names:
             model, family = families[name]
             for entry in family.entries:
                 self._first_calls.wrap(model, entry, partial(self._call_first, model, entry), f"{name}.{entry}")
-        self._waits, self._planned = True, f"{_AUTO}: settings are planned when the first call starts"
+        self._waits, self._planned = True, ""
+        if self._has_limit():
+            self._planned = f"{_AUTO}: settings are planned when the first call starts"
+
+    def _has_limit(self) -> bool:
+        return limit_bytes("auto", self.pipe) is not None
 
     def _call_first(self, model: nn.Module, entry: str, original: Any, *args: Any, **kwargs: Any) -> Any:
         self._plan_now()
@@ -214,6 +219,8 @@ class LargeResPatch:
         if not overlaid:
             self._first_calls.undo()
             overlaid = self._stack.overlaid()
+        if not self._has_limit():
+            return
         if overlaid:  # what is beneath that cannot be exchanged
             self._say(f"{_AUTO}: nothing is planned, since other code has replaced {', '.join(overlaid)}")
             return

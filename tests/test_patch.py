@@ -5,6 +5,7 @@ import random
 import re
 import weakref
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -614,6 +615,19 @@ def test_slicing_runs_the_samples_of_a_batch_in_turns(pipe, mode, monkeypatch):
     assert pipe.vae.use_slicing is True
     assert both.shape == (2, 3, 96, 96)
     assert both.device.type == "cpu"
+
+
+def test_a_pipeline_may_have_schedulers_of_other_names():
+    """As unCLIP's do."""
+    unet, results = tiny.unet(), {}
+    for names in (("scheduler",), ("decoder_scheduler", "super_res_scheduler")):
+        schedulers = {name: HeunDiscreteScheduler() for name in names}
+        pipe = SimpleNamespace(components={"unet": unet} | schedulers, vae_scale_factor=8, **schedulers)
+        with torch.no_grad(), LargeResPatch(pipe, 96, 64, **SMALL):
+            timestep = schedulers[names[0]].timesteps[500]
+            results[names] = unet(torch.arange(384.0).sin().view(1, 4, 8, 12), timestep, torch.ones(1, 7, 32)).sample
+    first, second = results.values()
+    assert torch.equal(first, second)
 
 
 class _Elsewhere(torch.Tensor):

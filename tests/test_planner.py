@@ -256,6 +256,16 @@ def test_settings_are_planned_when_the_first_call_starts(pipe, accelerator, monk
     assert fingerprint(pipe) == before
 
 
+def test_where_the_models_are_when_the_first_call_starts_is_what_counts(pipe, accelerator):
+    before = fingerprint(pipe)
+    with LargeResPatch(pipe, 256, 256) as patch:
+        assert "memory_limit" not in repr(patch)
+        accelerator(2**40)  # they move there
+        drawn(pipe)
+        assert "no saver needed" in repr(patch)
+    assert fingerprint(pipe) == before
+
+
 @pytest.mark.parametrize("first", ["decode", "encode"])
 def test_a_vae_that_is_called_first_is_planned_for(pipe, accelerator, monkeypatch, first):
     accelerator(2**40)
