@@ -82,8 +82,8 @@ class Options:
     attn_context: int = _count(
         512,
         "tokens",
-        "tokens that a block attends to as well, into which the rest of the map is *pooled* by the likeness of keys. 0 "
-        "for none",
+        "tokens outside its block that a block attends to as well: *heavy* ones, which most queries want, where there "
+        "are any, at most half; the others *sampled* to stand for the rest of the map. 0 for none",
         least=0,
     )
     vae_mode: str = _word(

@@ -1,5 +1,6 @@
 """Blocked attention against its oracle: dense attention under a mask that joins the tokens of one tile."""
 
+import math
 import warnings
 
 import pytest
@@ -25,10 +26,10 @@ from torch.overrides import TorchFunctionMode
 from largerespatch.core.maps import StoredMap
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.statistics import GivenStatistics, record
-from largerespatch.core.tilings import COVERS, sampled_cells
+from largerespatch.core.tilings import COVERS
 from largerespatch.techniques import attention as attention_room
 from largerespatch.techniques.attention import BlockedAttention, Blocking, ChunkedAttention
-from largerespatch.techniques.context import Context, Judges
+from largerespatch.techniques.context import Context, heavy_tokens
 from largerespatch.techniques.notes import MapNote, MapNoting, StepNote
 
 # Softmax over the same tokens, summed in another order.
@@ -166,56 +167,29 @@ def test_blocked_attention_is_differentiable():
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-def pooled(context, module, x, size, seed, prepare=lambda tokens: tokens):
-    """By the definition, one cell after another: its token, and its weight if all of its members are outside."""
-
-    def heads(project, norm, tokens):
-        split = project(prepare(tokens)).unflatten(-1, (module.heads, -1)).transpose(1, 2)
-        return split if norm is None else norm(split)
-
-    judges = list(sampled_cells(*size, 128, f"{seed} judges"))
-    query, key = heads(module.to_q, module.norm_q, x)[:, :, judges], heads(module.to_k, module.norm_k, x)
-    total = (query @ key.mT * module.scale).logsumexp(dim=-1, keepdim=True)
-
-    def shares(key):
-        return (query @ key.mT * module.scale - total).exp().mean(dim=(1, 2))
-
-    tokens, together, share = torch.zeros_like(context.tokens), torch.zeros(context.tokens.shape[:2]), shares(key)
-    for i, cells in enumerate(context.cells):
-        for cell in cells.unique():
-            members = cells == cell
-            parts = (share[i, members] * len(cells)).clamp(min=0.01) ** 1.5
-            tokens[i, cell] = (parts[:, None] * x[i, members]).sum(dim=0) / parts.sum()
-            together[i, cell] = share[i, members].sum()
-    return tokens, (together / shares(heads(module.to_k, module.norm_k, tokens))).log()
-
-
-def context_mask(context, weights, height, width, tiling):
-    """Which token counts for which, ``[B, 1, Q, K + S]``: for itself, or those of the context for their members."""
-    batch, cells = weights.shape
-    mask = torch.full((batch, 1, height * width, height * width + cells), -torch.inf)
-    places = torch.arange(height * width).view(height, width)
+def context_mask(context, batch, height, width, tiling):
+    """Which token counts for which, ``[B, 1, Q, K]``: for itself or for others, or not at all."""
+    mask = torch.full((batch, 1, height * width, height * width), -torch.inf)
     for tile in tiling:
-        own = places[tile.rows, tile.columns].flatten()
-        mask[:, :, own[:, None], own] = 0
-        for i in range(batch):
-            outside = torch.ones(height * width, dtype=torch.bool)
-            outside[own] = False
-            count = torch.bincount(context.cells[i], minlength=cells)
-            left = torch.bincount(context.cells[i][outside], minlength=cells)
-            mask[i, :, own, height * width :] = weights[i] + (left / count.clamp(min=1)).log()
+        own = {row * width + column for row in range(height)[tile.rows] for column in range(width)[tile.columns]}
+        for i, places in enumerate(context.rows * width + context.columns):
+            heavies = set(places[context.is_heavy[i]].tolist()) - own
+            others = set(places[context.counts[i] & ~context.is_heavy[i]].tolist()) - own
+            assert not heavies & others
+            for query in own:
+                mask[i, 0, query, sorted(own | heavies)] = 0
+                if others:
+                    unseen = height * width - len(own) - len(heavies)
+                    mask[i, 0, query, sorted(others)] = math.log(unseen / len(others))
     return mask
 
 
 def context_oracle(module, x, height, width, blocking, phase, seed):
-    context = Context(module, x, (height, width), blocking.context, seed)
-    tokens, weights = pooled(context, module, x, (height, width), seed)
-    torch.testing.assert_close(context.tokens[context.counts > 0], tokens[context.counts > 0], rtol=1e-4, atol=1e-5)
-    both = torch.cat([x, tokens], dim=1)
-    mask = context_mask(context, weights, height, width, blocking.cover(height, width, phase))
+    heavy = blocking.context // 2
+    context = Context(module, x, (height, width), heavy, blocking.context - heavy, seed)
+    mask = context_mask(context, len(x), height, width, blocking.cover(height, width, phase))
     heads = (
-        projection(given).unflatten(-1, (2, 8)).transpose(1, 2)
-        for projection, given in ((module.to_q, x), (module.to_k, both), (module.to_v, both))
+        projection(x).unflatten(-1, (2, 8)).transpose(1, 2) for projection in (module.to_q, module.to_k, module.to_v)
     )
     result = F.scaled_dot_product_attention(*heads, attn_mask=mask)
     return module.to_out[0](result.transpose(1, 2).flatten(2))
@@ -243,7 +217,7 @@ def test_context_equals_dense_attention_under_its_weights(shape, height, width, 
     "processor", [AttnProcessor(), AttnProcessor2_0(), FusedAttnProcessor2_0(), SlicedAttnProcessor(1)]
 )
 def test_every_processor_attends_to_the_context(processor):
-    module, x = attention(), 4 * torch.randn(2, 63, 16)
+    module, x = attention(), torch.randn(2, 63, 16)
     module.fuse_projections()
     module.set_processor(processor)
     blocking = Blocking("brick", 3, 3, full_tokens=1, context=12)
@@ -287,50 +261,42 @@ def test_a_processor_that_cannot_be_told_the_weights_sees_the_blocks_alone():
     assert torch.equal(*results)
 
 
-def test_cells_are_of_like_keys_wherever_they_lie():
-    """Four kinds of tokens, scattered over the map, and as many tokens of the context, of which some are of a kind."""
-    module, kinds = attention(), 3 * torch.randn(4, 16)
-    kind = torch.randint(4, (2, 400))
-    x = kinds[kind] + 0.01 * torch.randn(2, 400, 16)
-    context = Context(module, x, (20, 20), 16, "a")
-    for i in range(2):
-        for cell in context.cells[i].unique():
-            assert len(kind[i][context.cells[i] == cell].unique()) == 1
-    centers = module.to_k(x)[:, list(sampled_cells(20, 20, 16, "a centers"))]
-    distances = torch.cdist(module.to_k(x), centers)
-    own = distances.gather(2, context.cells[..., None].long())
-    assert (own <= distances.amin(dim=2, keepdim=True) + 1e-4).all()
+def test_heavy_tokens_are_those_that_queries_want():
+    module, everywhere = attention(), torch.randn(16)
+    x = everywhere + 0.1 * torch.randn(400, 16)  # so every query points one way
+    wanted = [7, 123, 399]
+    x[wanted] += 5 * F.normalize(module.to_q(everywhere) @ module.to_k.weight, dim=0)
+    judges, crowd = torch.arange(0, 400, 5), torch.arange(0, 400, 3)
+    most, heavy = heavy_tokens(module, x[None], 6, judges, crowd)
+    assert sorted(most[0, :3].tolist()) == wanted
+    assert heavy.tolist() == [[True] * 3 + [False] * 3]
+
+
+def test_sampled_tokens_take_the_place_of_heavy_ones_that_there_are_not():
+    """Of tokens that are all wanted alike none is heavy; then one is made so, in one sample."""
+    module, everywhere = attention(), torch.randn(16)
+    x = everywhere + 0.1 * torch.randn(2, 400, 16)
+    none = Context(module, x, (20, 20), 8, 8, "a")
+    assert not none.is_heavy.any()
+    assert none.counts.sum(dim=1).tolist() == [none.counts.shape[1]] * 2 and none.counts.shape[1] > 8
+    x[1, 77] += 5 * F.normalize(module.to_q(everywhere) @ module.to_k.weight, dim=0)
+    one = Context(module, x, (20, 20), 8, 8, "a")
+    assert one.is_heavy.sum(dim=1).tolist() == [0, 1]
+    assert (one.rows * 20 + one.columns)[one.is_heavy].tolist() == [77]
 
 
 @pytest.mark.parametrize("qk_norm", [None, "layer_norm"])
-def test_what_tokens_get_is_counted_over_judges_and_heads(qk_norm, monkeypatch):
-    """With everyone in the crowd it is what attention gives them, and adds up however the map is cut for it."""
+def test_heavy_tokens_are_ranked_by_the_head_that_wants_them_most(qk_norm, monkeypatch):
+    """With everyone in the crowd, the ranking is that of the attention itself, however the map is cut for it."""
+    monkeypatch.setattr("largerespatch.techniques.context.SCORES", 2 * 2 * 40 * 17)
     module, x, judges = attention(qk_norm=qk_norm), 2 * torch.randn(2, 100, 16), torch.arange(40)
     if qk_norm:
         module.norm_q.weight.data = 4 * torch.rand(8)
     query, key = ((p(x)).unflatten(-1, (2, 8)).transpose(1, 2) for p in (module.to_q, module.to_k))
     query, key = (query, key) if qk_norm is None else (module.norm_q(query), module.norm_k(key))
-    wants = (query[:, :, :40] @ key.mT / 8**0.5).softmax(-1).mean(dim=(1, 2))
-    found = Judges(module, x, judges, torch.arange(100))
-    torch.testing.assert_close(found.shares(found.keys(x)), wants)
-    whole = Context(module, x, (10, 10), 12, "a")
-    monkeypatch.setattr("largerespatch.techniques.context.SCORES", 2 * 2 * 100 * 17)
-    parts = Context(module, x, (10, 10), 12, "a")
-    assert torch.equal(whole.cells, parts.cells) and torch.equal(whole.counts, parts.counts)
-    torch.testing.assert_close(whole.tokens, parts.tokens)
-    torch.testing.assert_close(whole.correction, parts.correction)
-
-
-def test_what_gets_no_attention_at_all_does_no_harm():
-    """Scores so far apart that shares underflow."""
-    module, x = attention(), 300 * torch.randn(1, 144, 16)
-    expected = module(x)
-    for count in (12, 288):
-        with PatchStack() as stack:
-            blocked(stack, module, 12, 12, Blocking("brick", 4, 4, 16, context=count))
-            result = module(x)
-        assert result.isfinite().all()
-    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-2)
+    wants = (query[:, :, :40] @ key.mT / 8**0.5).softmax(-1).mean(2).amax(1)
+    found, _ = heavy_tokens(module, x, 9, judges, torch.arange(100))
+    assert torch.equal(found, wants.topk(9).indices)
 
 
 def test_context_nears_dense_attention():
@@ -382,22 +348,14 @@ def test_qk_norms_and_gradients_hold_with_context():
 
 
 class Masked(TorchFunctionMode):
-    """Dense attention under a mask over a map's tokens, after `text` others that everyone sees.
+    """Dense attention under a mask over a map's tokens, after `text` others that everyone sees."""
 
-    `more` are keys and values that the mask knows besides, after those of the map.
-    """
-
-    def __init__(self, mask, text=0, more=()):
+    def __init__(self, mask, text=0):
         super().__init__()
         self.mask = F.pad(mask, (text, 0))
-        self.more = more
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
-            query, *given = args
-            args = (
-                (query, *(torch.cat(both, dim=2) for both in zip(given, self.more, strict=True))) if self.more else args
-            )
             kwargs = kwargs | {"attn_mask": self.mask}
         return func(*args, **(kwargs or {}))
 
@@ -448,12 +406,9 @@ def test_context_of_a_map_equals_dense_attention_under_its_weights(text, passing
         with GivenStatistics(statistics):
             return module.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
 
-    tokens = x.flatten(2).transpose(1, 2)
-    context = Context(module, tokens, (9, 8), 20, "layer 0 step 1", prepare)
-    joined, weights = pooled(context, module, tokens, (9, 8), "layer 0 step 1", prepare)
+    context = Context(module, x.flatten(2).transpose(1, 2), (9, 8), 10, 10, "layer 0 step 1", prepare)
     prompt = {"encoder_hidden_states": torch.randn(2, 5, 12)} if text else {}
-    more = [project(prepare(joined)).unflatten(-1, (2, 8)).transpose(1, 2) for project in (module.to_k, module.to_v)]
-    with Masked(context_mask(context, weights, 9, 8, blocking.cover(9, 8, 1)), 5 if text else 0, more):
+    with Masked(context_mask(context, 2, 9, 8, blocking.cover(9, 8, 1)), 5 if text else 0):
         expected = module(x, **prompt)
     with PatchStack() as stack:
         blocked_map(stack, module, blocking, step=1)

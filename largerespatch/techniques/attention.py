@@ -58,7 +58,7 @@ Forward = Callable[..., torch.Tensor]
 class Blocking:
     """How self-attention is blocked: `shape` is a key of `COVERS`, all else counts tokens.
 
-    `context` is the number of tokens into which those outside a tile are pooled for it.
+    `context` is the number of tokens outside a tile that it attends to as well, at most half heavy, the rest sampled.
     `warned` are the processors of which it has been said that they cannot be told the context's weights.
     """
 
@@ -115,7 +115,7 @@ class BlockedAttention:
         size = self._size(hidden_states)
         return size is not None and size[0] * size[1] > self.blocking.full_tokens
 
-    # A graph would write every tile out, and around which tokens cells form is for Python to say.
+    # A graph would write every tile out, and which tokens are sampled is for Python to say.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self,
@@ -169,8 +169,10 @@ class BlockedAttention:
         if not self.blocking.context:
             return lambda block, tile: self._among_themselves(original, block, kwargs)
         seed = f"layer {self.layer} step {self.step_note.step}"
+        heavy = self.blocking.context // 2
+        sampled = self.blocking.context - heavy
         size = (cells.shape[1], cells.shape[2])
-        context = Context(self.attention, cells.flatten(1, 2), size, self.blocking.context, seed, self._prepared)
+        context = Context(self.attention, cells.flatten(1, 2), size, heavy, sampled, seed, self._prepared)
         return lambda block, tile: self._with_context(original, block, tile, context, kwargs)
 
     def _prepared(self, tokens: torch.Tensor) -> torch.Tensor:

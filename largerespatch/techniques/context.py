@@ -1,78 +1,71 @@
-"""The context of a block: the tokens of the rest of the map, *pooled* into few.
+"""The context of a block: tokens outside it that stand for the rest of the map.
 
-Tokens whose keys are alike are asked for alike. So the map is divided into as many cells of like keys as the context
-has tokens, wherever they lie, and each cell is one token: the mean of its members, with the log of how many lie outside
-the block. Members count by the attention they get, and the weight is such that a few queries of the map give the cell
-what they give its members. Approximate; with all tokens as context a block attends as dense attention does.
+*Heavy* tokens are those that most queries want; a *sampled* few stand for all the others, each with the log of how many
+it stands for. Up to half are heavy, as many as there are: a token that is called heavy and is not does harm.
+Approximate; with all tokens as context a block attends as dense attention does.
 """
 
 import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
 from ..core.pieces import assemble
 from ..core.tilings import Runs, Tile, sampled_cells
 
-# Queries that say how much attention tokens get, and keys that say how much there is to get.
+# Queries that say which tokens are heavy, and keys that say how much attention there is to get.
 JUDGES = 128
 CROWD = 2048
 
-# How the attention that a token gets, of what it would get if all got the same, makes its part in the mean: the power
-# was tried on the demo model (1, 1.5 and 2 differ by less than a decibel, 0 is 2 to 3 worse).
-POWER, LEAST = 1.5, 0.01
+# A heavy token gets more than so many times what a token gets on average.
+HEAVY = 4
 
-# Numbers that are looked at together, of judges and of cells for each token: 128 MiB in float32.
+# Attention scores that are looked at together while heavy tokens are searched: 128 MiB in float32.
 SCORES = 2**25
 
-# Far below any share of attention that matters: a cell that gets none is not corrected.
-NOTHING = 1e-30
-
-# What pooling must know the inside of: how queries and keys become scores.
+# What the search for heavy tokens must know the inside of: how queries and keys become scores.
 LEANS_ON = ("diffusers.models.attention_processor.AttnProcessor2_0.__call__",)
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Judges:
-    """A few queries of a map, which say how much of their attention tokens get.
+@torch.no_grad()
+def heavy_tokens(
+    attention: Attention,
+    tokens: torch.Tensor,
+    count: int,
+    judges: torch.Tensor,
+    crowd: torch.Tensor,
+    prepare: Prepare = lambda tokens: tokens,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices ``[B, count]`` of those of the `tokens` ``[B, N, C]`` that get the most attention, and which are heavy.
 
-    Args:
-        attention: whose queries and keys these are.
-        tokens: of the map, ``[B, N, C]``.
-        judges, crowd: indices of tokens. What all tokens get together is estimated from the crowd, a sample of them.
-        prepare: what the attention does to tokens before it projects them.
+    Measured for the queries of the tokens `judges`; a token counts by the head that wants it most. What all tokens
+    together get is estimated from those of the `crowd`, a sample of them. `prepare` is what the attention does to
+    tokens first. Memory does not grow with N but for one number per token.
     """
 
-    def __init__(
-        self,
-        attention: Attention,
-        tokens: torch.Tensor,
-        judges: torch.Tensor,
-        crowd: torch.Tensor,
-        prepare: Prepare = lambda tokens: tokens,
-    ) -> None:
-        self.attention = attention
-        self.prepare = prepare
-        query = self._heads(attention.to_q(prepare(tokens[:, judges])), attention.norm_q) * attention.scale
-        scores = query @ self.keys(tokens[:, crowd]).mT
-        self.query = query
-        self.all = scores.logsumexp(dim=-1, keepdim=True) + math.log(tokens.shape[1] / len(crowd))
-
-    def keys(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Of tokens ``[B, n, C]``, ``[B, heads, n, K]``."""
-        return self._heads(self.attention.to_k(self.prepare(tokens)), self.attention.norm_k)
-
-    def shares(self, keys: torch.Tensor) -> torch.Tensor:
-        """Of all attention there is, what each of the keys gets, ``[B, n]``: the mean over judges and heads."""
-        shares: torch.Tensor = (self.query @ keys.mT).sub_(self.all).clamp_(max=0).exp_()
-        return shares.mean(dim=(1, 2))
-
-    def _heads(self, projected: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
-        heads = self.attention.heads
-        split = projected.view(*projected.shape[:2], heads, projected.shape[-1] // heads).transpose(1, 2)
+    def heads(projected: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
+        split = projected.view(len(tokens), -1, attention.heads, projected.shape[-1] // attention.heads).transpose(1, 2)
         return (split if norm is None else norm(split)).float()  # the scores of some checkpoints overflow halves
+
+    query = heads(attention.to_q(prepare(tokens[:, judges])), attention.norm_q) * attention.scale
+
+    def scores(some: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(query, heads(attention.to_k(prepare(some)), attention.norm_k).transpose(-1, -2))
+
+    total = scores(tokens[:, crowd]).logsumexp(dim=-1, keepdim=True) + math.log(tokens.shape[1] / len(crowd))
+    length = max(SCORES // query[..., 0].numel(), 1)
+    received = assemble(
+        Runs(tokens.shape[1], length),
+        lambda run: scores(tokens[:, slice(*run)]).sub_(total).clamp_(max=0).exp_().sum(dim=-2).amax(dim=1),
+        place=lambda run: (slice(None), slice(*run)),
+        into=torch.zeros(tokens.shape[:2], device=tokens.device),
+    )
+    most = received.topk(count)
+    return most.indices, most.values > HEAVY * len(judges) / tokens.shape[1]
 
 
 def _uploaded(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -82,16 +75,15 @@ def _uploaded(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
 
 
 class Context:
-    """What each tile of a map attends to besides itself. Memory grows with the map by one number for each token.
-
-    `tokens` are those of the cells, ``[B, S, C]``, the same for all tiles.
+    """The tokens of a map that each of its tiles attends to besides its own.
 
     Args:
         attention: whose attention it is for.
         tokens: of the map, ``[B, height * width, C]``.
         size: ``(height, width)``.
-        count: of the context's tokens, at most.
-        seed: which tokens judge, and around which ones cells form, follows from it.
+        heavy: at most so many heavy tokens, which differ from sample to sample; sampled ones take the place of others.
+        sampled: number of sampled ones besides, the same for all samples.
+        seed: which tokens are sampled, and which ones judge, follows from it.
         prepare: what the attention does to tokens before it projects them.
     """
 
@@ -100,50 +92,47 @@ class Context:
         attention: Attention,
         tokens: torch.Tensor,
         size: tuple[int, int],
-        count: int,
+        heavy: int,
+        sampled: int,
         seed: str,
         prepare: Prepare = lambda tokens: tokens,
     ) -> None:
+        height, width = size
         batch, self.total, channels = tokens.shape
-        self.size = size
+        most = min(heavy, self.total)
 
         def cells(count: int, purpose: str) -> torch.Tensor:
-            return _uploaded(sampled_cells(*size, count, f"{seed} {purpose}"), tokens.device)
+            return _uploaded(sampled_cells(height, width, count, f"{seed} {purpose}"), tokens.device)
 
-        with torch.no_grad():
-            self.judges = Judges(attention, tokens, cells(JUDGES, "judges"), cells(CROWD, "crowd"), prepare)
-            self.centers = self.judges.keys(tokens[:, cells(count, "centers")]).transpose(1, 2).flatten(2)
-        self._sums = torch.zeros(*self.centers.shape[:2], channels + 3, device=tokens.device)
-        across = max(self.centers.shape[1], self.judges.query[0, ..., 0].numel())
-        self.cells = assemble(
-            Runs(self.total, max(SCORES // (batch * across), 1)),
-            lambda run: self._join(tokens[:, slice(*run)]),
-            place=lambda run: (slice(None), slice(*run)),
-            into=torch.empty(batch, self.total, dtype=torch.int32, device=tokens.device),
-        )
-        weighted, weights, share, counts = self._sums.split_with_sizes([channels, 1, 1, 1], dim=-1)
-        self.tokens = (weighted / weights.clamp(min=NOTHING)).to(tokens.dtype)
-        self.counts = counts.detach().squeeze(-1)
-        with torch.no_grad():
-            alone = self.judges.shares(self.judges.keys(self.tokens))
-            self.correction = ((share.squeeze(-1) + NOTHING) / (self.counts * alone + NOTHING)).log()
-
-    def _join(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Adds some tokens to the cells whose centers their keys are nearest to, and says which these are."""
-        with torch.no_grad():
-            keys = self.judges.keys(tokens)
-            near = keys.transpose(1, 2).flatten(2) @ self.centers.mT - self.centers.square().sum(dim=-1)[:, None] / 2
-            cells: torch.Tensor = near.argmax(dim=-1)
-            share = self.judges.shares(keys)[..., None]
-            weights = (share * self.total).clamp(min=LEAST) ** POWER
-            # As a product of matrices, which adds in the same order each time.
-            members = (cells[..., None] == torch.arange(near.shape[-1], device=cells.device)).float()
-        told = torch.cat([tokens.float() * weights, weights, share, torch.ones_like(share)], dim=-1)
-        self._sums = self._sums + members.mT @ told
-        return cells
+        judges, crowd, some = cells(JUDGES, "judges"), cells(CROWD, "crowd"), cells(sampled, "sampled")
+        wanted, is_heavy = heavy_tokens(attention, tokens, most, judges, crowd, prepare)
+        spare = cells(most, "instead of heavy") if most else some[:0]
+        instead = F.pad(spare, (0, most - len(spare)), value=-1).expand(batch, -1)
+        places = torch.cat([torch.where(is_heavy, wanted, instead), some.expand(batch, -1)], dim=1)
+        self.is_heavy = F.pad(is_heavy, (0, len(some)))
+        # No token counts twice: not one that is sampled and heavy, nor one that is sampled again.
+        again = _among(places, torch.where(is_heavy, wanted, -1)) & ~self.is_heavy
+        again[:, :most] |= _among(places[:, :most], some.expand(batch, -1)) & ~is_heavy
+        self.counts = (places >= 0) & ~again
+        places = places.clamp(min=0)
+        self.rows, self.columns = places // width, places % width
+        self.tokens = tokens.gather(1, places[:, :, None].expand(-1, -1, channels))
 
     def log_weights(self, tile: Tile) -> torch.Tensor:
-        """What to add to the attention scores of the context's tokens in a tile, ``[B, 1, S]``."""
-        inside = self.cells.view(-1, *self.size)[:, tile.rows, tile.columns].flatten(1).long()
-        there = torch.zeros_like(self.counts).scatter_add_(1, inside, torch.ones_like(inside, dtype=torch.float32))
-        return ((self.counts - there).log() + self.correction)[:, None]
+        """What to add to the attention scores of the context's tokens in a tile, ``[B, 1, S]``.
+
+        Heavy tokens stand for themselves, the sampled ones together for all that the tile does not see.
+        """
+        rows, columns = self.rows, self.columns
+        inside = (rows >= tile.top) & (rows < tile.bottom) & (columns >= tile.left) & (columns < tile.right)
+        used = self.counts & ~inside
+        heavy, sampled = used & self.is_heavy, used & ~self.is_heavy
+        unseen = self.total - tile.area - heavy.sum(dim=1, keepdim=True)
+        stands_for = (unseen / sampled.sum(dim=1, keepdim=True).clamp(min=1)).log()
+        weights = torch.where(sampled, stands_for, torch.zeros_like(stands_for))
+        return weights.masked_fill(~used, -torch.inf)[:, None]
+
+
+def _among(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Which of the numbers ``[B, S]`` are among others ``[B, T]``."""
+    return (some[:, :, None] == others[:, None, :]).any(dim=-1)
