@@ -1,6 +1,7 @@
 """`AutoencoderKL`, and whatever is built of the same encoder and decoder (Flux 2's)."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from diffusers.models.attention_processor import Attention
@@ -12,7 +13,7 @@ from ..techniques.attention import BlockedAttention, ChunkedAttention, attends_m
 from ..techniques.halves import Cutting, Exact
 from ..techniques.notes import StepNote
 from ..techniques.padding import padding_sites, reflection_sites
-from ..techniques.stages import decoder_splits, encoder_splits
+from ..techniques.stages import Split, decoder_splits, encoder_splits
 from ..techniques.two_pass import TwoPass
 from .any import AnyAutoencoder
 
@@ -39,7 +40,8 @@ class KL(AnyAutoencoder):
         yield from padding_sites(model, name, options.padding_mode)
 
     def _half(self, model: Any, which: str, name: str, in_turns: bool, options: Any, pipe: Any) -> Iterator[Site]:
-        half, path, encodes = getattr(model, which), f"{name}.{which}", which == "encoder"
+        half, path = self.half(model, which, name)
+        encodes = which == "encoder"
         cutting = Cutting(
             tile_height=options.vae_chunk_size_y,
             tile_width=options.vae_chunk_size_x,
@@ -54,18 +56,33 @@ class KL(AnyAutoencoder):
         if options.vae_mode == "exact":
             in_pieces = Exact(half, path, cutting, options.vae_recompute, host)
         else:
-            splits = encoder_splits(half) if encodes else decoder_splits(half)
-            in_pieces = TwoPass(half, path, splits, cutting, options.vae_passes, host)
-        yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options))
+            in_pieces = TwoPass(half, path, self.splits(half, encodes), cutting, options.vae_passes, host)
+        yield Site(half, path, Order.IN_STAGES, in_pieces, says=self.way(options))
         scale = 1 if encodes else self.factor(model)
         least = 2 * self.factor(model) // scale
         yield from reflection_sites(half, path, options.padding_mode, least, scale)
+        yield from self.attention(half, path, options)
+
+    def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
+        """The attention of an encoder or decoder to its whole map."""
         for layer, (place, module) in enumerate(_attentions(half, path)):
             if options.vae_attn == "blocked":
                 blocked = BlockedAttention(module, blocking_of(options), StepNote(), layer)
                 yield Site(module, place, Order.IN_BLOCKS, blocked, says="its attention in blocks")
             else:
                 yield Site(module, place, Order.IN_BLOCKS, ChunkedAttention(module))
+
+    def half(self, model: Any, which: str, name: str) -> tuple[Any, str]:
+        """The encoder or decoder, or what of it runs in pieces, and its path."""
+        return getattr(model, which), f"{name}.{which}"
+
+    def splits(self, half: Any, encodes: bool) -> list[Split]:
+        """What of it may run in tiles, best first."""
+        return encoder_splits(half) if encodes else decoder_splits(half)
+
+    def way(self, options: Any) -> str:
+        """What `repr` says of it."""
+        return _way(options)
 
     def factor(self, model: Any) -> int:
         return int(2 ** (len(model.config.block_out_channels) - 1))
@@ -84,6 +101,15 @@ def _way(options: Any) -> str:
         size = f"{options.vae_chunk_size_x}x{options.vae_chunk_size_y}"
         way = f"in {passes} passes over tiles of {size} latent pixels"
     return f"encoder and decoder {way}" + (", whole maps on the host" if options.vae_offload else "")
+
+
+def pieces_told(options: Any) -> str:
+    """What `repr` says where nothing but attention is global: one pass is enough, and nothing is recomputed."""
+    if options.vae_mode == "exact":
+        return _way(replace(options, vae_recompute=False))
+    size = f"{options.vae_chunk_size_x}x{options.vae_chunk_size_y}"
+    way = f"encoder and decoder exactly, in one pass over tiles of {size} latent pixels"
+    return way + (", whole maps on the host" if options.vae_offload else "")
 
 
 def _is_known(model: Any) -> bool:

@@ -61,9 +61,9 @@ class InPieces(ABC):
         self._warned = False
 
     def __call__(self, original: Forward, sample: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        height, width = (length // self.cutting.latent_scale for length in sample.shape[-2:])
-        if height <= self.cutting.tile_height and width <= self.cutting.tile_width:
+        if self.is_one(sample):
             return original(sample, *args, **kwargs)
+        height, width = self._size(sample)
         if torch.is_grad_enabled() and sample.requires_grad:
             raise RuntimeError(
                 f"{self.cutting.title} of {width}x{height} latent pixels runs in pieces, which have no gradients: "
@@ -78,6 +78,16 @@ class InPieces(ABC):
                 return run(sample)
             with weights_found(self.model.modules()):
                 return _together(collect(range(len(sample)), lambda i: run(sample[i : i + 1])))
+
+    def is_one(self, sample: torch.Tensor) -> bool:
+        """Whether an input ``[..., H, W]`` is of at most one tile."""
+        height, width = self._size(sample)
+        return height <= self.cutting.tile_height and width <= self.cutting.tile_width
+
+    def _size(self, sample: torch.Tensor) -> tuple[int, int]:
+        """In latent pixels."""
+        height, width = sample.shape[-2:]
+        return height // self.cutting.latent_scale, width // self.cutting.latent_scale
 
     @abstractmethod
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,12 @@
 
 Low-resolution stages run whole, the rest in tiles. The convolutions see all they need, so the only difference from the
 untiled result is in the statistics: pass one records what every group norm sees, normalized by the statistics of a
-sample of small windows; the sample then corrects what was recorded; pass two applies it.
+sample of small windows; the sample then corrects what was recorded; pass two applies it. Where there is no group norm
+in tiles, one pass is all, and exact.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from math import ceil
 
@@ -34,7 +36,7 @@ SAMPLE = Fraction(2, 3)
 
 
 class TwoPass(InPieces):
-    """Tiles with shared group statistics; approximate.
+    """Tiles with shared group statistics; approximate. Without any to share: one pass, exact.
 
     Costs the tiled stages once per pass on tiles enlarged by the halo, and as often on a sample of half such a tile's
     area. Weights that come to the device for the tiled stages stay from the first tile to the last.
@@ -111,9 +113,10 @@ class TwoPass(InPieces):
         split = parts.split
         windows = self._windows(plane, split)
         height, width = plane.shape[-2:]
-        bar_length = self.passes * (len(windows) + 1)
-        with weights_held(self.model.modules()), PatchStack() as stack, self._progress(bar_length) as bar:
+        with weights_held(self.model.modules()), PatchStack() as stack, ExitStack() as shown:
             norms = _share_group_norms(stack, parts)
+            bar_length = self.passes * (len(windows) + 1) if norms else len(windows)
+            bar = shown.enter_context(self._progress(bar_length))
 
             def counted(given: torch.Tensor) -> torch.Tensor:
                 result = run(given)
@@ -144,8 +147,9 @@ class TwoPass(InPieces):
                 shape = (*result.shape[:2], int(split.scale * height), int(split.scale * width))
                 return walk.empty(result, shape) if parts.after else result.new_empty(shape)
 
-            run_sample()
-            for _ in range(self.passes - 1):
+            if norms:
+                run_sample()
+            for _ in range(self.passes - 1 if norms else 0):
                 collect(windows, record)
                 run_sample()
             for norm in norms:

@@ -156,13 +156,21 @@ class WalkedResnet(StripResnet):
 
 
 class WalkedResample(StripResample):
-    """Its input is gone when it is done, and what lies around that before, where the output is of another size."""
+    """Its input is gone when it is done, and what lies around that before, where the output is of another size.
+
+    For any module whose output cells depend on near cells of its input alone, and which makes maps of them so many
+    times as large. Where the output fits into its input, it is written there.
+    """
 
     strips: Walk
 
     def run(self, original: Forward, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         source = self.strips.taken(source) if self.scale == 1 else self.strips.compact(source)
         return super().run(original, source, *args, **kwargs)
+
+    def output(self, source: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        fits = isinstance(source, StoredMap) and source.passing and (source.shape, source.dtype) == (shape, like.dtype)
+        return source if fits else super().output(source, like, shape)
 
 
 class WalkedUpsample(StripUpsample):
