@@ -38,7 +38,7 @@ class Causal(KL):
         return any(_is_kind(halves[0], f"{kind}Encoder3d") for kind in KINDS) and all(map(_is_known, halves))
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
-        frames = Frames()
+        frames = Frames(model, name)
         for method in ("_encode", "_decode"):
             yield Site(model, name, Order.IN_STAGES, frames, method)
         for site in super().sites(model, name, options, pipe):

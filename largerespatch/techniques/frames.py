@@ -47,17 +47,23 @@ Forward = Callable[..., torch.Tensor]
 
 
 class Frames:
-    """Takes the place of a method that is given all frames ``[B, C, T, H, W]``: notes how many there are meanwhile."""
+    """Takes the place of methods that are given all frames ``[B, C, T, H, W]``: notes how many there are meanwhile.
 
-    def __init__(self) -> None:
+    Upstream's own tiling, which is off for a single frame, is as the user set it for several ones.
+    """
+
+    def __init__(self, model: Any, path: str) -> None:
+        self.model = model
+        self.path = path
+        self.tiles = model.use_tiling
         self.count: int | None = None
 
     def __call__(self, original: Callable[..., Any], sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        before, self.count = self.count, sample.shape[2]
-        try:
+        with PatchStack() as stack:
+            stack.set(self, "count", sample.shape[2], "count")
+            if self.count != 1 and self.tiles:
+                stack.set(self.model, "use_tiling", True, f"{self.path}.use_tiling")
             return original(sample, *args, **kwargs)
-        finally:
-            self.count = before
 
 
 class OneFrame:
