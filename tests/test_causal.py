@@ -20,9 +20,9 @@ from diffusers import (
 from diffusers.hooks import apply_group_offloading
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.overrides import TorchFunctionMode
 from test_company import CPU
 from test_weights import cpu_as_accelerator, offload_on_a_stream  # noqa: F401  fixtures
+from torch.overrides import TorchFunctionMode
 
 import tiny
 from conftest import quiet
@@ -241,7 +241,8 @@ def bytes_by_device(half, mode, height):
     """Peaks on a device and on its host, played by fake tensors on ``meta`` and on ``cpu``: nothing is computed."""
     with fake():
         with torch.device("meta"):
-            vae = AutoencoderKLQwenImage(**NARROW).requires_grad_(False)
+            # So wide that strips are larger than all of the picture, which is on the device in the end.
+            vae = AutoencoderKLQwenImage(**NARROW | {"base_dim": 64}).requires_grad_(False)
             x = torch.empty(inputs(half, 1, height, 4).shape)
         model = vae.encoder if half == "encode" else vae.decoder
         model.mid_block.attentions[0] = None  # attention takes its whole map to the device
@@ -254,12 +255,10 @@ def bytes_by_device(half, mode, height):
 
 @BOTH
 def test_on_a_device_with_a_host_only_the_host_holds_more_for_a_larger_image(half):
-    device, host = bytes_by_device(half, "exact", 32)
-    larger_device, larger_host = bytes_by_device(half, "exact", 64)
-    print(device, larger_device, host, larger_host)
-    result = {"decode": 8 * 4 * 8 * 32 * 3 * 4, "encode": 0}[half]  # all of it is on the device in the end
-    assert larger_device <= 1.05 * device + result
-    assert larger_host >= 1.8 * host > device / 2
+    device, host = bytes_by_device(half, "exact", 16)
+    larger_device, larger_host = bytes_by_device(half, "exact", 32)
+    assert larger_device <= 1.05 * device
+    assert larger_host >= 1.8 * host
 
 
 @MODES
