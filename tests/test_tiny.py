@@ -8,6 +8,7 @@ import accelerate
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers.hooks.group_offloading import GroupOffloadingType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_causal import (
@@ -38,6 +39,7 @@ HALVES = {"encode": lambda vae, x: vae.encode(x).latents, "decode": lambda vae, 
 MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])
 PADDING_MODES = ("constant", "circular", "reflect", "replicate")
 NARROW = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+PUBLISHED = {"encoder_block_out_channels": (64,) * 4, "decoder_block_out_channels": (64,) * 4}
 
 # Not where the model runs, though the same memory: whole maps live here and their strips are copied.
 ELSEWHERE = Host("cpu:0", band_bytes=1500)
@@ -48,7 +50,7 @@ CLOSE = 1e-5  # relative, of convolutions in float32
 def autoencoder(**changes):
     """As published, but narrow, and with weights that let all of a picture through."""
     vae = tiny.frozen(AutoencoderTiny, 19, **NARROW | changes)
-    for name, parameter in vae.named_parameters():
+    for parameter in vae.parameters():
         if parameter.ndim == 4:
             parameter.data *= 1.5
     return vae
@@ -107,7 +109,7 @@ def test_pieces_equal_the_untiled_result(half, mode, batch, height, width, rows,
 @pytest.mark.parametrize(
     "changes",
     [
-        {"encoder_block_out_channels": (64,) * 4, "decoder_block_out_channels": (64,) * 4},
+        PUBLISHED,
         {"latent_channels": 16, "act_fn": "gelu"},
         {"num_encoder_blocks": (1, 2, 1, 3), "num_decoder_blocks": (2, 1, 0, 1)},
     ],
@@ -160,7 +162,7 @@ def test_of_images_of_no_whole_latent_pixels_all_is_encoded(mode, size):
 @BOTH
 @MODES
 def test_half_of_the_untiled_memory_is_enough(half, mode):
-    vae, x, run = autoencoder(), INPUTS[half](1, 64, 64), HALVES[half]
+    vae, x, run = autoencoder(**PUBLISHED), INPUTS[half](1, 64, 64), HALVES[half]
 
     def peak():
         with LiveBytes("cpu") as count:
@@ -216,10 +218,13 @@ def test_slicing_runs_the_samples_of_a_batch_in_turns(half, mode, monkeypatch):
     expected = run(vae, x)
     vae.enable_slicing()
     kind = halves_room.Exact if mode == "exact" else kl.TwoPass
-    noted = kind._run
-    monkeypatch.setattr(
-        kind, "_run", lambda self, original, some: seen.append(len(some)) or noted(self, original, some)
-    )
+    run_pieces = kind._run
+
+    def noted(self, original, some):
+        seen.append(len(some))
+        return run_pieces(self, original, some)
+
+    monkeypatch.setattr(kind, "_run", noted)
     with patched(vae, 5, 4, vae_mode=mode):
         assert not vae.use_slicing
         assert error(run(vae, x), expected) < CLOSE
@@ -247,6 +252,7 @@ def test_hooks_that_bring_weights_work(mode, hook):
 
 @MODES
 @pytest.mark.parametrize("patched_first", [False, True])
+@pytest.mark.parametrize("offload_on_a_stream", [GroupOffloadingType.LEAF_LEVEL], indirect=True)
 def test_groups_that_come_ahead_on_a_stream_are_there_for_every_piece(mode, patched_first, offload_on_a_stream):  # noqa: F811
     vae, unhooked = autoencoder(), autoencoder()
     offload_on_a_stream(vae)
