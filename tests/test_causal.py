@@ -586,11 +586,15 @@ def test_a_pipeline_paints_the_untiled_picture(mode):
 
 
 @pytest.mark.parametrize(
-    ("mode", "says"),
-    [("exact", "exactly, in strips of 5 rows"), ("two-pass", "exactly, in one pass over tiles of 7x5 latent pixels")],
+    ("options", "says"),
+    [
+        ({"vae_mode": "exact", "vae_recompute": True}, "exactly, in strips of 5 rows"),  # there is nothing to recompute
+        ({}, "exactly, in one pass over tiles of 7x5 latent pixels"),
+        ({"vae_passes": 3}, "exactly, in one pass over tiles of 7x5 latent pixels"),
+    ],
 )
-def test_repr_says_how_and_that_films_are_left_alone(mode, says):
-    text = repr(LargeResPatch(qwen_image(), 96, 64, vae_mode=mode, vae_chunk_size_x=7, vae_chunk_size_y=5))
+def test_repr_says_how_and_that_films_are_left_alone(options, says):
+    text = repr(LargeResPatch(qwen_image(), 96, 64, **options, vae_chunk_size_x=7, vae_chunk_size_y=5))
     assert f"vae (AutoencoderKLQwenImage): encoder and decoder {says}; several frames are left as they are" in text
 
 

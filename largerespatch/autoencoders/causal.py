@@ -17,7 +17,7 @@ from ..techniques.halves import InPieces
 from ..techniques.stages import Split, decoder_splits, encoder_splits
 from ..techniques.strips import reach
 from ..techniques.walk import CONTAINERS, Walk, WalkedResample, WalkedWhole, register_way
-from .kl import HALVES, KL, pieces_told
+from .kl import HALVES, KL
 
 KINDS = ("QwenImage", "Wan")
 
@@ -44,7 +44,8 @@ class Causal(KL):
         for site in super().sites(model, name, options, pipe):
             if isinstance(site.technique, InPieces):
                 planes = _planes(site.module, site.path, options.padding_mode)
-                site = replace(site, technique=OneFrame(site.technique, frames, planes))
+                one = OneFrame(site.technique, frames, planes)
+                site = replace(site, technique=one, says=f"{site.says}; several frames are left as they are")
             yield site
         yield from frame_padding_sites(model, name, options.padding_mode)
 
@@ -53,9 +54,6 @@ class Causal(KL):
             return decoder_splits(half, LAST)
         # Before a map is halved it makes little sense to have it whole.
         return [split for split in encoder_splits(half, LAST) if split.stages[split.tiled.stop - 1].scale < 1]
-
-    def way(self, options: Any) -> str:
-        return f"{pieces_told(options)}; several frames are left as they are"
 
     def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
         for layer, (place, module) in enumerate(half.named_modules(prefix=path)):

@@ -1,7 +1,6 @@
 """`AutoencoderKL`, and whatever is built of the same encoder and decoder (Flux 2's)."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from diffusers.models.attention_processor import Attention
@@ -57,7 +56,7 @@ class KL(AnyAutoencoder):
             in_pieces = Exact(half, path, cutting, options.vae_recompute, host)
         else:
             in_pieces = TwoPass(half, path, self.splits(half, encodes), cutting, options.vae_passes, host)
-        yield Site(half, path, Order.IN_STAGES, in_pieces, says=self.way(options))
+        yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options, in_pieces))
         scale = 1 if encodes else self.factor(model)
         least = 2 * self.factor(model) // scale
         yield from reflection_sites(half, path, options.padding_mode, least, scale)
@@ -80,10 +79,6 @@ class KL(AnyAutoencoder):
         """What of it may run in tiles, best first."""
         return encoder_splits(half) if encodes else decoder_splits(half)
 
-    def way(self, options: Any) -> str:
-        """What `repr` says of it."""
-        return _way(options)
-
     def factor(self, model: Any) -> int:
         return int(2 ** (len(model.config.block_out_channels) - 1))
 
@@ -92,24 +87,15 @@ def _attentions(model: nn.Module, path: str) -> list[tuple[str, Any]]:
     return [(place, module) for place, module in model.named_modules(prefix=path) if attends_map(module)]
 
 
-def _way(options: Any) -> str:
-    if options.vae_mode == "exact":
+def _way(options: Any, in_pieces: Exact | TwoPass) -> str:
+    if isinstance(in_pieces, Exact):
         way = f"exactly, in strips of {options.vae_chunk_size_y} rows"
-        way += ", largest maps recomputed" if options.vae_recompute else ""
+        way += ", largest maps recomputed" if in_pieces.recompute else ""
     else:
-        passes = "two" if options.vae_passes == 2 else options.vae_passes
-        size = f"{options.vae_chunk_size_x}x{options.vae_chunk_size_y}"
-        way = f"in {passes} passes over tiles of {size} latent pixels"
+        size = f"tiles of {options.vae_chunk_size_x}x{options.vae_chunk_size_y} latent pixels"
+        passes = {1: "exactly, in one pass", 2: "in two passes"}.get(in_pieces.passes, f"in {in_pieces.passes} passes")
+        way = f"{passes} over {size}"
     return f"encoder and decoder {way}" + (", whole maps on the host" if options.vae_offload else "")
-
-
-def pieces_told(options: Any) -> str:
-    """What `repr` says where nothing but attention is global: one pass is enough, and nothing is recomputed."""
-    if options.vae_mode == "exact":
-        return _way(replace(options, vae_recompute=False))
-    size = f"{options.vae_chunk_size_x}x{options.vae_chunk_size_y}"
-    way = f"encoder and decoder exactly, in one pass over tiles of {size} latent pixels"
-    return way + (", whole maps on the host" if options.vae_offload else "")
 
 
 def _is_known(model: Any) -> bool:

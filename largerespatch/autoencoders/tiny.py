@@ -13,7 +13,7 @@ from ..techniques.halves import InPieces
 from ..techniques.stages import Split, measure
 from ..techniques.strips import Forward
 from ..techniques.walk import CONTAINERS, Walk, WalkedResample, register_way
-from .kl import HALVES, KL, pieces_told
+from .kl import HALVES, KL
 
 # What pieces must know the inside of: that all of an encoder or decoder but what acts on single cells is in `layers`,
 # and that a block is its convolutions and what acts on single cells.
@@ -54,9 +54,6 @@ class Tiny(KL):
             return [Split(stages, range(stop)) for stop in (*(i + 1 for i in halving[1:]), len(stages))]
         doubling = [i for i, stage in enumerate(stages) if stage.scale > 1]
         return [Split(stages, range(start, len(stages))) for start in (*(i + 1 for i in doubling[-2::-1]), 0)]
-
-    def way(self, options: Any) -> str:
-        return pieces_told(options)
 
     def factor(self, model: Any) -> int:
         return int(SCALE ** len(_upsamplers(model.decoder)))

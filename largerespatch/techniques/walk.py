@@ -104,6 +104,7 @@ class WalkedResnet(StripResnet):
     """
 
     strips: Walk
+    saves_if_recomputed = True
 
     def run(self, source: torch.Tensor, time: Time) -> torch.Tensor:
         walk, shape, shortcut = self.strips, self.output_shape(source), self.module.conv_shortcut
@@ -177,6 +178,7 @@ class WalkedUpsample(StripUpsample):
     """Where its output belongs to the finest level, it is computed where the next module reads it."""
 
     strips: Walk
+    saves_if_recomputed = True
 
     def run(self, original: Forward, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         walk, (batch, _, height, width) = self.strips, source.shape
