@@ -39,7 +39,8 @@ from largerespatch.core.patching import PatchStack
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.options import Options
 from largerespatch.techniques import frame_attention
-from largerespatch.techniques.attention import BlockedAttention
+from largerespatch.techniques.attention import BlockedAttention, Blocking
+from largerespatch.techniques.frames import OneFrame
 from largerespatch.techniques.stages import measure
 from live import LiveBytes as BytesByDevice
 from live import fake
@@ -335,27 +336,48 @@ def test_with_all_tokens_as_context_blocks_are_dense_attention(mode):
         assert error(run(vae, x), expected) < CLOSE
 
 
+class Attended(TorchFunctionMode):
+    """Notes the queries and keys of all attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.met.append(args[:2])
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def queries(self):
+        return [query.shape[2] for query, _ in self.met]
+
+
+@EVERY
+def test_heavy_tokens_are_searched_with_the_queries_and_keys_of_attention(kind):
+    block, x = autoencoder(kind).decoder.mid_block.attentions[0], torch.randn(2, 32, 1, 3, 4)
+    with Attended() as attended:
+        block(x)
+    technique = frame_attention.FrameAttention(block, Blocking("tile", 2, 2, 4, 4), 0)
+    prepared = technique._prepared(x.flatten(2).transpose(1, 2))
+    for project, seen in zip((technique.attention.to_q, technique.attention.to_k), *attended.met, strict=True):
+        torch.testing.assert_close(project(prepared)[:, None], seen)
+
+
 @EVERY
 @MODES
 def test_attention_on_a_small_image_is_chunked_too_but_not_that_of_films(kind, mode, monkeypatch):
     monkeypatch.setattr(frame_attention, "QUERIES", 20)
     vae, x = autoencoder(kind), inputs("decode", 1, 9, 7)
     block = vae.decoder.mid_block.attentions[0]
-    expected, met = vae.decode(x).sample, []
-
-    class Queries(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is F.scaled_dot_product_attention:
-                met.append(args[0].shape[2])
-            return func(*args, **(kwargs or {}))
-
-    with patched(vae, 9, 7, vae_mode=mode), Queries():
+    expected = vae.decode(x).sample
+    with patched(vae, 9, 7, vae_mode=mode), Attended() as attended:
         assert error(vae.decode(x).sample, expected) < CLOSE
-        assert set(met) == {7, 14}  # one or two rows
-        met.clear()
+        assert set(attended.queries) == {7, 14}  # one or two rows
+        attended.met.clear()
         frames = torch.randn(1, 32, 3, 9, 7)
         block(frames)
-        assert met == [63]
+        assert attended.queries == [63]
 
 
 @EVERY
@@ -432,6 +454,14 @@ def test_slicing_runs_the_samples_of_a_batch_in_turns(half, mode):
             assert error(run(vae, x), expected) < CLOSE
     assert set(seen) == {1}
     assert vae.use_slicing
+
+
+@MODES
+def test_an_estimate_knows_which_weights_are_there_at_once(mode):
+    vae = autoencoder()
+    for site in sites(vae, vae_mode=mode):
+        if isinstance(site.technique, OneFrame):
+            assert site.holds and site.holds == site.technique.in_pieces.holds
 
 
 def offloaded_by_leaves(vae):

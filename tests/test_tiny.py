@@ -27,7 +27,7 @@ from largerespatch import LargeResPatch
 from largerespatch.autoencoders import kl
 from largerespatch.autoencoders.any import AnyAutoencoder
 from largerespatch.autoencoders.tiny import Tiny
-from largerespatch.core.families import factor_of, family_of, install
+from largerespatch.core.families import Order, factor_of, family_of, install
 from largerespatch.core.hosts import Host
 from largerespatch.core.patching import PatchStack
 from largerespatch.memory.counting import LiveBytes
@@ -198,6 +198,15 @@ def test_circular_padding_makes_an_autoencoder_commute_with_rolling(half, mode):
         plain, rolled = run(vae, x), run(vae, x.roll(there, (2, 3)))
         assert error(rolled.roll(back, (2, 3)), plain) < CLOSE
     assert error(run(vae, x.roll(there, (2, 3))).roll(back, (2, 3)), run(vae, x)) > 100 * CLOSE
+
+
+@MODES
+def test_an_estimate_knows_which_weights_are_there_at_once(mode):
+    vae, pipe = autoencoder(), SimpleNamespace(progress_bar=Bar)
+    halves = [vae.encoder.layers, vae.decoder.layers]
+    found = family_of(vae).sites(vae, "vae", Options(vae_mode=mode), pipe)
+    holds = [site.holds for site in found if site.module in halves and site.order == Order.IN_STAGES]
+    assert len(holds) == 2 and all(holds)
 
 
 def test_upstreams_tiling_is_off_meanwhile():

@@ -38,8 +38,6 @@ class AnyAutoencoder(Family):
             return
         options = {"force_not_quantize": True} if "force_not_quantize" in takes(model.decode) else {}
         image = model.decode(self.latent(model, pipe, height, width), return_dict=False, **options)[0]
-        if image.ndim == 5:  # a film of one frame
-            image = image[:, :, 0]
         if hasattr(pipe, "image_processor"):  # which brings the image to numbers from 0 to 1
             pipe.image_processor.postprocess(image, output_type="pt")
 
