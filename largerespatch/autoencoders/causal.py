@@ -31,8 +31,6 @@ LAST = ("norm_out", "nonlinearity", "conv_out")
 class Causal(KL):
     """Norms of each cell, convolutions that see no later frame, and attention of each frame in the middle alone."""
 
-    rank = 0
-
     def matches(self, model: nn.Module) -> bool:
         halves = [getattr(model, half, None) for half in HALVES]
         return any(_is_kind(halves[0], f"{kind}Encoder3d") for kind in KINDS) and all(map(_is_known, halves))
@@ -56,9 +54,8 @@ class Causal(KL):
         return [split for split in encoder_splits(half, LAST) if split.stages[split.tiled.stop - 1].scale < 1]
 
     def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
-        for layer, (place, module) in enumerate(half.named_modules(prefix=path)):
-            if not _attends(module):
-                continue
+        found = [(place, module) for place, module in half.named_modules(prefix=path) if _attends(module)]
+        for layer, (place, module) in enumerate(found):
             if options.vae_attn == "blocked":
                 blocked = FrameAttention(module, blocking_of(options), layer)
                 yield Site(module, place, Order.IN_BLOCKS, blocked, says="its attention in blocks")
