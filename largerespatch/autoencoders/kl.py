@@ -12,7 +12,7 @@ from ..techniques.attention import BlockedAttention, ChunkedAttention, attends_m
 from ..techniques.halves import Cutting, Exact
 from ..techniques.notes import StepNote
 from ..techniques.padding import padding_sites, reflection_sites
-from ..techniques.stages import decoder_splits, encoder_splits
+from ..techniques.stages import Split, decoder_splits, encoder_splits
 from ..techniques.two_pass import TwoPass
 from .any import AnyAutoencoder
 
@@ -39,7 +39,8 @@ class KL(AnyAutoencoder):
         yield from padding_sites(model, name, options.padding_mode)
 
     def _half(self, model: Any, which: str, name: str, in_turns: bool, options: Any, pipe: Any) -> Iterator[Site]:
-        half, path, encodes = getattr(model, which), f"{name}.{which}", which == "encoder"
+        half, path = self.half(model, which, name)
+        encodes = which == "encoder"
         cutting = Cutting(
             tile_height=options.vae_chunk_size_y,
             tile_width=options.vae_chunk_size_x,
@@ -54,18 +55,29 @@ class KL(AnyAutoencoder):
         if options.vae_mode == "exact":
             in_pieces = Exact(half, path, cutting, options.vae_recompute, host)
         else:
-            splits = encoder_splits(half) if encodes else decoder_splits(half)
-            in_pieces = TwoPass(half, path, splits, cutting, options.vae_passes, host)
-        yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options))
+            in_pieces = TwoPass(half, path, self.splits(half, encodes), cutting, options.vae_passes, host)
+        yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options, in_pieces))
         scale = 1 if encodes else self.factor(model)
         least = 2 * self.factor(model) // scale
         yield from reflection_sites(half, path, options.padding_mode, least, scale)
+        yield from self.attention(half, path, options)
+
+    def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
+        """The attention of an encoder or decoder to its whole map."""
         for layer, (place, module) in enumerate(_attentions(half, path)):
             if options.vae_attn == "blocked":
                 blocked = BlockedAttention(module, blocking_of(options), StepNote(), layer)
                 yield Site(module, place, Order.IN_BLOCKS, blocked, says="its attention in blocks")
             else:
                 yield Site(module, place, Order.IN_BLOCKS, ChunkedAttention(module))
+
+    def half(self, model: Any, which: str, name: str) -> tuple[Any, str]:
+        """The encoder or decoder, or what of it runs in pieces, and its path."""
+        return getattr(model, which), f"{name}.{which}"
+
+    def splits(self, half: Any, encodes: bool) -> list[Split]:
+        """What of it may run in tiles, best first."""
+        return encoder_splits(half) if encodes else decoder_splits(half)
 
     def factor(self, model: Any) -> int:
         return int(2 ** (len(model.config.block_out_channels) - 1))
@@ -75,14 +87,14 @@ def _attentions(model: nn.Module, path: str) -> list[tuple[str, Any]]:
     return [(place, module) for place, module in model.named_modules(prefix=path) if attends_map(module)]
 
 
-def _way(options: Any) -> str:
-    if options.vae_mode == "exact":
+def _way(options: Any, in_pieces: Exact | TwoPass) -> str:
+    if isinstance(in_pieces, Exact):
         way = f"exactly, in strips of {options.vae_chunk_size_y} rows"
-        way += ", largest maps recomputed" if options.vae_recompute else ""
+        way += ", largest maps recomputed" if in_pieces.recompute else ""
     else:
-        passes = "two" if options.vae_passes == 2 else options.vae_passes
-        size = f"{options.vae_chunk_size_x}x{options.vae_chunk_size_y}"
-        way = f"in {passes} passes over tiles of {size} latent pixels"
+        size = f"tiles of {options.vae_chunk_size_x}x{options.vae_chunk_size_y} latent pixels"
+        passes = {1: "exactly, in one pass", 2: "in two passes"}.get(in_pieces.passes, f"in {in_pieces.passes} passes")
+        way = f"{passes} over {size}"
     return f"encoder and decoder {way}" + (", whole maps on the host" if options.vae_offload else "")
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from ..core.families import Order, Site
@@ -18,7 +17,7 @@ from ..core.patching import PatchStack
 from ..core.pieces import collect, rehearsing
 from ..core.weights import weights_found, weights_held
 from .strips import Forward
-from .walk import Walk, inner_modules, listen_everywhere, listeners, silence, steps, walked
+from .walk import Walk, WalkedUpsample, inner_modules, listen_everywhere, listeners, silence, steps, walked
 
 ProgressBar = Callable[..., AbstractContextManager[Any]]
 
@@ -61,9 +60,9 @@ class InPieces(ABC):
         self._warned = False
 
     def __call__(self, original: Forward, sample: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        height, width = (length // self.cutting.latent_scale for length in sample.shape[-2:])
-        if height <= self.cutting.tile_height and width <= self.cutting.tile_width:
+        if self.is_one(sample):
             return original(sample, *args, **kwargs)
+        height, width = self._size(sample)
         if torch.is_grad_enabled() and sample.requires_grad:
             raise RuntimeError(
                 f"{self.cutting.title} of {width}x{height} latent pixels runs in pieces, which have no gradients: "
@@ -78,6 +77,16 @@ class InPieces(ABC):
                 return run(sample)
             with weights_found(self.model.modules()):
                 return _together(collect(range(len(sample)), lambda i: run(sample[i : i + 1])))
+
+    def is_one(self, sample: torch.Tensor) -> bool:
+        """Whether an input ``[..., H, W]`` is of at most one tile."""
+        height, width = self._size(sample)
+        return height <= self.cutting.tile_height and width <= self.cutting.tile_width
+
+    def _size(self, sample: torch.Tensor) -> tuple[int, int]:
+        """In latent pixels."""
+        height, width = sample.shape[-2:]
+        return height // self.cutting.latent_scale, width // self.cutting.latent_scale
 
     @abstractmethod
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
@@ -136,12 +145,14 @@ class Exact(InPieces):
     ) -> None:
         super().__init__(model, path, cutting, host)
         self.steps = dict(steps(model, path))
-        self.recompute = recompute
-        upsamplers = [place for place, module in self.steps.items() if isinstance(module, Upsample2D)]
-        self.late = self._around(upsamplers[-1]) if recompute and upsamplers else []  # called when their block is done
+        # An error now rather than in the call.
+        ways = {place: walked(module, place, Walk(1, False)) for place, module in self.steps.items()}
+        upsamplers = [place for place, way in ways.items() if isinstance(way, WalkedUpsample)]
+        self.doublings = sum(getattr(way, "scale", 1) == 2 for way in ways.values())
+        self.recompute = recompute and any(getattr(way, "saves_if_recomputed", False) for way in ways.values())
+        # Called when their block is done.
+        self.late = self._around(upsamplers[-1]) if recompute and upsamplers else []
         self.holds = [[*self.late, *self._around(place)] for place in self.steps]
-        for place, module in self.steps.items():
-            walked(module, place, Walk(1, False))  # an error now rather than in the call
 
     def _around(self, place: str) -> list[nn.Module]:
         """The modules that are in the one at `place`, or that it is in."""
@@ -150,9 +161,8 @@ class Exact(InPieces):
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         passing = not listeners(self.model)
-        doublings = sum(isinstance(module, Upsample2D) for module in self.steps.values())
         # What a hook may keep has to have memory of its own.
-        finest = sample.shape[-2] * 2**doublings if self.recompute and passing else None
+        finest = sample.shape[-2] * 2**self.doublings if self.recompute and passing else None
         walk = Walk(self.cutting.tile_height, self.cutting.wrap, self.host, passing, finest)
         late = self.late if finest is not None else []
         with weights_held(late), PatchStack() as stack, self._progress(len(self.steps)) as bar:

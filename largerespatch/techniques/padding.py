@@ -27,6 +27,17 @@ class AsymmetricPadding:
         return original(F.pad(hidden_states[:, :, :-1, :-1], (0, 1, 0, 1), mode=self.mode))
 
 
+class ModePadding:
+    """Takes the place of the ``forward`` of a ``ZeroPad2d``."""
+
+    def __init__(self, module: nn.ZeroPad2d, mode: str) -> None:
+        self.module = module
+        self.mode = mode
+
+    def __call__(self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.pad(hidden_states, self.module.padding, mode=self.mode)
+
+
 class Reflectable:
     """Takes the place of the ``forward`` of a model whose convolutions reflect: a map needs two cells for that.
 
@@ -55,12 +66,14 @@ def reflection_sites(model: nn.Module, path: str, mode: str, least: int, scale: 
 
 
 def padding_sites(model: nn.Module, name: str, mode: str) -> Iterator[Site]:
-    """Every 2-D convolution of `model` that pads; with `mode` "constant" there is nothing to do."""
+    """Every 2-D convolution of `model` that pads, and what pads for one; nothing where `mode` is "constant"."""
     if mode == "constant":
         return
     says = f"convolutions pad by {mode!r}"
     for path, module in model.named_modules(prefix=name):
         if isinstance(module, Downsample2D) and module.use_conv and module.padding == 0:
             yield Site(module.conv, f"{path}.conv", Order.PADDED, AsymmetricPadding(mode), says=says)
+        elif isinstance(module, nn.ZeroPad2d):
+            yield Site(module, path, Order.PADDED, ModePadding(module, mode), says=says)
         elif isinstance(module, nn.Conv2d) and any(module._reversed_padding_repeated_twice):
             yield Site(module, path, Order.PADDED, mode, "padding_mode", says=says)

@@ -20,6 +20,9 @@ LEANS_ON = (
     "diffusers.models.downsampling.Downsample2D.forward",
 )
 
+# What an encoder or decoder calls in the end.
+LAST = ("conv_norm_out", "conv_act", "conv_out")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -39,16 +42,22 @@ def measure(module: nn.Module) -> Stage:
     """Walk the convolutions of a stage in the order they are registered in, which is the order they run in."""
     scale, reach, values = Fraction(1), Fraction(0), Fraction(0)
     for child in module.modules():
-        if isinstance(child, Upsample2D):
+        if isinstance(child, Upsample2D | nn.Upsample):
             scale *= 2
-        elif isinstance(child, nn.Conv2d):
-            span = child.dilation[0] * (child.kernel_size[0] - 1)
-            strided = child.stride[0] > 1
+        elif isinstance(child, nn.Conv2d | nn.Conv3d) and not _over_time(child):
+            span = child.dilation[-2] * (child.kernel_size[-2] - 1)
+            strided = child.stride[-2] > 1
             # Only a convolution without a stride is centred: VAEs pad the others to the right and below.
             reach += Fraction(span, 1 if strided else 2) / scale
-            scale /= child.stride[0]
+            scale /= child.stride[-2]
             values = max(values, child.out_channels * scale**2)
     return Stage(module, scale, reach, values)
+
+
+def _over_time(convolution: nn.Conv2d | nn.Conv3d) -> bool:
+    """Whether it mixes frames alone, so that it is not called for a single one."""
+    frames, *cells = convolution.kernel_size
+    return len(cells) == 2 and frames > 1 and set(cells) == {1}
 
 
 def scale_of(stages: Iterable[Stage]) -> Fraction:
@@ -87,21 +96,21 @@ class Split:
         return int(3 * largest) * batch * itemsize
 
 
-def decoder_splits(decoder: Any) -> list[Split]:
+def decoder_splits(decoder: Any, last: Sequence[str] = LAST) -> list[Split]:
     """Ways to split a decoder, from the last two up blocks in tiles to all of them in tiles.
 
     In Stable Diffusion's decoder the first needs a halo of 10 cells of the 4x map (2.5 latent pixels), the last of
     13 latent pixels.
     """
     up_blocks = list(decoder.up_blocks)
-    last = (decoder.conv_norm_out, decoder.conv_act, decoder.conv_out)
-    stages = [measure(module) for module in (decoder.conv_in, decoder.mid_block, *up_blocks, *last)]
+    ends = [getattr(decoder, name) for name in last]
+    stages = [measure(module) for module in (decoder.conv_in, decoder.mid_block, *up_blocks, *ends)]
     return [Split(stages, range(start, len(stages))) for start in range(max(len(up_blocks), 2), 1, -1)]
 
 
-def encoder_splits(encoder: Any) -> list[Split]:
+def encoder_splits(encoder: Any, last: Sequence[str] = LAST) -> list[Split]:
     """Ways to split an encoder, from the first down block in tiles to all but the last."""
     down_blocks = list(encoder.down_blocks)
-    last = (encoder.conv_norm_out, encoder.conv_act, encoder.conv_out)
-    stages = [measure(module) for module in (encoder.conv_in, *down_blocks, encoder.mid_block, *last)]
+    ends = [getattr(encoder, name) for name in last]
+    stages = [measure(module) for module in (encoder.conv_in, *down_blocks, encoder.mid_block, *ends)]
     return [Split(stages, range(stop)) for stop in range(2, max(len(down_blocks), 2) + 1)]

@@ -108,7 +108,7 @@ def bare(convolution: Any) -> Any:
 def reach(convolution: Any) -> int:
     """Rows that a convolution reads above and below its own."""
     convolution = bare(convolution)
-    return int(convolution.dilation[0] * (convolution.kernel_size[0] - 1) // 2)
+    return int(convolution.dilation[-2] * (convolution.kernel_size[-2] - 1) // 2)  # before them may be that of time
 
 
 def is_differentiated(module: nn.Module, *tensors: torch.Tensor | None) -> bool:
@@ -266,9 +266,13 @@ class StripResample:
             self.strips.cut(source, self.scale),
             compute,
             place=lambda strip: rows_of(strip.scaled(self.scale)),
-            make=lambda result: self.strips.empty(result, (*result.shape[:2], *size)),
+            make=lambda result: self.output(source, result, (*result.shape[:2], *size)),
             read=partial(self.strips.read, source, self.halo),
         )
+
+    def output(self, source: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory for all that comes out, of which `like` is the first."""
+        return self.strips.empty(like, shape)
 
 
 class StripUpsample(StripResample):

@@ -104,6 +104,7 @@ class WalkedResnet(StripResnet):
     """
 
     strips: Walk
+    saves_if_recomputed = True
 
     def run(self, source: torch.Tensor, time: Time) -> torch.Tensor:
         walk, shape, shortcut = self.strips, self.output_shape(source), self.module.conv_shortcut
@@ -156,7 +157,11 @@ class WalkedResnet(StripResnet):
 
 
 class WalkedResample(StripResample):
-    """Its input is gone when it is done, and what lies around that before, where the output is of another size."""
+    """Its input is gone when it is done, and what lies around that before, where the output is of another size.
+
+    For any module whose output cells depend on near cells of its input alone, and which makes maps of them so many
+    times as large. Where the output fits into its input, it is written there.
+    """
 
     strips: Walk
 
@@ -164,11 +169,16 @@ class WalkedResample(StripResample):
         source = self.strips.taken(source) if self.scale == 1 else self.strips.compact(source)
         return super().run(original, source, *args, **kwargs)
 
+    def output(self, source: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        fits = isinstance(source, StoredMap) and source.passing and (source.shape, source.dtype) == (shape, like.dtype)
+        return source if fits else super().output(source, like, shape)
+
 
 class WalkedUpsample(StripUpsample):
     """Where its output belongs to the finest level, it is computed where the next module reads it."""
 
     strips: Walk
+    saves_if_recomputed = True
 
     def run(self, original: Forward, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         walk, (batch, _, height, width) = self.strips, source.shape
