@@ -12,7 +12,7 @@ from ..techniques.attention import BlockedAttention, ChunkedAttention, attends_m
 from ..techniques.halves import Cutting, Exact
 from ..techniques.notes import StepNote
 from ..techniques.padding import padding_sites, reflection_sites
-from ..techniques.stages import decoder_splits, encoder_splits
+from ..techniques.stages import Split, decoder_splits, encoder_splits
 from ..techniques.two_pass import TwoPass
 from .any import AnyAutoencoder
 
@@ -54,12 +54,19 @@ class KL(AnyAutoencoder):
         if options.vae_mode == "exact":
             in_pieces = Exact(half, path, cutting, options.vae_recompute, host)
         else:
-            splits = encoder_splits(half) if encodes else decoder_splits(half)
-            in_pieces = TwoPass(half, path, splits, cutting, options.vae_passes, host)
-        yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options))
+            in_pieces = TwoPass(half, path, self.splits(half, encodes), cutting, options.vae_passes, host)
+        yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options, in_pieces))
         scale = 1 if encodes else self.factor(model)
         least = 2 * self.factor(model) // scale
         yield from reflection_sites(half, path, options.padding_mode, least, scale)
+        yield from self.attention(half, path, options)
+
+    def splits(self, half: Any, encodes: bool) -> list[Split]:
+        """What of it may run in tiles, best first."""
+        return encoder_splits(half) if encodes else decoder_splits(half)
+
+    def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
+        """The attention of an encoder or decoder to its whole map."""
         for layer, (place, module) in enumerate(_attentions(half, path)):
             if options.vae_attn == "blocked":
                 blocked = BlockedAttention(module, blocking_of(options), StepNote(), layer)
@@ -75,14 +82,14 @@ def _attentions(model: nn.Module, path: str) -> list[tuple[str, Any]]:
     return [(place, module) for place, module in model.named_modules(prefix=path) if attends_map(module)]
 
 
-def _way(options: Any) -> str:
-    if options.vae_mode == "exact":
+def _way(options: Any, in_pieces: Exact | TwoPass) -> str:
+    if isinstance(in_pieces, Exact):
         way = f"exactly, in strips of {options.vae_chunk_size_y} rows"
-        way += ", largest maps recomputed" if options.vae_recompute else ""
+        way += ", largest maps recomputed" if in_pieces.recompute else ""
     else:
-        passes = "two" if options.vae_passes == 2 else options.vae_passes
-        size = f"{options.vae_chunk_size_x}x{options.vae_chunk_size_y}"
-        way = f"in {passes} passes over tiles of {size} latent pixels"
+        size = f"tiles of {options.vae_chunk_size_x}x{options.vae_chunk_size_y} latent pixels"
+        passes = {1: "exactly, in one pass", 2: "in two passes"}.get(in_pieces.passes, f"in {in_pieces.passes} passes")
+        way = f"{passes} over {size}"
     return f"encoder and decoder {way}" + (", whole maps on the host" if options.vae_offload else "")
 
 
@@ -90,4 +97,4 @@ def _is_known(model: Any) -> bool:
     """Whether its norms look at groups of the map alone, and attention occurs in the mid blocks only."""
     blocks = [*model.encoder.down_blocks, *model.decoder.up_blocks]
     attends = any(isinstance(module, Attention) for block in blocks for module in block.modules())
-    return not attends and isinstance(model.decoder.conv_norm_out, nn.GroupNorm)
+    return not attends and isinstance(getattr(model.decoder, "conv_norm_out", None), nn.GroupNorm)

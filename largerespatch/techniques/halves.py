@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from ..core.families import Order, Site
@@ -18,7 +17,16 @@ from ..core.patching import PatchStack
 from ..core.pieces import collect, rehearsing
 from ..core.weights import weights_found, weights_held
 from .strips import Forward
-from .walk import Walk, inner_modules, listen_everywhere, listeners, silence, steps, walked
+from .walk import (
+    Walk,
+    WalkedUpsample,
+    inner_modules,
+    listen_everywhere,
+    listeners,
+    silence,
+    steps,
+    walked,
+)
 
 ProgressBar = Callable[..., AbstractContextManager[Any]]
 
@@ -136,12 +144,14 @@ class Exact(InPieces):
     ) -> None:
         super().__init__(model, path, cutting, host)
         self.steps = dict(steps(model, path))
-        self.recompute = recompute
-        upsamplers = [place for place, module in self.steps.items() if isinstance(module, Upsample2D)]
-        self.late = self._around(upsamplers[-1]) if recompute and upsamplers else []  # called when their block is done
+        # An error now rather than in the call.
+        ways = {place: walked(module, place, Walk(1, False)) for place, module in self.steps.items()}
+        upsamplers = [place for place, way in ways.items() if isinstance(way, WalkedUpsample)]
+        self.doublings = sum(getattr(way, "scale", 1) == 2 for way in ways.values())
+        self.recompute = recompute and any(getattr(way, "saves_if_recomputed", False) for way in ways.values())
+        # Called when their block is done.
+        self.late = self._around(upsamplers[-1]) if recompute and upsamplers else []
         self.holds = [[*self.late, *self._around(place)] for place in self.steps]
-        for place, module in self.steps.items():
-            walked(module, place, Walk(1, False))  # an error now rather than in the call
 
     def _around(self, place: str) -> list[nn.Module]:
         """The modules that are in the one at `place`, or that it is in."""
@@ -150,11 +160,10 @@ class Exact(InPieces):
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         passing = not listeners(self.model)
-        doublings = sum(isinstance(module, Upsample2D) for module in self.steps.values())
         # What a hook may keep has to have memory of its own.
-        finest = sample.shape[-2] * 2**doublings if self.recompute and passing else None
-        walk = Walk(self.cutting.tile_height, self.cutting.wrap, self.host, passing, finest)
-        late = self.late if finest is not None else []
+        finest = sample.shape[-2] * 2**self.doublings if passing else None
+        walk = Walk(self.cutting.tile_height, self.cutting.wrap, self.host, passing, finest, self.recompute)
+        late = self.late if passing else []
         with weights_held(late), PatchStack() as stack, self._progress(len(self.steps)) as bar:
 
             def counted(technique: Forward) -> Forward:

@@ -266,9 +266,13 @@ class StripResample:
             self.strips.cut(source, self.scale),
             compute,
             place=lambda strip: rows_of(strip.scaled(self.scale)),
-            make=lambda result: self.strips.empty(result, (*result.shape[:2], *size)),
+            make=lambda result: self.output(source, result, (*result.shape[:2], *size)),
             read=partial(self.strips.read, source, self.halo),
         )
+
+    def output(self, source: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory for all that comes out, of which `like` is the first."""
+        return self.strips.empty(like, shape)
 
 
 class StripUpsample(StripResample):

@@ -1,8 +1,9 @@
 """VAE encode and decode in two passes over tiles with shared group statistics: approximate.
 
 Low-resolution stages run whole, the rest in tiles. The convolutions see all they need, so the only difference from the
-untiled result is in the statistics: pass one records what every group norm sees, normalized by the statistics of a
-sample of small windows; the sample then corrects what was recorded; pass two applies it.
+untiled result is in the statistics. Where no group norm is in the tiles one pass is all, and exact. Else pass one
+records what every group norm sees, normalized by the statistics of a sample of small windows; the sample then corrects
+what was recorded; pass two applies it.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ SAMPLE = Fraction(2, 3)
 
 
 class TwoPass(InPieces):
-    """Tiles with shared group statistics; approximate.
+    """Tiles with shared group statistics; approximate. Exact and in one pass where they hold no group norms.
 
     Costs the tiled stages once per pass on tiles enlarged by the halo, and as often on a sample of half such a tile's
     area. Weights that come to the device for the tiled stages stay from the first tile to the last.
@@ -58,7 +59,7 @@ class TwoPass(InPieces):
         self.holds = [list(model.modules())]
         paths = {module: f"{path}.{name}" for name, module in model.named_modules()}
         self.parts = [Parts(split, paths) for split in splits]
-        self.passes = passes
+        self.passes = passes if any(_group_norms(parts) for parts in self.parts) else 1
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         parts = self.choose(sample.shape, sample.element_size())
@@ -111,9 +112,12 @@ class TwoPass(InPieces):
         split = parts.split
         windows = self._windows(plane, split)
         height, width = plane.shape[-2:]
-        bar_length = self.passes * (len(windows) + 1)
+        shared = _group_norms(parts)
+        bar_length = self.passes * (len(windows) + 1) if shared else len(windows)
         with weights_held(self.model.modules()), PatchStack() as stack, self._progress(bar_length) as bar:
-            norms = _share_group_norms(stack, parts)
+            norms = [SharedGroupNorm(norm) for norm in shared]
+            for module, technique in zip(shared, norms, strict=True):
+                stack.wrap(module, "forward", technique, f"{parts.paths[module]}.forward")
 
             def counted(given: torch.Tensor) -> torch.Tensor:
                 result = run(given)
@@ -144,24 +148,20 @@ class TwoPass(InPieces):
                 shape = (*result.shape[:2], int(split.scale * height), int(split.scale * width))
                 return walk.empty(result, shape) if parts.after else result.new_empty(shape)
 
-            run_sample()
-            for _ in range(self.passes - 1):
-                collect(windows, record)
+            if norms:
                 run_sample()
+                for _ in range(self.passes - 1):
+                    collect(windows, record)
+                    run_sample()
             for norm in norms:
                 norm.apply()
             return assemble(windows, apply, place, empty)  # type: ignore[no-any-return]
 
 
-def _share_group_norms(stack: PatchStack, parts: Parts) -> list[SharedGroupNorm]:
-    """Puts shared statistics in the group norms of the tiled stages."""
-    shared = []
-    for stage in parts.tiled:
-        for module in stage.modules():
-            if isinstance(module, nn.GroupNorm):
-                shared.append(SharedGroupNorm(module))
-                stack.wrap(module, "forward", shared[-1], f"{parts.paths[module]}.forward")
-    return shared
+def _group_norms(parts: Parts) -> list[nn.GroupNorm]:
+    """Those of the tiled stages."""
+    modules = (module for stage in parts.tiled for module in stage.modules())
+    return [module for module in modules if isinstance(module, nn.GroupNorm)]
 
 
 def _read(plane: torch.Tensor, outer: Tile) -> torch.Tensor:

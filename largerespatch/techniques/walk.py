@@ -60,16 +60,24 @@ class Walk(Strips):
         rows, wrap: see `Strips`.
         host: where maps live; None: on the device.
         passing: whether maps may be written over by their reader.
-        finest: height of maps so large that recomputing them is better than keeping them; None: there are none.
+        finest: height of the largest maps, where these may be computed anew rather than kept; None: they may not.
+        recompute: whether to do so at the cost of time.
     """
 
     def __init__(
-        self, rows: int, wrap: bool, host: Host | None = None, passing: bool = True, finest: int | None = None
+        self,
+        rows: int,
+        wrap: bool,
+        host: Host | None = None,
+        passing: bool = True,
+        finest: int | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__(rows, wrap)
         self.host = host
         self.passing = passing
         self.finest = finest
+        self.recompute = recompute
         self.spare: StoredMap | None = None
 
     def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -100,17 +108,23 @@ class WalkedResnet(StripResnet):
     """The output takes the input's memory where it fits; the map between the convolutions is then spare.
 
     A block that at least halves its channels needs no more than its input: shortcut and middle map fit into it. On a
-    map of the finest level the middle map is not kept where it would be a second one; it is computed twice.
+    map of the finest level the middle map is not kept where it would be a second one, if that is wanted or the block is
+    a `tight` one: of a model whose peak it would be. It is computed twice.
     """
 
     strips: Walk
+
+    def __init__(self, module: Any, strips: Walk, tight: bool = False) -> None:
+        super().__init__(module, strips)
+        self.tight = tight
+        self.saves_if_recomputed = not tight  # else it does so anyway
 
     def run(self, source: torch.Tensor, time: Time) -> torch.Tensor:
         walk, shape, shortcut = self.strips, self.output_shape(source), self.module.conv_shortcut
         if not isinstance(source, StoredMap) or not source.passing:
             middle, source = walk.reuse(source, shape), walk.taken(source)
             return self.second_half(middle, self.first_half(source, middle, time), source, middle, time)
-        if shortcut is None and source.shape[-2] == walk.finest:
+        if shortcut is None and source.shape[-2] == walk.finest and (walk.recompute or self.tight):
             return self._at_once(walk.taken(source), time)
         if shortcut is not None and 2 * shape[1] <= source.shape[1] and not source.away:
             return self._within(walk.taken(source).whole(), time)  # type: ignore[attr-defined]
@@ -156,7 +170,11 @@ class WalkedResnet(StripResnet):
 
 
 class WalkedResample(StripResample):
-    """Its input is gone when it is done, and what lies around that before, where the output is of another size."""
+    """Its input is gone when it is done, and what lies around that before, where the output is of another size.
+
+    For any module whose output cells depend on near cells of its input alone, and which makes maps of them so many
+    times as large. Where the output fits into its input, it is written there.
+    """
 
     strips: Walk
 
@@ -164,16 +182,21 @@ class WalkedResample(StripResample):
         source = self.strips.taken(source) if self.scale == 1 else self.strips.compact(source)
         return super().run(original, source, *args, **kwargs)
 
+    def output(self, source: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        fits = isinstance(source, StoredMap) and source.passing and (source.shape, source.dtype) == (shape, like.dtype)
+        return source if fits else super().output(source, like, shape)
+
 
 class WalkedUpsample(StripUpsample):
-    """Where its output belongs to the finest level, it is computed where the next module reads it."""
+    """Where its output belongs to the finest level, it is computed where the next module reads it, if so wanted."""
 
     strips: Walk
+    saves_if_recomputed = True
 
     def run(self, original: Forward, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         walk, (batch, _, height, width) = self.strips, source.shape
         source = walk.compact(source)
-        if 2 * height != walk.finest:
+        if 2 * height != walk.finest or not walk.recompute:
             return super().run(original, source, *args, **kwargs)
 
         def compute(runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
