@@ -61,23 +61,36 @@ class HunyuanImage(KL):
     def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
         for place, module in half.named_modules(prefix=path):
             if type(module).__name__ == ATTENTION:
-                asked = _asked(module)
+                technique, says = BlockedAttention(_asked(module), blocking_of(options), StepNote(), 0), ""
                 if options.vae_attn == "blocked":
-                    blocked = BlockedAttention(asked, blocking_of(options), StepNote(), 0)
-                    technique, says = TokenAttention(module, blocked), "its attention in blocks"
+                    says = "its attention in blocks"
                 else:
-                    technique, says = TokenAttention(module, ChunkedAttention(asked)), ""
-                yield Site(module, place, Order.IN_BLOCKS, technique, says=says)
+                    technique = ChunkedAttention(_asked(module))
+                of_tile = options.vae_chunk_size_y * options.vae_chunk_size_x
+                yield Site(module, place, Order.IN_BLOCKS, TokenAttention(module, technique, of_tile), says=says)
 
     def factor(self, model: Any) -> int:
         return int(model.config.spatial_compression_ratio)
+
+
+class Resnet(WalkedResnet):
+    """For a residual block that has no time to embed, drops out nothing and divides by nothing."""
+
+    def __init__(self, module: Any, walk: Walk) -> None:
+        layers = {name: getattr(module, name) for name in ("norm1", "conv1", "norm2", "conv2", "nonlinearity")}
+        others = {"dropout": nn.Identity(), "conv_shortcut": None, "time_emb_proj": None, "output_scale_factor": 1.0}
+        sizes = {"out_channels": module.out_channels, "parameters": module.parameters}
+        super().__init__(SimpleNamespace(**layers, **others, **sizes), walk, tight=True)
+
+    def __call__(self, original: Forward, input_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().__call__(lambda given, time: original(given), input_tensor)
 
 
 @register_way
 def _of_hunyuan_image(module: Any, walk: Walk) -> Any:
     match type(module).__name__:
         case "HunyuanImageResnetBlock" if module.conv_shortcut is None:
-            return WalkedResnet(_as_resnet(module), walk, tight=True)
+            return Resnet(module, walk)
         case "HunyuanImageUpsample":
             return WalkedResample(walk, Fraction(2), halo=reach(module.conv))
         case "HunyuanImageDownsample":
@@ -85,23 +98,6 @@ def _of_hunyuan_image(module: Any, walk: Walk) -> Any:
         case "HunyuanImageAttentionBlock":
             return WalkedWhole(walk)
     return None
-
-
-def _as_resnet(module: Any) -> Any:
-    """A residual block as strips know them: it has no time to embed, drops out nothing and divides by nothing."""
-    return SimpleNamespace(
-        norm1=module.norm1,
-        conv1=module.conv1,
-        norm2=module.norm2,
-        conv2=module.conv2,
-        nonlinearity=module.nonlinearity,
-        dropout=nn.Identity(),
-        conv_shortcut=None,
-        out_channels=module.out_channels,
-        output_scale_factor=1.0,
-        time_emb_proj=None,
-        parameters=module.parameters,
-    )
 
 
 @register_scaling
@@ -163,42 +159,48 @@ def _asked(module: Any) -> Any:
 
 
 class TokenAttention:
-    """Puts attention in blocks or chunks, which is given tokens, into an attention that is given maps."""
+    """Puts attention in blocks or chunks, which is given tokens, into an attention that is given maps.
 
-    def __init__(self, module: Any, technique: BlockedAttention) -> None:
+    torch's kernels for attention want heads. Without them it holds the scores of all tokens for all others, so maps of
+    over `least` cells get one head where they are attended whole.
+    """
+
+    def __init__(self, module: Any, technique: BlockedAttention, least: int) -> None:
         self.module = module
         self.technique = technique
+        self.least = least
 
     def applies(self, hidden_states: torch.Tensor) -> bool:
-        return self.technique.applies(hidden_states)
+        return hidden_states.shape[-2:].numel() > self.least or self.technique.applies(hidden_states)
 
     def __call__(self, original: Forward, hidden_states: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.technique(partial(self._attend, original), hidden_states)
-        return result
+        if self.technique.applies(hidden_states):
+            result: torch.Tensor = self.technique(partial(self._attend, original), hidden_states)
+            return result
+        with OneHead():
+            return original(hidden_states)
 
     def _attend(
         self, original: Forward, tokens: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None
     ) -> torch.Tensor:
         """What the original makes of `tokens`, with keys and values of other tokens, which are normalized already."""
-        if encoder_hidden_states is None:
+        others = None if encoder_hidden_states is None else _column(encoder_hidden_states)
+        given = () if others is None else (_tokens(self.module.to_k(others)), _tokens(self.module.to_v(others)))
+        with OneHead(*given):
             return _tokens(original(_column(tokens)))
-        others = _column(encoder_hidden_states)
-        with GivenKeys(_tokens(self.module.to_k(others)), _tokens(self.module.to_v(others))):
-            return _tokens(original(_column(tokens)))
 
 
-class GivenKeys(TorchFunctionMode):
-    """Makes ``F.scaled_dot_product_attention`` of one head attend to the given keys and values ``[B, K, C]``."""
+class OneHead(TorchFunctionMode):
+    """Gives ``F.scaled_dot_product_attention`` of tokens ``[B, N, C]`` a head, and other keys and values if given."""
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+    def __init__(self, *others: torch.Tensor) -> None:
         super().__init__()
-        self.key = key
-        self.value = value
+        self.others = others
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        heads = (tokens[:, None] for tokens in (args[0], self.key, self.value))  # as those who add weights know them
-        return func(*heads, **(kwargs or {}))[:, 0]
+        given = (args[0], *(self.others or args[1:]))
+        return func(*(tokens[:, None] for tokens in given), **(kwargs or {}))[:, 0]
