@@ -25,6 +25,7 @@ class KL(AnyAutoencoder):
 
     rank = 0
     known = True
+    reflected = 2  # cells that the smallest map must have for that
 
     def matches(self, model: nn.Module) -> bool:
         encoder, decoder = (getattr(model, half, None) for half in HALVES)
@@ -57,8 +58,8 @@ class KL(AnyAutoencoder):
             in_pieces = TwoPass(half, path, self.splits(half, encodes), cutting, options.vae_passes, host)
         yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options, in_pieces))
         scale = 1 if encodes else self.factor(model)
-        least = 2 * self.factor(model) // scale
-        yield from reflection_sites(half, path, options.padding_mode, least, scale)
+        least = self.reflected * self.factor(model) // scale
+        yield from reflection_sites(half, path, options.padding_mode, least, scale, self.reflected)
         yield from self.attention(half, path, options)
 
     def splits(self, half: Any, encodes: bool) -> list[Split]:

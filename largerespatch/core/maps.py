@@ -1,5 +1,6 @@
 """The kinds of maps: `StoredMap` has its memory on its device or on the host, `JoinedMap` is several maps side by side,
-`ComputedMap` is computed anew whenever it is read; and what can be done to them without bringing them to their device.
+`ComputedMap` is computed anew whenever it is read, `TurnedMap` has its channels last; and what can be done to them
+without bringing them to their device.
 
 Rows are read, sums and products formed run by run; they live where their terms do. Exact.
 """
@@ -8,12 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from .hosts import Host, HostRows
 from .pieces import assemble
 from .planes import OPERATIONS, Map, copy, fetch, whole
 from .tilings import Run, Tile
 
+_TENSOR: Any = torch.Tensor
 _PASSED_ON = "this map was passed on: the module that read it has written over it"
 
 
@@ -188,6 +191,44 @@ class ComputedMap(Map):
         return self.compute(runs)
 
 
+class TurnedMap(Map):
+    """A map with its channels last, ``[B, H, W, C]``, as norms over them want it. Turned back it is the same map.
+
+    All else is done to the whole of it.
+    """
+
+    host = None
+
+    def __init__(self, shape: Sequence[int], like: torch.Tensor, turned: Map) -> None:
+        self.turned = turned
+
+    @classmethod
+    def of(cls, plane: Map) -> "TurnedMap":
+        batch, channels, height, width = plane.shape
+        return cls((batch, height, width, channels), plane, plane)
+
+    @property
+    def away(self) -> bool:
+        return False
+
+    def whole(self) -> torch.Tensor:
+        return self.turned.whole().movedim(1, -1)
+
+    def fetch(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
+        return fetch(self.whole(), runs)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _TENSOR.movedim and args[1:] == (-1, 1):
+            return args[0].turned
+        if func in OPERATIONS:  # they know channels where they are first
+            args, kwargs = tree_map_only(TurnedMap, whole, (args, kwargs or {}))
+            return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def taken(plane: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """All of a tensor or map, on the device, and whether its reader may write over it."""
     match plane:
@@ -251,6 +292,11 @@ def _combine(func: Callable[..., torch.Tensor], *terms: Any, **others: object) -
     )
 
 
+def _turn(func: object, plane: Map, *axes: Any, **named: Any) -> Any:
+    """``map.movedim(1, -1)``"""
+    return TurnedMap.of(plane) if axes == (1, -1) and not named else NotImplemented
+
+
 def _make_like(func: Callable[..., torch.Tensor], plane: Map, *args: Any, **kwargs: Any) -> torch.Tensor:
     return func(torch.empty(0, dtype=plane.dtype, device=plane.device), *args, **kwargs)
 
@@ -263,11 +309,11 @@ def _move(func: object, plane: Map, *args: Any, **kwargs: Any) -> Any:
     return plane if same else NotImplemented
 
 
-_TENSOR: Any = torch.Tensor
 OPERATIONS |= {
     _TENSOR.__getitem__: _index,
     _TENSOR.__setitem__: _put,
     _TENSOR.to: _move,
+    _TENSOR.movedim: _turn,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenate),
     **dict.fromkeys((_TENSOR.new_empty, _TENSOR.new_zeros, _TENSOR.new_full, _TENSOR.new_ones), _make_like),
     **dict.fromkeys((torch.add, _TENSOR.add, _TENSOR.__add__, _TENSOR.__radd__), _combine),
