@@ -121,7 +121,7 @@ def test_sums_of_few_cells_are_those_of_the_whole_map():
 def test_what_is_too_small_to_reflect_is_refused(half, size):
     x = torch.zeros(1, 3 if half == "encode" else 4, *size)
     model = vae()
-    with patched(model, padding_mode="reflect"), pytest.raises(ValueError, match="24 sample.*three cells.*got 40x16"):
+    with patched(model, padding_mode="reflect"), pytest.raises(ValueError, match=r"24 sample.*three cells.*got 40x16"):
         HALVES[half](model, x)
 
 

@@ -11,6 +11,7 @@ import tiny
 from halves import BOTH, HALVES, INPUTS, Bar
 from largerespatch.autoencoders.any import AnyAutoencoder
 from largerespatch.autoencoders.kl import KL
+from largerespatch.autoencoders.vq import VQ
 from largerespatch.core.families import families_in, family_of, install
 from largerespatch.core.patching import PatchStack
 from largerespatch.options import Options
@@ -42,8 +43,6 @@ OTHERS = {
     "a decoder of films": lambda: AutoencoderKLTemporalDecoder(
         down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(32, 32), layers_per_block=1, sample_size=64
     ),
-    "norms that look at the latent": tiny.movq,
-    "such norms alone": lambda: VQModel(**DOWN, **UP, block_out_channels=(32,) * 4, norm_type="spatial"),
 }
 
 
@@ -103,6 +102,11 @@ def test_two_passes_come_close_and_more_closer(kind, half):
         assert Bar.last.updates == Bar.last.total
     assert 0 < errors[0] < 0.15
     assert errors[1] < errors[0] / 2
+
+
+@pytest.mark.parametrize("model", [tiny.movq, lambda: VQModel(**DOWN, **UP, block_out_channels=(32,) * 4)])
+def test_those_with_a_codebook_are_not_of_this_family(model):
+    assert type(family_of(model())) is VQ
 
 
 @pytest.mark.parametrize("kind", KIN)

@@ -32,7 +32,8 @@ class KL(AnyAutoencoder):
         return type(encoder).__name__ == "Encoder" and type(decoder).__name__ == "Decoder" and _is_known(model)
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
-        yield Site(model, name, Order.IN_STAGES, False, "use_tiling")  # upstream's own, which blends tiles
+        if hasattr(model, "use_tiling"):  # upstream's own, which blends tiles
+            yield Site(model, name, Order.IN_STAGES, False, "use_tiling")
         if in_turns := getattr(model, "use_slicing", False):  # upstream's would mix results on device and host
             yield Site(model, name, Order.IN_STAGES, False, "use_slicing")
         for half in HALVES:

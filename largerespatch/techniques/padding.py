@@ -28,9 +28,9 @@ class AsymmetricPadding:
 
 
 class Reflectable:
-    """Takes the place of the ``forward`` of a model whose convolutions reflect: a map needs two cells for that, or more.
+    """Takes the place of the ``forward`` of a model whose convolutions reflect: a map needs some `cells` for that.
 
-    `least` counts cells of the model's input, `scale` sample pixels to such a cell, and `cells` those of the smallest map.
+    `least` counts cells of the model's input, and `scale` sample pixels to such a cell.
     """
 
     def __init__(self, least: int, scale: int, cells: int = 2) -> None:

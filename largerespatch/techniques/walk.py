@@ -9,6 +9,7 @@ more memory: what a hook holds stays right.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from ..core.pieces import assemble, collect
 from ..core.planes import Map, fetch
 from ..core.statistics import GivenStatistics, pool, record
 from ..core.tilings import Tile
+from .alike import piece
 from .strips import (
     Block,
     Forward,
@@ -148,18 +150,19 @@ class WalkedResnet(StripResnet):
     def _at_once(self, plane: torch.Tensor, time: Time) -> torch.Tensor:
         """The block in place: the middle map is computed once for its statistics and once more to be used."""
         module, walk = self.module, self.strips
-        outer = walk.statistics(plane, module.norm1.num_groups)
+        outer = walk.statistics(plane, self.groups(module.norm1))
         cuts, recorded = walk.cut(plane), []
 
         def note(strip: Tile, given: Block) -> None:
             above, block = given
-            middle = self.conv1(block, outer, time)[:, :, above : above + strip.height]
-            recorded.append(record(middle, module.norm2.num_groups))
+            middle = self.conv1(block, outer, time, strip.top - above)[:, :, above : above + strip.height]
+            recorded.append(record(middle, self.groups(module.norm2)))
 
         def compute(strip: Tile, given: Block) -> torch.Tensor:
             above, block = given
             # The outermost rows saw padding in place of their neighbours, but no row of the strip's own sees them.
-            result = self.conv2(self.conv1(block, outer, time), inner, time)
+            top = strip.top - above
+            result = self.conv2(self.conv1(block, outer, time, top), inner, time, top)
             own = slice(above, above + strip.height)
             return (block[:, :, own] + result[:, :, own]) / module.output_scale_factor  # type: ignore[no-any-return]
 
@@ -226,9 +229,7 @@ class WalkedPointwise:
         statistics = None if groups is None else walk.statistics(hidden_states, groups)
 
         def compute(strip: Tile, block: torch.Tensor) -> torch.Tensor:
-            if statistics is None:
-                return original(block)
-            with GivenStatistics(statistics):
+            with piece([strip], strip.width), nullcontext() if statistics is None else GivenStatistics(statistics):
                 return original(block)
 
         plane = walk.taken(hidden_states)
