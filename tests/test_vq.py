@@ -116,7 +116,7 @@ def test_passes_come_close_and_as_many_as_there_are_norms_are_exact(half, kind, 
     for passes in (2, 14):
         with patched(model, vae_passes=passes, padding_mode=padding):
             errors.append(error(cut_up(lambda: run(model, x)), expected))
-    assert errors[0] < 0.7  # random weights exaggerate
+    assert errors[0] < 1  # random weights exaggerate
     assert errors[1] < 1e-4
 
 
