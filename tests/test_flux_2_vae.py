@@ -1,4 +1,4 @@
-"""Flux 2's autoencoder: `AutoencoderKL`'s encoder and decoder. The batch norm over packed latents is outside of them."""
+"""Flux 2's autoencoder: `AutoencoderKL`'s encoder and decoder. The batch norm over packed latents is outside of it."""
 
 import pytest
 import torch
