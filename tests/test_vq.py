@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import VQModel
+from diffusers.models.attention_processor import Attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ from largerespatch.autoencoders.vq import VQ
 from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
 from largerespatch.core.tilings import Tile
+from largerespatch.techniques import attention
 from largerespatch.techniques.alike import looking_there, piece
 
 MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])
@@ -118,6 +120,37 @@ def test_passes_come_close_and_as_many_as_there_are_norms_are_exact(half, kind, 
             errors.append(error(cut_up(lambda: run(model, x)), expected))
     assert errors[0] < 1  # random weights exaggerate
     assert errors[1] < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_in_chunks_of_queries_is_exact(monkeypatch, kind):
+    model, z, chunks = vae(kind), latent(2, 24, 20), []
+    expected = HALVES["decode"](model, z)
+    monkeypatch.setattr(attention, "QUERIES", 50)
+    cut = attention.ChunkedAttention._cut
+    monkeypatch.setattr(
+        attention.ChunkedAttention, "_cut", lambda self, *size: chunks.append(cut(self, *size)) or chunks[-1]
+    )
+    with patched(model, vae_mode="exact"):
+        assert error(HALVES["decode"](model, z), expected) < 1e-4
+    attentions = sum(isinstance(module, Attention) for module in model.decoder.modules())
+    assert len(chunks) == attentions > 2
+    assert all(len(each) == 12 for each in chunks[:3])  # two rows of 20 each
+
+
+def test_attention_in_blocks_sees_more_by_its_context():
+    model, z = vae(), latent(2, 24, 20)
+    for name, parameter in model.named_parameters():
+        if ".to_q.weight" in name or ".to_k.weight" in name:
+            parameter *= 3  # some tokens matter more than others
+    expected, errors = HALVES["decode"](model, z), []
+    blocks = {"vae_mode": "exact", "vae_attn": "blocked", "attn_slice_x": 8, "attn_slice_y": 8, "attn_full_tokens": 64}
+    assert "its attention in blocks" in told(model, **blocks)
+    for context in (0, 4 * 480):
+        with patched(model, **blocks, attn_context=context):
+            errors.append(error(HALVES["decode"](model, z), expected))
+    assert errors[0] > 1e-3
+    assert errors[1] < 1e-4  # all tokens
 
 
 @BOTH

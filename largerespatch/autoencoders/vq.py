@@ -11,9 +11,13 @@ from diffusers.models.resnet import ResnetBlockCondNorm2D
 from torch import nn
 
 from ..core.families import Order, Site, register
+from ..core.patching import PatchStack
+from ..core.planes import whole
 from ..core.statistics import GivenStatistics, GroupStatistics
 from ..core.tilings import Tile
 from ..techniques.alike import looking_there, piece
+from ..techniques.attention import BlockedAttention, ChunkedAttention, blocking_of
+from ..techniques.notes import StepNote
 from ..techniques.stages import Split, decoder_splits, encoder_splits
 from ..techniques.strips import Forward, TimeTerms, bare
 from ..techniques.walk import CONTAINERS, Walk, WalkedPointwise, WalkedResnet, register_way
@@ -27,6 +31,7 @@ LEANS_ON = (
     "diffusers.models.unets.unet_2d_blocks.AttnDownEncoderBlock2D.forward",
     "diffusers.models.attention_processor.SpatialNorm.forward",
     "diffusers.models.autoencoders.vae.Decoder.forward",
+    "diffusers.models.attention_processor.AttnProcessor2_0.__call__",
 )
 
 CONTAINERS |= {"AttnUpDecoderBlock2D", "AttnDownEncoderBlock2D"}
@@ -55,9 +60,17 @@ class VQ(KL):
 
     def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
         yield from super().attention(half, path, options)
-        for place, module in half.named_modules(prefix=path):
+        for layer, (place, module) in enumerate(half.named_modules(prefix=path)):
             if isinstance(module, SpatialNorm):
                 yield Site(module, place, Order.IN_BLOCKS, looking_there)
+            elif getattr(module, "spatial_norm", None) is not None:
+                if options.vae_attn == "blocked":
+                    technique = LookingAttention(
+                        module, BlockedAttention(module, blocking_of(options), StepNote(), layer)
+                    )
+                    yield Site(module, place, Order.IN_BLOCKS, technique, says="its attention in blocks")
+                else:
+                    yield Site(module, place, Order.IN_BLOCKS, LookingAttention(module, ChunkedAttention(module)))
 
 
 def _attends(module: nn.Module) -> bool:
@@ -104,6 +117,26 @@ class LookingNorm(WalkedPointwise):
 
     def __call__(self, original: Forward, hidden_states: torch.Tensor, *latent: torch.Tensor) -> torch.Tensor:
         return super().__call__(lambda given: original(given, *latent), hidden_states)
+
+
+class LookingAttention:
+    """Puts attention in blocks or chunks into one whose norm looks at the latent: the whole map is normalized first."""
+
+    def __init__(self, module: Any, technique: BlockedAttention) -> None:
+        self.module = module
+        self.technique = technique
+
+    def applies(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> bool:
+        return self.technique.applies(hidden_states)
+
+    def __call__(self, original: Forward, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        plane = whole(hidden_states)
+        normalized = self.module.spatial_norm(plane, temb)
+        with PatchStack() as stack:
+            for name, value in (("spatial_norm", None), ("residual_connection", False)):
+                stack.set(self.module, name, value, name)
+            result: torch.Tensor = self.technique(original, normalized)
+        return result + plane / self.module.rescale_output_factor if self.module.residual_connection else result
 
 
 @register_way
