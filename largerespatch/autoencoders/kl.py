@@ -52,16 +52,20 @@ class KL(AnyAutoencoder):
             in_turns=in_turns,
         )
         host = Host() if options.vae_offload else None
-        in_pieces: Exact | TwoPass
-        if options.vae_mode == "exact":
-            in_pieces = Exact(half, path, cutting, options.vae_recompute, host)
-        else:
-            in_pieces = TwoPass(half, path, self.splits(half, encodes), cutting, options.vae_passes, host)
+        in_pieces = self.in_pieces(half, path, encodes, cutting, host, options)
         yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options, in_pieces))
         scale = 1 if encodes else self.factor(model)
         least = self.reflected * self.factor(model) // scale
         yield from reflection_sites(half, path, options.padding_mode, least, scale, self.reflected)
         yield from self.attention(half, path, options)
+
+    def in_pieces(
+        self, half: Any, path: str, encodes: bool, cutting: Cutting, host: Host | None, options: Any
+    ) -> Exact | TwoPass:
+        """What takes the place of an encoder's or decoder's ``forward``."""
+        if options.vae_mode == "exact":
+            return Exact(half, path, cutting, options.vae_recompute, host)
+        return TwoPass(half, path, self.splits(half, encodes), cutting, options.vae_passes, host)
 
     def splits(self, half: Any, encodes: bool) -> list[Split]:
         """What of it may run in tiles, best first."""

@@ -134,16 +134,24 @@ class Exact(InPieces):
             upsampler's is computed three times and the one between two convolutions twice, strip by strip. Not so
             where a user's hook may keep what it is given. Weights that come to the device for that upsampler, or the
             block that it is in, then stay to the end.
+        unused: a child that is not called.
 
     Raises:
         ValueError: `model` holds a module that cannot be run strip by strip.
     """
 
     def __init__(
-        self, model: nn.Module, path: str, cutting: Cutting, recompute: bool = False, host: Host | None = None
+        self,
+        model: nn.Module,
+        path: str,
+        cutting: Cutting,
+        recompute: bool = False,
+        host: Host | None = None,
+        unused: nn.Module | None = None,
     ) -> None:
         super().__init__(model, path, cutting, host)
-        self.steps = dict(steps(model, path))
+        left_out = set() if unused is None else set(unused.modules())
+        self.steps = {place: module for place, module in steps(model, path) if module not in left_out}
         # An error now rather than in the call.
         ways = {place: walked(module, place, Walk(1, False)) for place, module in self.steps.items()}
         upsamplers = [place for place, way in ways.items() if isinstance(way, WalkedUpsample)]
