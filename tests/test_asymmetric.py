@@ -92,7 +92,7 @@ def test_all_is_cut_up_and_a_picture_is_seen_exactly_in_either_mode(monkeypatch,
     expected = run(model, x)
     with patched(model, vae_mode=mode, vae_offload=True):
         found = error(cut_up(lambda: run(model, x)), expected)
-    assert found < (1e-4 if mode == "exact" or which == "shown" else 0.5)
+    assert found < (1e-4 if mode == "exact" or which == "shown" else 0.8)
     assert Bar.last.title == ("VAE encoder" if which == "encode" else "VAE decoder")
 
 
@@ -119,7 +119,7 @@ def test_in_half_precision_it_is_no_further_from_float32_than_untiled(which, dty
         assert error(cut_up(lambda: run(model, x.to(dtype))), reference) < 1.1 * untiled
 
 
-@pytest.mark.parametrize(("which", "most"), [("plain", 0.5), ("shown", 0.8)])
+@pytest.mark.parametrize(("which", "most"), [("plain", 0.5), ("shown", 0.55)])
 def test_it_takes_less_memory(which, most):
     model, z = vae(), latent(1, 64, 64)
     untiled = live(lambda: RUNS[which](model, z))

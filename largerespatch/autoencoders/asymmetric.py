@@ -1,7 +1,6 @@
 """`AsymmetricAutoencoderKL` (inpainting): a larger decoder, which may be shown the picture around a mask.
 
-What it makes of that picture joins its maps whole, level by level, so with a picture to see it is exact in either mode
-and takes more memory than without.
+What it makes of that picture joins its maps level by level, so with a picture to see it is exact in either mode.
 """
 
 from fractions import Fraction
@@ -13,7 +12,7 @@ from torch import nn
 from ..core.calls import new_like, takes
 from ..core.families import register
 from ..core.hosts import Host
-from ..techniques.halves import Cutting, Exact
+from ..techniques.halves import Cutting, Exact, InPieces
 from ..techniques.strips import Forward, reach
 from ..techniques.two_pass import TwoPass
 from ..techniques.walk import CONTAINERS, Walk, WalkedResample, register_way
@@ -41,10 +40,13 @@ class Asymmetric(KL):
     ) -> Exact | TwoPass:
         if encodes:
             return super().in_pieces(half, path, encodes, cutting, host, options)
-        shown = Exact(half, path, cutting, options.vae_recompute, host)
+        unshown: ExactOrShown | TwoPassOrShown
         if options.vae_mode == "exact":
-            return ExactUnlessShown(shown, half, path, cutting, options.vae_recompute, host, half.condition_encoder)
-        return TwoPassUnlessShown(shown, half, path, self.splits(half, encodes), cutting, options.vae_passes, host)
+            unshown = ExactOrShown(half, path, cutting, options.vae_recompute, host, half.condition_encoder)
+        else:
+            unshown = TwoPassOrShown(half, path, self.splits(half, encodes), cutting, options.vae_passes, host)
+        unshown.shown = Exact(half, path, cutting, options.vae_recompute, host)
+        return unshown
 
     def call(self, stage: str, model: Any, pipe: Any, height: int, width: int) -> None:
         if stage == "encode" or "mask_image" not in takes(type(pipe).__call__):
@@ -55,32 +57,24 @@ class Asymmetric(KL):
         pipe.image_processor.postprocess(image, output_type="pt")
 
 
-class UnlessShown:
+class Shown(InPieces):
     """Takes the place of the decoder's ``forward``: other pieces where it is shown a picture and a mask."""
 
-    def __init__(self, shown: Exact, *args: Any) -> None:
-        super().__init__(*args)
-        self.shown = shown
+    shown: Exact
 
     def __call__(
-        self,
-        original: Forward,
-        sample: torch.Tensor,
-        image: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        *others: Any,
+        self, original: Forward, sample: torch.Tensor, image: Any = None, mask: Any = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        if image is None or mask is None:
-            return super().__call__(original, sample, image, mask, *others)  # type: ignore[misc,no-any-return]
-        return self.shown(original, sample, image, mask, *others)
+        run = super().__call__ if image is None or mask is None else self.shown
+        return run(original, sample, image, mask, *args, **kwargs)
 
 
-class ExactUnlessShown(UnlessShown, Exact):
-    """Exact in any case."""
+class ExactOrShown(Shown, Exact):
+    """Exact in either case."""
 
 
-class TwoPassUnlessShown(UnlessShown, TwoPass):
-    """In two passes, but where a picture is shown exact."""
+class TwoPassOrShown(Shown, TwoPass):
+    """In two passes, but exact where a picture is shown."""
 
 
 @register_way

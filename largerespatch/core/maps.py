@@ -272,24 +272,36 @@ def _concatenate(func: object, tensors: Sequence[torch.Tensor], dim: int = 0, **
 
 
 def _combine(func: Callable[..., torch.Tensor], *terms: Any, **others: object) -> Any:
-    """A sum or product, elementwise, run by run where one of its terms is away; it then is away, too."""
-    away = [term for term in terms if isinstance(term, Map) and term.away]
+    """A sum or product, elementwise, run by run: in the memory of a term that was passed on, else away as a term is."""
     planes = [term for term in terms if isinstance(term, torch.Tensor) and term.ndim]
-    if others or not away or away[0].host is None or any(term.shape != away[0].shape for term in planes):
+    passed = next((term for term in planes if isinstance(term, StoredMap) and term.passing), None)
+    away = next((term for term in planes if isinstance(term, Map) and term.away), None)
+    first = passed if passed is not None else away
+    if others or first is None or (passed is None and first.host is None) or not _alike(first, planes):
         return NotImplemented
-    first, host = away[0], away[0].host
+    into = None if passed is None else passed.claim()
+    planes = [into if plane is passed and into is not None else plane for plane in planes]
 
     def combined(run: Run, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         given = iter(rows)
         return func(*(next(given) if isinstance(term, torch.Tensor) and term.ndim else term for term in terms))
 
+    host = first.host or Host()
     return assemble(
         host.cuts(first),
         combined,
         place=lambda run: (slice(None), slice(None), slice(*run)),
         make=lambda rows: StoredMap.empty((*rows.shape[:2], *first.shape[2:]), rows, host),
+        into=into,
         read=lambda runs: zip(*(fetch(plane, runs) for plane in planes), strict=True),
     )
+
+
+def _alike(plane: Map, others: Sequence[torch.Tensor]) -> bool:
+    """Whether others are as `plane` is, but for one channel in place of many."""
+    batch, channels, *size = plane.shape
+    shapes = ((batch, channels, *size), (batch, 1, *size))
+    return all(tuple(each.shape) in shapes and each.dtype == plane.dtype for each in others)
 
 
 def _turn(func: object, plane: Map, *axes: Any, **named: Any) -> Any:

@@ -255,7 +255,7 @@ class WalkedWhole:
     def __call__(self, original: Forward, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.walk.spare = None
         result = original(hidden_states, *args, **kwargs)
-        kept = StoredMap.of(result, self.walk.host, self.walk.passing)
+        kept = StoredMap.of(result, self.walk.host, self.walk.passing) if not isinstance(result, StoredMap) else result
         kept.leave()
         return kept
 
