@@ -119,7 +119,7 @@ def test_in_half_precision_it_is_no_further_from_float32_than_untiled(which, dty
         assert error(cut_up(lambda: run(model, x.to(dtype))), reference) < 1.1 * untiled
 
 
-@pytest.mark.parametrize(("which", "most"), [("plain", 0.5), ("shown", 0.55)])
+@pytest.mark.parametrize(("which", "most"), [("plain", 0.5), ("shown", 0.65)])
 def test_it_takes_less_memory(which, most):
     model, z = vae(), latent(1, 64, 64)
     untiled = live(lambda: RUNS[which](model, z))
