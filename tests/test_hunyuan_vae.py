@@ -163,6 +163,15 @@ def test_attention_in_blocks_sees_more_by_its_context(half):
     assert errors[1] < 1e-4  # all tokens
 
 
+def test_attention_to_many_tokens_holds_no_scores_of_all_for_all():
+    model, x = vae(), torch.randn(1, 64, 40, 32)
+    attend = model.decoder.mid_block.attentions[0]
+    scores = 4 * (40 * 32) ** 2
+    assert live(lambda: attend(x)) > scores
+    with patched(model):
+        assert live(lambda: attend(x)) < scores / 2
+
+
 @pytest.mark.parametrize("mode", ["exact", "two-pass"])
 def test_upstreams_tiling_and_slicing_are_off_meanwhile(mode):
     model, z = vae(), latent(2, 24, 20)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderKLFlux2, AutoencoderKLTemporalDecoder, VQModel
+from diffusers import AutoencoderKLFlux2, AutoencoderKLTemporalDecoder, VQModel
 from torch import nn
 
 import tiny
@@ -31,14 +31,6 @@ OTHERS = {
     "attention in an up block": lambda: tiny.vae(up_block_types=("UpDecoderBlock2D",) * 3 + ("AttnUpDecoderBlock2D",)),
     "attention in a down block": lambda: tiny.vae(
         down_block_types=("AttnDownEncoderBlock2D",) + ("DownEncoderBlock2D",) * 3
-    ),
-    "a decoder that sees a mask": lambda: AsymmetricAutoencoderKL(
-        **DOWN,
-        **UP,
-        down_block_out_channels=(8, 8, 16, 16),
-        up_block_out_channels=(8, 8, 16, 16),
-        norm_num_groups=4,
-        sample_size=64,
     ),
     "a decoder of films": lambda: AutoencoderKLTemporalDecoder(
         down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(32, 32), layers_per_block=1, sample_size=64
