@@ -1,12 +1,21 @@
 """Encoders and decoders for tests: what goes in, how they are called, how they are cut."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from torch import nn
 
+from largerespatch.core.families import Order, family_of, install
+from largerespatch.core.patching import PatchStack
+from largerespatch.memory.counting import LiveBytes
+from largerespatch.options import Options
 from largerespatch.techniques.halves import Cutting
+
+CPU = torch.device("cpu")
 
 
 class Bar(nullcontext):
@@ -43,6 +52,71 @@ def latent(batch, height, width, seed=0):
     return nn.functional.interpolate(coarse, (height, width), mode="bicubic") * 2 + fine / 4
 
 
-HALVES = {"encode": lambda vae, x: vae.encode(x).latent_dist.mode(), "decode": lambda vae, x: vae.decode(x).sample}
+def _encoded(encoded):
+    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else next(iter(encoded.values()))
+
+
+HALVES = {"encode": lambda vae, x: _encoded(vae.encode(x)), "decode": lambda vae, x: vae.decode(x).sample}
 INPUTS = {"encode": lambda batch, height, width: picture(batch, 8 * height, 8 * width), "decode": latent}
 BOTH = pytest.mark.parametrize("half", ["encode", "decode"])
+
+
+def sites(model, **options):
+    """Those of its family, for tiles of 10 x 10 latent pixels."""
+    options = {"vae_chunk_size_x": 10, "vae_chunk_size_y": 10} | options
+    pipe = SimpleNamespace(progress_bar=Bar, components={"vae": model})
+    return list(family_of(model).sites(model, "vae", Options(**options), pipe))
+
+
+def told(model, **options):
+    return {site.says for site in sites(model, **options) if site.says}
+
+
+@contextmanager
+def patched(model, **options):
+    with PatchStack() as stack:
+        install(stack, sites(model, **options))
+        yield
+
+
+@contextmanager
+def padded(model, mode):
+    """The convolutions alone pad by that mode; nothing is in pieces."""
+    with PatchStack() as stack:
+        install(stack, [site for site in sites(model, padding_mode=mode) if site.order is Order.PADDED])
+        yield
+
+
+def error(result, expected):
+    """Relative."""
+    return float((result.double() - expected.double()).norm() / expected.double().norm())
+
+
+def live(run):
+    """The most bytes alive at once, beside what is there before."""
+    with LiveBytes("cpu") as count:
+        run()
+    return count.peak
+
+
+def cut_up(run):
+    """What a run gives that has to be in pieces: its progress bar is complete, and longer than one."""
+    Bar.last = None
+    result = run()
+    assert Bar.last.updates == Bar.last.total > 1
+    return result
+
+
+def model_offload(model):
+    accelerate.cpu_offload_with_hook(model, CPU)
+
+
+def sequential_offload(model):
+    accelerate.cpu_offload(model, execution_device=CPU)
+
+
+def leaf_group_offload(model):
+    apply_group_offloading(model, onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+
+
+OFFLOADS = pytest.mark.parametrize("offload", [model_offload, sequential_offload, leaf_group_offload])

@@ -386,3 +386,33 @@ def test_the_device_holds_no_more_than_two_runs_that_come_and_two_that_go(played
         stored.append(outgoing.known[outgoing])
         assert sum(count > watch.host[outgoing] for count in stored) <= 2
     assert len(used) == 11
+
+
+def test_a_map_turned_to_have_its_channels_last_is_itself_when_turned_back():
+    plane = torch.arange(120.0).view(2, 3, 4, 5)
+    stored = StoredMap.of(plane, passing=True)
+    turned = stored.movedim(1, -1)
+    assert turned.shape == (2, 4, 5, 3)
+    assert turned.movedim(-1, 1) is stored
+    assert torch.equal(turned * 2, plane.movedim(1, -1) * 2)
+    assert torch.equal(turned[:, :, 1:3], plane.movedim(1, -1)[:, :, 1:3])
+    assert torch.equal(turned.movedim(-1, 2), plane.movedim(1, -1).movedim(-1, 2))
+    assert torch.equal(torch.cat([turned, turned], dim=1), torch.cat([plane.movedim(1, -1)] * 2, dim=1))
+
+
+def test_sums_and_products_are_formed_in_the_memory_of_a_map_that_was_passed_on():
+    plane, mask = torch.arange(120.0).view(2, 3, 4, 5), torch.rand(2, 1, 4, 5)
+    expected = plane * mask + 2
+    passed = StoredMap.of(plane.clone(), passing=True)
+    memory = passed.whole().data_ptr()
+    result = passed * mask + torch.full_like(plane, 2)
+    assert isinstance(result, StoredMap) and result.whole().data_ptr() == memory
+    assert torch.equal(result + 0, expected)
+    with pytest.raises(RuntimeError, match="passed on"):
+        passed.whole()
+    twice = StoredMap.of(plane.clone(), passing=True)
+    assert torch.equal((twice + twice) + 0, 2 * plane)
+    kept = StoredMap.of(plane.clone())
+    assert torch.equal(kept * mask, plane * mask) and torch.equal(kept + 0, plane)
+    wider = torch.rand(2, 3, 4, 1)  # not cut as the map is
+    assert torch.equal(StoredMap.of(plane.clone(), passing=True) * wider, plane * wider)

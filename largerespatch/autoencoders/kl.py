@@ -25,13 +25,15 @@ class KL(AnyAutoencoder):
 
     rank = 0
     known = True
+    reflected = 2  # cells that the smallest map must have for that
 
     def matches(self, model: nn.Module) -> bool:
         encoder, decoder = (getattr(model, half, None) for half in HALVES)
         return type(encoder).__name__ == "Encoder" and type(decoder).__name__ == "Decoder" and _is_known(model)
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
-        yield Site(model, name, Order.IN_STAGES, False, "use_tiling")  # upstream's own, which blends tiles
+        if hasattr(model, "use_tiling"):  # upstream's own, which blends tiles
+            yield Site(model, name, Order.IN_STAGES, False, "use_tiling")
         if in_turns := getattr(model, "use_slicing", False):  # upstream's would mix results on device and host
             yield Site(model, name, Order.IN_STAGES, False, "use_slicing")
         for half in HALVES:
@@ -51,16 +53,24 @@ class KL(AnyAutoencoder):
             in_turns=in_turns,
         )
         host = Host() if options.vae_offload else None
-        in_pieces: Exact | TwoPass
-        if options.vae_mode == "exact":
-            in_pieces = Exact(half, path, cutting, options.vae_recompute, host)
-        else:
-            in_pieces = TwoPass(half, path, self.splits(half, encodes), cutting, options.vae_passes, host)
+        in_pieces = self.in_pieces(half, path, encodes, cutting, host, options)
         yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options, in_pieces))
         scale = 1 if encodes else self.factor(model)
-        least = 2 * self.factor(model) // scale
-        yield from reflection_sites(half, path, options.padding_mode, least, scale)
+        least = self.reflected * self.factor(model) // scale
+        yield from reflection_sites(half, path, options.padding_mode, least, scale, self.reflected)
         yield from self.attention(half, path, options)
+
+    def in_pieces(
+        self, half: Any, path: str, encodes: bool, cutting: Cutting, host: Host | None, options: Any
+    ) -> Exact | TwoPass:
+        """What takes the place of an encoder's or decoder's ``forward``."""
+        if options.vae_mode == "exact":
+            return Exact(half, path, cutting, options.vae_recompute, host)
+        return TwoPass(half, path, self.splits(half, encodes), cutting, options.vae_passes, host)
+
+    def splits(self, half: Any, encodes: bool) -> list[Split]:
+        """What of it may run in tiles, best first."""
+        return encoder_splits(half) if encodes else decoder_splits(half)
 
     def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
         """The attention of an encoder or decoder to its whole map."""
@@ -74,10 +84,6 @@ class KL(AnyAutoencoder):
     def half(self, model: Any, which: str, name: str) -> tuple[Any, str]:
         """The encoder or decoder, or what of it runs in pieces, and its path."""
         return getattr(model, which), f"{name}.{which}"
-
-    def splits(self, half: Any, encodes: bool) -> list[Split]:
-        """What of it may run in tiles, best first."""
-        return encoder_splits(half) if encodes else decoder_splits(half)
 
     def factor(self, model: Any) -> int:
         return int(2 ** (len(model.config.block_out_channels) - 1))
@@ -102,4 +108,4 @@ def _is_known(model: Any) -> bool:
     """Whether its norms look at groups of the map alone, and attention occurs in the mid blocks only."""
     blocks = [*model.encoder.down_blocks, *model.decoder.up_blocks]
     attends = any(isinstance(module, Attention) for block in blocks for module in block.modules())
-    return not attends and isinstance(model.decoder.conv_norm_out, nn.GroupNorm)
+    return not attends and isinstance(getattr(model.decoder, "conv_norm_out", None), nn.GroupNorm)

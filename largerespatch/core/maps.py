@@ -1,5 +1,6 @@
 """The kinds of maps: `StoredMap` has its memory on its device or on the host, `JoinedMap` is several maps side by side,
-`ComputedMap` is computed anew whenever it is read; and what can be done to them without bringing them to their device.
+`ComputedMap` is computed anew whenever it is read, `TurnedMap` has its channels last; and what can be done to them
+without bringing them to their device.
 
 Rows are read, sums and products formed run by run; they live where their terms do. Exact.
 """
@@ -8,12 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from .hosts import Host, HostRows
 from .pieces import assemble
 from .planes import OPERATIONS, Map, copy, fetch, whole
 from .tilings import Run, Tile
 
+_TENSOR: Any = torch.Tensor
 _PASSED_ON = "this map was passed on: the module that read it has written over it"
 
 
@@ -188,6 +191,44 @@ class ComputedMap(Map):
         return self.compute(runs)
 
 
+class TurnedMap(Map):
+    """A map with its channels last, ``[B, H, W, C]``, as norms over them want it. Turned back it is the same map.
+
+    All else is done to the whole of it.
+    """
+
+    host = None
+
+    def __init__(self, shape: Sequence[int], like: torch.Tensor, turned: Map) -> None:
+        self.turned = turned
+
+    @classmethod
+    def of(cls, plane: Map) -> "TurnedMap":
+        batch, channels, height, width = plane.shape
+        return cls((batch, height, width, channels), plane, plane)
+
+    @property
+    def away(self) -> bool:
+        return False
+
+    def whole(self) -> torch.Tensor:
+        return self.turned.whole().movedim(1, -1)
+
+    def fetch(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
+        return fetch(self.whole(), runs)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _TENSOR.movedim and args[1:] == (-1, 1):
+            return args[0].turned
+        if func in OPERATIONS:  # they know channels where they are first
+            args, kwargs = tree_map_only(TurnedMap, whole, (args, kwargs or {}))
+            return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def taken(plane: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """All of a tensor or map, on the device, and whether its reader may write over it."""
     match plane:
@@ -231,24 +272,41 @@ def _concatenate(func: object, tensors: Sequence[torch.Tensor], dim: int = 0, **
 
 
 def _combine(func: Callable[..., torch.Tensor], *terms: Any, **others: object) -> Any:
-    """A sum or product, elementwise, run by run where one of its terms is away; it then is away, too."""
-    away = [term for term in terms if isinstance(term, Map) and term.away]
+    """A sum or product, elementwise, run by run: in the memory of a term that was passed on, else away as a term is."""
     planes = [term for term in terms if isinstance(term, torch.Tensor) and term.ndim]
-    if others or not away or away[0].host is None or any(term.shape != away[0].shape for term in planes):
+    passed = next((term for term in planes if isinstance(term, StoredMap) and term.passing), None)
+    away = next((term for term in planes if isinstance(term, Map) and term.away), None)
+    first = passed if passed is not None else away
+    if others or first is None or (passed is None and first.host is None) or not _alike(first, planes):
         return NotImplemented
-    first, host = away[0], away[0].host
+    into = None if passed is None else passed.claim()
+    planes = [into if plane is passed and into is not None else plane for plane in planes]
 
     def combined(run: Run, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         given = iter(rows)
         return func(*(next(given) if isinstance(term, torch.Tensor) and term.ndim else term for term in terms))
 
+    host = first.host or Host()
     return assemble(
         host.cuts(first),
         combined,
         place=lambda run: (slice(None), slice(None), slice(*run)),
         make=lambda rows: StoredMap.empty((*rows.shape[:2], *first.shape[2:]), rows, host),
+        into=into,
         read=lambda runs: zip(*(fetch(plane, runs) for plane in planes), strict=True),
     )
+
+
+def _alike(plane: Map, others: Sequence[torch.Tensor]) -> bool:
+    """Whether others are as `plane` is, but for one channel in place of many."""
+    batch, channels, *size = plane.shape
+    shapes = ((batch, channels, *size), (batch, 1, *size))
+    return all(tuple(each.shape) in shapes and each.dtype == plane.dtype for each in others)
+
+
+def _turn(func: object, plane: Map, *axes: Any, **named: Any) -> Any:
+    """``map.movedim(1, -1)``"""
+    return TurnedMap.of(plane) if axes == (1, -1) and not named else NotImplemented
 
 
 def _make_like(func: Callable[..., torch.Tensor], plane: Map, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -263,11 +321,11 @@ def _move(func: object, plane: Map, *args: Any, **kwargs: Any) -> Any:
     return plane if same else NotImplemented
 
 
-_TENSOR: Any = torch.Tensor
 OPERATIONS |= {
     _TENSOR.__getitem__: _index,
     _TENSOR.__setitem__: _put,
     _TENSOR.to: _move,
+    _TENSOR.movedim: _turn,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenate),
     **dict.fromkeys((_TENSOR.new_empty, _TENSOR.new_zeros, _TENSOR.new_full, _TENSOR.new_ones), _make_like),
     **dict.fromkeys((torch.add, _TENSOR.add, _TENSOR.__add__, _TENSOR.__radd__), _combine),

@@ -135,16 +135,24 @@ class Exact(InPieces):
             upsampler's is computed three times and the one between two convolutions twice, strip by strip. Not so
             where a user's hook may keep what it is given. Weights that come to the device for that upsampler, or the
             block that it is in, then stay to the end.
+        unused: a child that is not called.
 
     Raises:
         ValueError: `model` holds a module that cannot be run strip by strip.
     """
 
     def __init__(
-        self, model: nn.Module, path: str, cutting: Cutting, recompute: bool = False, host: Host | None = None
+        self,
+        model: nn.Module,
+        path: str,
+        cutting: Cutting,
+        recompute: bool = False,
+        host: Host | None = None,
+        unused: nn.Module | None = None,
     ) -> None:
         super().__init__(model, path, cutting, host)
-        self.steps = dict(steps(model, path))
+        left_out = set() if unused is None else set(unused.modules())
+        self.steps = {place: module for place, module in steps(model, path) if module not in left_out}
         # An error now rather than in the call.
         ways = {place: walked(module, place, Walk(1, False)) for place, module in self.steps.items()}
         upsamplers = [place for place, way in ways.items() if isinstance(way, WalkedUpsample)]
@@ -162,9 +170,9 @@ class Exact(InPieces):
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         passing = not listeners(self.model)
         # What a hook may keep has to have memory of its own.
-        finest = sample.shape[-2] * 2**self.doublings if self.recompute and passing else None
-        walk = Walk(self.cutting.tile_height, self.cutting.wrap, self.host, passing, finest)
-        late = self.late if finest is not None else []
+        finest = sample.shape[-2] * 2**self.doublings if passing else None
+        walk = Walk(self.cutting.tile_height, self.cutting.wrap, self.host, passing, finest, self.recompute)
+        late = self.late if passing else []
         with weights_held(late), PatchStack() as stack, self._progress(len(self.steps)) as bar:
 
             def counted(technique: Forward) -> Forward:

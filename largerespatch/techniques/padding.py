@@ -39,14 +39,15 @@ class ModePadding:
 
 
 class Reflectable:
-    """Takes the place of the ``forward`` of a model whose convolutions reflect: a map needs two cells for that.
+    """Takes the place of the ``forward`` of a model whose convolutions reflect: a map needs some `cells` for that.
 
     `least` counts cells of the model's input, and `scale` sample pixels to such a cell.
     """
 
-    def __init__(self, least: int, scale: int) -> None:
+    def __init__(self, least: int, scale: int, cells: int = 2) -> None:
         self.least = least
         self.scale = scale
+        self.cells = {2: "two", 3: "three"}.get(cells, cells)
 
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         sample = args[0] if args else next(iter(kwargs.values()))
@@ -54,15 +55,15 @@ class Reflectable:
         if min(height, width) < self.least:
             raise ValueError(
                 f"padding_mode 'reflect' needs an image of at least {self.least * self.scale} sample pixels a side "
-                f"(two cells on the smallest map); got {width * self.scale}x{height * self.scale}"
+                f"({self.cells} cells on the smallest map); got {width * self.scale}x{height * self.scale}"
             )
         return original(*args, **kwargs)
 
 
-def reflection_sites(model: nn.Module, path: str, mode: str, least: int, scale: int) -> Iterator[Site]:
+def reflection_sites(model: nn.Module, path: str, mode: str, least: int, scale: int, cells: int = 2) -> Iterator[Site]:
     """The check of a model's input, where its convolutions are to reflect; see `Reflectable`."""
     if mode == "reflect":
-        yield Site(model, path, Order.CHECKED, Reflectable(least, scale))
+        yield Site(model, path, Order.CHECKED, Reflectable(least, scale, cells))
 
 
 def padding_sites(model: nn.Module, name: str, mode: str) -> Iterator[Site]:

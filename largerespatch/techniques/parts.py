@@ -3,17 +3,12 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from ..core.families import Order, Site
 from ..core.patching import PatchStack
-from .stages import Split
+from .stages import Split, Stage
 from .walk import Walk, can_be_walked, inner_modules, silence, steps, walked
-
-
-def _pass_through(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return hidden_states
 
 
 class Parts:
@@ -21,12 +16,13 @@ class Parts:
 
     Args:
         split: which stages run in tiles.
-        paths: of all modules of the model, for messages.
+        paths: of all modules of the model, itself first, for messages.
     """
 
     def __init__(self, split: Split, paths: Mapping[nn.Module, str]) -> None:
         self.split = split
         self.paths = paths
+        self.model = next(iter(paths))
         self.before = range(split.tiled.start)
         self.after = range(split.tiled.stop, len(split.stages))
 
@@ -56,12 +52,18 @@ class Parts:
         """
         running = self.modules(stages)
         with PatchStack() as stack:
-            for stage in filter(lambda stage: stage not in running, self.modules(range(len(self.split.stages)))):
-                stack.set(stage, "forward", _pass_through, f"{self.paths[stage]}.forward")
-                for kind in ("_forward_hooks", "_forward_pre_hooks"):  # it is called once for each part
-                    silence(stack, {self.paths[stage]: stage}, kind)
+            for i in set(range(len(self.split.stages))) - set(stages):
+                self._leave_out(self.split.stages[i], stack)
             for stage in filter(can_be_walked, running if stages != self.split.tiled else ()):
                 for place, module in steps(stage, self.paths[stage]):
                     Site(module, place, Order.IN_STRIPS, walked(module, place, walk)).install(stack)
             yield
         walk.spare = None
+
+    def _leave_out(self, stage: Stage, stack: PatchStack) -> None:
+        path = self.paths[stage.module]
+        stack.set(stage.module, "forward", stage.skip.forward, f"{path}.forward")
+        for name, value in stage.skip.settings.items():
+            stack.set(self.model, name, value, f"{self.paths[self.model]}.{name}")
+        for kind in ("_forward_hooks", "_forward_pre_hooks"):  # it is called once for each part
+            silence(stack, {path: stage.module}, kind)

@@ -1,11 +1,12 @@
 """What runs whole and what in tiles: the stages of an encoder or decoder, and the reach of their convolutions."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil, prod
 from typing import Any
 
+import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
@@ -24,6 +25,24 @@ LEANS_ON = (
 LAST = ("conv_norm_out", "conv_act", "conv_out")
 
 
+def pass_through(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return hidden_states
+
+
+@dataclass(frozen=True)
+class Skip:
+    """How a stage is left out of its model's forward: what takes the place of its own, and attributes of the model.
+
+    Those matter where the model adds a shortcut around the stage.
+    """
+
+    forward: Callable[..., torch.Tensor] = pass_through
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+PASSED = Skip()
+
+
 @dataclass(frozen=True)
 class Stage:
     """One child of an encoder or decoder, and what its convolutions do to a map.
@@ -36,22 +55,42 @@ class Stage:
     scale: Fraction
     reach: Fraction
     values: Fraction
+    skip: Skip = PASSED
 
 
-def measure(module: nn.Module) -> Stage:
+# What gives by how much a module scales a map before its convolution `conv` and after it; None: it is not of its kind.
+Scaling = Callable[[Any], tuple[int, Fraction] | None]
+
+_SCALINGS: list[Scaling] = []
+
+
+def register_scaling(scaling: Scaling) -> Scaling:
+    """Makes known how modules scale maps beside the strides of their convolutions; to be written over it."""
+    _SCALINGS.append(scaling)
+    return scaling
+
+
+@register_scaling
+def _of_upsampler(module: nn.Module) -> tuple[int, Fraction] | None:
+    return (2, Fraction(1)) if isinstance(module, Upsample2D | nn.Upsample) else None
+
+
+def measure(module: nn.Module, skip: Skip = PASSED) -> Stage:
     """Walk the convolutions of a stage in the order they are registered in, which is the order they run in."""
     scale, reach, values = Fraction(1), Fraction(0), Fraction(0)
+    after: dict[Any, Fraction] = {}
     for child in module.modules():
-        if isinstance(child, Upsample2D | nn.Upsample):
-            scale *= 2
-        elif isinstance(child, nn.Conv2d | nn.Conv3d) and not _over_time(child):
+        if found := next(filter(None, (scaling(child) for scaling in _SCALINGS)), None):
+            scale, after[getattr(child, "conv", None)] = scale * found[0], found[1]
+        if isinstance(child, nn.Conv2d | nn.Conv3d) and not _over_time(child):
             span = child.dilation[-2] * (child.kernel_size[-2] - 1)
             strided = child.stride[-2] > 1
             # Only a convolution without a stride is centred: VAEs pad the others to the right and below.
             reach += Fraction(span, 1 if strided else 2) / scale
             scale /= child.stride[-2]
             values = max(values, child.out_channels * scale**2)
-    return Stage(module, scale, reach, values)
+            scale *= after.get(child, 1)
+    return Stage(module, scale, reach, values, skip)
 
 
 def _over_time(convolution: nn.Conv2d | nn.Conv3d) -> bool:

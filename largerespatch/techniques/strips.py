@@ -171,14 +171,14 @@ class StripResnet:
         Returns the statistics of `middle`.
         """
         module, strips = self.module, self.strips
-        statistics = strips.statistics(source, module.norm1.num_groups)
+        statistics = strips.statistics(source, self.groups(module.norm1))
         recorded = []
 
         def compute(strip: Tile, given: Block) -> Any:
             above, block = given
             own = slice(above, above + strip.height)
-            result = self.conv1(block, statistics, time)[:, :, own]
-            recorded.append(record(result, module.norm2.num_groups))
+            result = self.conv1(block, statistics, time, strip.top - above)[:, :, own]
+            recorded.append(record(result, self.groups(module.norm2)))
             return result if residual is None else (module.conv_shortcut(block[:, :, own]), result)
 
         into = middle if residual is None else (residual, middle)
@@ -201,7 +201,7 @@ class StripResnet:
 
         def compute(strip: Tile, given: tuple[Block, Block]) -> torch.Tensor:
             (above, block), (_, own) = given
-            block = self.conv2(block, statistics, time)[:, :, above : above + strip.height]
+            block = self.conv2(block, statistics, time, strip.top - above)[:, :, above : above + strip.height]
             block = block + (own if shortcut is None else shortcut(own))
             return block / module.output_scale_factor  # type: ignore[no-any-return]
 
@@ -221,16 +221,23 @@ class StripResnet:
         scale, shift = embedding.chunk(2, dim=1)
         return TimeTerms(after=(1 + scale, shift))
 
-    def conv1(self, block: torch.Tensor, statistics: GroupStatistics, time: Time) -> torch.Tensor:
+    def groups(self, norm: Any) -> int:
+        return int(norm.num_groups)
+
+    def normalized(self, norm: Any, block: torch.Tensor, statistics: GroupStatistics, top: int) -> torch.Tensor:
+        """A block whose first row is the map's row `top`: below zero where rows come from the opposite edge."""
         with GivenStatistics(statistics):
-            block = self.module.norm1(block)
+            result: torch.Tensor = norm(block)
+        return result
+
+    def conv1(self, block: torch.Tensor, statistics: GroupStatistics, time: Time, top: int) -> torch.Tensor:
+        block = self.normalized(self.module.norm1, block, statistics, top)
         block = self.module.conv1(self.module.nonlinearity(block))
         before = time().before
         return block if before is None else block + before
 
-    def conv2(self, block: torch.Tensor, statistics: GroupStatistics, time: Time) -> torch.Tensor:
-        with GivenStatistics(statistics):
-            block = self.module.norm2(block)
+    def conv2(self, block: torch.Tensor, statistics: GroupStatistics, time: Time, top: int) -> torch.Tensor:
+        block = self.normalized(self.module.norm2, block, statistics, top)
         if (after := time().after) is not None:
             factor, term = after
             block = block * factor + term

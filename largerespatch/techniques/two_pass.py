@@ -19,6 +19,7 @@ from ..core.pieces import assemble, collect
 from ..core.planes import part
 from ..core.tilings import Each, Run, Tile, Window, scatter, tiles, window
 from ..core.weights import weights_held
+from .alike import piece
 from .halves import Cutting, InPieces, delivered
 from .parts import Parts
 from .shared_norms import SharedGroupNorm
@@ -119,24 +120,25 @@ class TwoPass(InPieces):
             for module, technique in zip(shared, norms, strict=True):
                 stack.wrap(module, "forward", technique, f"{parts.paths[module]}.forward")
 
-            def counted(given: torch.Tensor) -> torch.Tensor:
-                result = run(given)
+            def counted(*tiles: Tile) -> torch.Tensor:
+                with piece(tiles, width):
+                    result = run(_joined([_read(plane, tile) for tile in tiles], dim=0))
                 bar.update()
                 return result
 
             def run_sample() -> None:
-                some = [part(plane, tile) for tile in self._sample(plane, split, windows[0].outer)]
+                some = self._sample(plane, split, windows[0].outer)
                 for norm in norms:
                     norm.sample(len(some))
-                counted(torch.cat(some))
+                counted(*some)
 
             def record(tile_window: Window) -> None:
                 for norm in norms:
                     norm.record(tile_window, tile_window.tile.area / (height * width))
-                counted(_read(plane, tile_window.outer))
+                counted(tile_window.outer)
 
             def apply(tile_window: Window) -> torch.Tensor:
-                result = counted(_read(plane, tile_window.outer))
+                result = counted(tile_window.outer)
                 owned = tile_window.owned(*result.shape[-2:])
                 return result[:, :, owned.rows, owned.columns]
 

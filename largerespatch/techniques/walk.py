@@ -9,6 +9,7 @@ more memory: what a hook holds stays right.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from ..core.pieces import assemble, collect
 from ..core.planes import Map, fetch
 from ..core.statistics import GivenStatistics, pool, record
 from ..core.tilings import Tile
+from .alike import piece
 from .strips import (
     Block,
     Forward,
@@ -60,16 +62,24 @@ class Walk(Strips):
         rows, wrap: see `Strips`.
         host: where maps live; None: on the device.
         passing: whether maps may be written over by their reader.
-        finest: height of maps so large that recomputing them is better than keeping them; None: there are none.
+        finest: height of the largest maps, where these may be computed anew rather than kept; None: they may not.
+        recompute: whether to do so at the cost of time.
     """
 
     def __init__(
-        self, rows: int, wrap: bool, host: Host | None = None, passing: bool = True, finest: int | None = None
+        self,
+        rows: int,
+        wrap: bool,
+        host: Host | None = None,
+        passing: bool = True,
+        finest: int | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__(rows, wrap)
         self.host = host
         self.passing = passing
         self.finest = finest
+        self.recompute = recompute
         self.spare: StoredMap | None = None
 
     def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -100,18 +110,24 @@ class WalkedResnet(StripResnet):
     """The output takes the input's memory where it fits; the map between the convolutions is then spare.
 
     A block that at least halves its channels needs no more than its input: shortcut and middle map fit into it. On a
-    map of the finest level the middle map is not kept where it would be a second one; it is computed twice.
+    map of the finest level the middle map is not kept where it would be a second one, if that is wanted or the block is
+    a `tight` one: of a model whose peak it would be. It is computed twice.
     """
 
     strips: Walk
     saves_if_recomputed = True
+
+    def __init__(self, module: Any, strips: Walk, tight: bool = False) -> None:
+        super().__init__(module, strips)
+        self.tight = tight
+        self.saves_if_recomputed = not tight  # else it does so anyway
 
     def run(self, source: torch.Tensor, time: Time) -> torch.Tensor:
         walk, shape, shortcut = self.strips, self.output_shape(source), self.module.conv_shortcut
         if not isinstance(source, StoredMap) or not source.passing:
             middle, source = walk.reuse(source, shape), walk.taken(source)
             return self.second_half(middle, self.first_half(source, middle, time), source, middle, time)
-        if shortcut is None and source.shape[-2] == walk.finest:
+        if shortcut is None and source.shape[-2] == walk.finest and (walk.recompute or self.tight):
             return self._at_once(walk.taken(source), time)
         if shortcut is not None and 2 * shape[1] <= source.shape[1] and not source.away:
             return self._within(walk.taken(source).whole(), time)  # type: ignore[attr-defined]
@@ -135,18 +151,19 @@ class WalkedResnet(StripResnet):
     def _at_once(self, plane: torch.Tensor, time: Time) -> torch.Tensor:
         """The block in place: the middle map is computed once for its statistics and once more to be used."""
         module, walk = self.module, self.strips
-        outer = walk.statistics(plane, module.norm1.num_groups)
+        outer = walk.statistics(plane, self.groups(module.norm1))
         cuts, recorded = walk.cut(plane), []
 
         def note(strip: Tile, given: Block) -> None:
             above, block = given
-            middle = self.conv1(block, outer, time)[:, :, above : above + strip.height]
-            recorded.append(record(middle, module.norm2.num_groups))
+            middle = self.conv1(block, outer, time, strip.top - above)[:, :, above : above + strip.height]
+            recorded.append(record(middle, self.groups(module.norm2)))
 
         def compute(strip: Tile, given: Block) -> torch.Tensor:
             above, block = given
             # The outermost rows saw padding in place of their neighbours, but no row of the strip's own sees them.
-            result = self.conv2(self.conv1(block, outer, time), inner, time)
+            top = strip.top - above
+            result = self.conv2(self.conv1(block, outer, time, top), inner, time, top)
             own = slice(above, above + strip.height)
             return (block[:, :, own] + result[:, :, own]) / module.output_scale_factor  # type: ignore[no-any-return]
 
@@ -175,7 +192,7 @@ class WalkedResample(StripResample):
 
 
 class WalkedUpsample(StripUpsample):
-    """Where its output belongs to the finest level, it is computed where the next module reads it."""
+    """Where its output belongs to the finest level, it is computed where the next module reads it, if so wanted."""
 
     strips: Walk
     saves_if_recomputed = True
@@ -183,7 +200,7 @@ class WalkedUpsample(StripUpsample):
     def run(self, original: Forward, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         walk, (batch, _, height, width) = self.strips, source.shape
         source = walk.compact(source)
-        if 2 * height != walk.finest:
+        if 2 * height != walk.finest or not walk.recompute:
             return super().run(original, source, *args, **kwargs)
 
         def compute(runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
@@ -213,9 +230,7 @@ class WalkedPointwise:
         statistics = None if groups is None else walk.statistics(hidden_states, groups)
 
         def compute(strip: Tile, block: torch.Tensor) -> torch.Tensor:
-            if statistics is None:
-                return original(block)
-            with GivenStatistics(statistics):
+            with piece([strip], strip.width), nullcontext() if statistics is None else GivenStatistics(statistics):
                 return original(block)
 
         plane = walk.taken(hidden_states)
@@ -241,7 +256,7 @@ class WalkedWhole:
     def __call__(self, original: Forward, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.walk.spare = None
         result = original(hidden_states, *args, **kwargs)
-        kept = StoredMap.of(result, self.walk.host, self.walk.passing)
+        kept = StoredMap.of(result, self.walk.host, self.walk.passing) if not isinstance(result, StoredMap) else result
         kept.leave()
         return kept
 

@@ -1,0 +1,206 @@
+"""`AutoencoderKLHunyuanImage` (HunyuanImage 2.1): group norms, and resamplers that move channels to space and back."""
+
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..core.families import Order, Site, register
+from ..techniques.attention import BlockedAttention, ChunkedAttention, blocking_of
+from ..techniques.notes import StepNote
+from ..techniques.stages import Skip, Split, measure, register_scaling
+from ..techniques.strips import Forward, bare, reach
+from ..techniques.walk import (
+    CONTAINERS,
+    Walk,
+    WalkedResample,
+    WalkedResnet,
+    WalkedWhole,
+    register_way,
+)
+from .kl import KL
+
+# What strips and tiles must know the inside of: the order of a residual block's layers, that a resampler is one
+# convolution and moves cells within squares of four, that an attention normalizes, projects, and attends by torch's own
+# function; that all else runs in the order it is registered in, and what is added around the first and last of it.
+_ROOM = "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage."
+LEANS_ON = (
+    f"{_ROOM}HunyuanImageEncoder2D.forward",
+    f"{_ROOM}HunyuanImageDecoder2D.forward",
+    f"{_ROOM}HunyuanImageMidBlock.forward",
+    f"{_ROOM}HunyuanImageResnetBlock.forward",
+    f"{_ROOM}HunyuanImageAttentionBlock.forward",
+    f"{_ROOM}HunyuanImageDownsample.forward",
+    f"{_ROOM}HunyuanImageUpsample.forward",
+)
+
+RESNET, ATTENTION = "HunyuanImageResnetBlock", "HunyuanImageAttentionBlock"
+UP, DOWN = "HunyuanImageUpsample", "HunyuanImageDownsample"
+
+CONTAINERS |= {"HunyuanImageEncoder2D", "HunyuanImageDecoder2D", "HunyuanImageMidBlock"}
+
+
+@register
+class HunyuanImage(KL):
+    """Those of HunyuanImage 2.1; not its refiner's, which are of films."""
+
+    def matches(self, model: nn.Module) -> bool:
+        halves = [type(getattr(model, half, None)).__name__ for half in ("encoder", "decoder")]
+        return halves == ["HunyuanImageEncoder2D", "HunyuanImageDecoder2D"]
+
+    def splits(self, half: Any, encodes: bool) -> list[Split]:
+        return _encoder_splits(half) if encodes else _decoder_splits(half)
+
+    def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
+        for place, module in half.named_modules(prefix=path):
+            if type(module).__name__ == ATTENTION:
+                technique, says = BlockedAttention(_asked(module), blocking_of(options), StepNote(), 0), ""
+                if options.vae_attn == "blocked":
+                    says = "its attention in blocks"
+                else:
+                    technique = ChunkedAttention(_asked(module))
+                of_tile = options.vae_chunk_size_y * options.vae_chunk_size_x
+                yield Site(module, place, Order.IN_BLOCKS, TokenAttention(module, technique, of_tile), says=says)
+
+    def factor(self, model: Any) -> int:
+        return int(model.config.spatial_compression_ratio)
+
+
+class Resnet(WalkedResnet):
+    """For a residual block that has no time to embed, drops out nothing and divides by nothing."""
+
+    def __init__(self, module: Any, walk: Walk) -> None:
+        layers = {name: getattr(module, name) for name in ("norm1", "conv1", "norm2", "conv2", "nonlinearity")}
+        others = {"dropout": nn.Identity(), "conv_shortcut": None, "time_emb_proj": None, "output_scale_factor": 1.0}
+        sizes = {"out_channels": module.out_channels, "parameters": module.parameters}
+        super().__init__(SimpleNamespace(**layers, **others, **sizes), walk, tight=True)
+
+    def __call__(self, original: Forward, input_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().__call__(lambda given, time: original(given), input_tensor)
+
+
+@register_way
+def _of_hunyuan_image(module: Any, walk: Walk) -> Any:
+    match type(module).__name__:
+        case "HunyuanImageResnetBlock" if module.conv_shortcut is None:
+            return Resnet(module, walk)
+        case "HunyuanImageUpsample":
+            return WalkedResample(walk, Fraction(2), halo=reach(module.conv))
+        case "HunyuanImageDownsample":
+            return WalkedResample(walk, Fraction(1, 2), halo=2 * reach(module.conv))
+        case "HunyuanImageAttentionBlock":
+            return WalkedWhole(walk)
+    return None
+
+
+@register_scaling
+def _scaling(module: nn.Module) -> tuple[int, Fraction] | None:
+    return {UP: (1, Fraction(2)), DOWN: (1, Fraction(1, 2))}.get(type(module).__name__)
+
+
+def _nothing(hidden_states: torch.Tensor) -> torch.Tensor:
+    """What a stage adds to the shortcut around it where it is left out."""
+    return hidden_states.new_zeros(())
+
+
+def _decoder_splits(decoder: Any) -> list[Split]:
+    """From the last two levels in tiles to all but the middle, as `stages.decoder_splits` has it."""
+    blocks = list(decoder.up_blocks)
+    first = measure(decoder.conv_in, Skip(_nothing, {"repeat": 1}))
+    rest = (decoder.mid_block, *blocks, decoder.norm_out, decoder.nonlinearity, decoder.conv_out)
+    stages = [first, *map(measure, rest)]
+    starts = [2] + [3 + i for i, block in enumerate(blocks) if type(block).__name__ == UP]
+    return [Split(stages, range(start, len(stages))) for start in reversed(starts[: max(len(starts) - 1, 1)])]
+
+
+def _encoder_splits(encoder: Any) -> list[Split]:
+    """From the first level in tiles to all but the last."""
+    blocks = list(encoder.down_blocks)
+    rest = (encoder.conv_in, *blocks, encoder.mid_block, encoder.norm_out, encoder.nonlinearity)
+    stages = [*map(measure, rest), measure(encoder.conv_out, Skip(_nothing, {"group_size": 1}))]
+    stops = [2 + i for i, block in enumerate(blocks) if type(block).__name__ == DOWN]
+    return [Split(stages, range(stop)) for stop in stops or [1]]
+
+
+def _tokens(plane: torch.Tensor) -> torch.Tensor:
+    """The cells of a map ``[B, C, h, w]`` as tokens ``[B, h * w, C]``."""
+    return plane.flatten(2).transpose(1, 2)
+
+
+def _column(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens ``[B, N, C]`` as the cells of a map ``[B, C, N, 1]``."""
+    return tokens.transpose(1, 2)[..., None]
+
+
+def _asked(module: Any) -> Any:
+    """All that blocked attention asks of the attention that it is put in."""
+
+    def projecting(convolution: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda tokens: _tokens(convolution(_column(tokens)))
+
+    return SimpleNamespace(
+        group_norm=module.norm,
+        to_q=projecting(module.to_q),
+        to_k=projecting(module.to_k),
+        norm_q=None,
+        norm_k=None,
+        heads=1,
+        scale=bare(module.to_q).out_channels ** -0.5,
+        added_kv_proj_dim=None,
+        processor=AttnProcessor2_0(),  # it can be given other keys, and their weights
+    )
+
+
+class TokenAttention:
+    """Puts attention in blocks or chunks, which is given tokens, into an attention that is given maps.
+
+    torch's kernels for attention want heads. Without them it holds the scores of all tokens for all others, so maps of
+    over `least` cells get one head where they are attended whole.
+    """
+
+    def __init__(self, module: Any, technique: BlockedAttention, least: int) -> None:
+        self.module = module
+        self.technique = technique
+        self.least = least
+
+    def applies(self, hidden_states: torch.Tensor) -> bool:
+        return hidden_states.shape[-2:].numel() > self.least or self.technique.applies(hidden_states)
+
+    def __call__(self, original: Forward, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.technique.applies(hidden_states):
+            result: torch.Tensor = self.technique(partial(self._attend, original), hidden_states)
+            return result
+        with OneHead():
+            return original(hidden_states)
+
+    def _attend(
+        self, original: Forward, tokens: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the original makes of `tokens`, with keys and values of other tokens, which are normalized already."""
+        others = None if encoder_hidden_states is None else _column(encoder_hidden_states)
+        given = () if others is None else (_tokens(self.module.to_k(others)), _tokens(self.module.to_v(others)))
+        with OneHead(*given):
+            return _tokens(original(_column(tokens)))
+
+
+class OneHead(TorchFunctionMode):
+    """Gives ``F.scaled_dot_product_attention`` of tokens ``[B, N, C]`` a head, and other keys and values if given."""
+
+    def __init__(self, *others: torch.Tensor) -> None:
+        super().__init__()
+        self.others = others
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = (args[0], *(self.others or args[1:]))
+        return func(*(tokens[:, None] for tokens in given), **(kwargs or {}))[:, 0]

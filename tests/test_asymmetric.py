@@ -1,0 +1,162 @@
+"""The autoencoder for inpainting, whose decoder may be shown the picture around a mask, against itself untiled."""
+
+import pytest
+import torch
+from diffusers import AsymmetricAutoencoderKL, StableDiffusionInpaintPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import family
+import tiny
+from conftest import quiet
+from halves import OFFLOADS, Bar, cut_up, error, latent, live, padded, patched, picture, told
+from largerespatch import LargeResPatch
+from largerespatch.autoencoders.asymmetric import Asymmetric
+from largerespatch.core.families import family_of
+from largerespatch.core.hosts import Host
+
+MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])
+
+
+def vae():
+    return tiny.frozen(
+        AsymmetricAutoencoderKL,
+        51,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_out_channels=(8, 8, 16, 16),
+        up_block_out_channels=(8, 16, 32, 32),
+        layers_per_up_block=2,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+
+
+def mask(batch, height, width):
+    result = torch.zeros(batch, 1, height, width)
+    result[:, :, height // 4 : height // 2, width // 3 :] = 1
+    return result
+
+
+def encode(model, x):
+    return model.encode(x).latent_dist.mode()
+
+
+def plain(model, x):
+    return model.decode(x).sample
+
+
+def shown(model, x):
+    height, width = (8 * length for length in x.shape[-2:])
+    image = picture(len(x), height, width, seed=4)
+    return model.decode(x, image=image, mask=mask(len(x), height, width)).sample
+
+
+RUNS = {"encode": encode, "plain": plain, "shown": shown}
+
+
+def inputs(which, batch, height, width):
+    return picture(batch, 8 * height, 8 * width) if which == "encode" else latent(batch, height, width)
+
+
+def test_the_family_is_known():
+    assert type(family_of(vae())) is Asymmetric
+
+
+@settings(max_examples=24)
+@given(
+    st.sampled_from(sorted(RUNS)),
+    st.integers(1, 2),
+    st.integers(2, 12),
+    st.integers(2, 7),
+    st.integers(1, 14),
+    st.sampled_from(["constant", "circular", "reflect", "replicate"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_exact_equals_untiled(which, batch, height, width, rows, padding, recompute, offload):
+    model, x, run = vae(), inputs(which, batch, height, width), RUNS[which]
+    with padded(model, padding):
+        expected = run(model, x)
+    sizes = {"vae_chunk_size_y": rows, "vae_chunk_size_x": 1, "vae_recompute": recompute, "vae_offload": offload}
+    with patched(model, vae_mode="exact", padding_mode=padding, **sizes):
+        assert error(run(model, x), expected) < 1e-4
+
+
+@pytest.mark.parametrize("which", RUNS)
+@MODES
+@pytest.mark.parametrize("away", [False, True])
+def test_all_is_cut_up_and_a_picture_is_seen_exactly_in_either_mode(monkeypatch, which, mode, away):
+    monkeypatch.setattr(Host, "serves", lambda self, device: away)  # as if the model ran elsewhere
+    model, x, run = vae(), inputs(which, 2, 24, 20), RUNS[which]
+    expected = run(model, x)
+    with patched(model, vae_mode=mode, vae_offload=True):
+        found = error(cut_up(lambda: run(model, x)), expected)
+    assert found < (1e-4 if mode == "exact" or which == "shown" else 0.8)
+    assert Bar.last.title == ("VAE encoder" if which == "encode" else "VAE decoder")
+
+
+@pytest.mark.parametrize("which", RUNS)
+@OFFLOADS
+@MODES
+def test_weights_may_come_and_go(which, offload, mode):
+    model, x, run = vae(), inputs(which, 1, 24, 20), RUNS[which]
+    with patched(model, vae_mode=mode):
+        expected = run(model, x)
+    offload(model)
+    with patched(model, vae_mode=mode):
+        assert torch.equal(cut_up(lambda: run(model, x)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("which", ["encode", "plain"])
+def test_in_half_precision_it_is_no_further_from_float32_than_untiled(which, dtype):
+    model, x, run = vae(), inputs(which, 1, 16, 6), RUNS[which]
+    reference = run(model, x)
+    model.to(dtype)
+    untiled = error(run(model, x.to(dtype)), reference)
+    with patched(model, vae_mode="exact"):
+        assert error(cut_up(lambda: run(model, x.to(dtype))), reference) < 1.1 * untiled
+
+
+@pytest.mark.parametrize(("which", "most"), [("plain", 0.5), ("shown", 0.65)])
+def test_it_takes_less_memory(which, most):
+    model, z = vae(), latent(1, 64, 64)
+    untiled = live(lambda: RUNS[which](model, z))
+    with patched(model, vae_mode="exact", vae_chunk_size_x=16, vae_chunk_size_y=16):
+        assert live(lambda: cut_up(lambda: RUNS[which](model, z))) <= most * untiled
+
+
+def test_it_is_told():
+    assert told(vae(), vae_mode="exact") == {"encoder and decoder exactly, in strips of 10 rows"}
+
+
+INPAINT = {"strength": 0.7, "width": 96, "height": 96, **family.INPAINT}
+
+
+@MODES
+def test_a_pipeline_makes_the_untiled_picture(mode):
+    pipe = quiet(StableDiffusionInpaintPipeline(**tiny.components(vae=vae())))
+    expected = family.run(pipe, INPAINT)
+    whole = {"attn_full_tokens": 10**6, "vae_chunk_size_x": 6, "vae_chunk_size_y": 6}
+    patch = LargeResPatch(pipe, 96, 96, vae_mode=mode, **whole)
+    with patch:
+        assert error(family.run(pipe, INPAINT), expected) < (1e-4 if mode == "exact" else 0.2)
+    assert torch.equal(family.run(pipe, INPAINT), expected)
+
+
+def test_the_estimate_is_what_a_real_run_holds():
+    pipe = quiet(StableDiffusionInpaintPipeline(**tiny.components(vae=vae())))
+    patch = LargeResPatch(pipe, 256, 320, vae_mode="exact", vae_chunk_size_x=12, vae_chunk_size_y=12)
+    image, z, hole = picture(1, 320, 256), latent(1, 40, 32), mask(1, 320, 256)
+
+    def run():  # with a picture and a mask as given and as prepared
+        _held = [image.clone(), image.clone(), hole.clone(), image.clone()]
+        decoded = pipe.vae.decode(z.clone(), image=image.clone(), mask=hole.clone()).sample
+        return pipe.image_processor.postprocess(decoded, output_type="pt")
+
+    bare = live(run)
+    with patch:
+        held = live(run)
+    assert patch.estimate().decode == pytest.approx(held, rel=0.1)
+    assert patch.estimate(patched=False).decode == pytest.approx(bare, rel=0.1)
