@@ -197,10 +197,10 @@ PIXART = TEXT | {"prompt": None, "negative_prompt": None, "use_resolution_binnin
 PIXART |= {"prompt_embeds": noise(1, 5, 16), "prompt_attention_mask": torch.ones(1, 5)}
 PIXART |= {"negative_prompt_embeds": noise(1, 5, 16, seed=6), "negative_prompt_attention_mask": torch.ones(1, 5)}
 OTHERS = {
-    "Kandinsky 2.2 (U-Net alone)": Case(
+    "Kandinsky 2.2": Case(
         tiny.kandinsky,
         {"image_embeds": noise(1, 16), "negative_image_embeds": noise(1, 16, seed=6), "width": SIZE, "height": SIZE},
-        frozenset({"attention"}),
+        frozenset({"attention"}) | VAE,
     ),
     "PixArt": Case(tiny.pixart, PIXART),
     "Stable Diffusion 3 (VAE alone)": Case(

@@ -81,7 +81,7 @@ def test_the_estimate_is_what_a_real_run_holds(kind, run, size, options):
         "Stable Diffusion: inpaint",
         "Stable Diffusion: x4 upscaler",
         "Stable Diffusion XL: PAG",
-        "others: Kandinsky 2.2 (U-Net alone)",
+        "others: Kandinsky 2.2",
         "others: PixArt",
         "others: Stable Diffusion 3 (VAE alone)",
         "others: Flux (VAE alone)",
@@ -131,7 +131,7 @@ def test_the_estimate_of_a_step_is_what_a_real_step_holds(pipe, options):
 
 
 def test_the_estimate_of_kandinskys_step_is_what_a_real_one_holds():
-    build, arguments, _ = family.OTHERS["Kandinsky 2.2 (U-Net alone)"]
+    build, arguments, _ = family.OTHERS["Kandinsky 2.2"]
     pipe = build()
     patch = LargeResPatch(pipe, family.SIZE, family.SIZE, **SMALL)
     with patch, LiveBytes("cpu") as count:

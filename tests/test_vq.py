@@ -216,7 +216,7 @@ def test_it_is_told_and_leaves_nothing_behind():
     assert "encoder and decoder in two passes over tiles of 10x10 latent pixels" in told(model)
 
 
-KANDINSKY = family.CASES["others: Kandinsky 2.2 (U-Net alone)"]
+KANDINSKY = family.CASES["others: Kandinsky 2.2"]
 
 
 def test_a_pipeline_makes_the_untiled_picture():

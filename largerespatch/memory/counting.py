@@ -167,11 +167,15 @@ class KernelsInOne(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[0].ndim > 3:  # kernels want heads
+        if func is F.scaled_dot_product_attention and _has_heads(*args, **kwargs):  # else no kernel takes it
             return _attention(*args, **kwargs)
         if func is F.linear and args[0].is_contiguous():  # others are copied first
             return args[0].new_empty(*args[0].shape[:-1], args[1].shape[0])
         return func(*args, **kwargs)
+
+
+def _has_heads(query: torch.Tensor, *_: object, **__: object) -> bool:
+    return query.ndim > 3
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
