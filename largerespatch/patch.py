@@ -305,7 +305,7 @@ def _known_families(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
         holds = ", ".join(f"{name} ({type(model).__name__})" for name, model in models) or "no model"
         raise ValueError(
             "pipe must hold something to patch: a denoiser with self-attention to a map (U-Net, ControlNet, PixArt's "
-            f"transformer) or an AutoencoderKL; got {type(pipe).__name__} with {holds}"
+            f"transformer) or an autoencoder of a known kind; got {type(pipe).__name__} with {holds}"
         )
     return known
 
