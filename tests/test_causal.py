@@ -46,7 +46,13 @@ from live import LiveBytes as BytesByDevice
 from live import fake
 from test_patch import fingerprint
 
-NARROW = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.1, 0.2, -0.1, 0.0], "latents_std": [1.5, 2.0, 0.7, 1.0]}
+NARROW = {
+    "dim_mult": [1, 2, 4, 4],
+    "base_dim": 8,
+    "z_dim": 4,
+    "latents_mean": [0.1, 0.2, -0.1, 0.0],
+    "latents_std": [1.5, 2.0, 0.7, 1.0],
+}
 KINDS = {"Qwen-Image": AutoencoderKLQwenImage, "Wan": AutoencoderKLWan}
 EVERY = pytest.mark.parametrize("kind", KINDS)
 MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])

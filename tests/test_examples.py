@@ -270,6 +270,22 @@ def test_unet_step(run, tmp_path, capsys):
     assert "256x256" in capsys.readouterr().out
 
 
+def test_autoencoders(run, tmp_path, capsys):
+    out = tmp_path / "autoencoders.json"
+    small = ("--autoencoders", "AutoencoderTiny", "--size", 128, "--tile", 64, "--large", 1024, "--threads", 1)
+    run(BENCHMARKS / "autoencoders.py", *small, "--out", out)
+    report = json.loads(out.read_text())
+    check_environment(report)
+    rows = {row["way"]: row for row in report["rows"]}
+    assert list(rows) == ["untiled", "own tiling", "default", "exact"]
+    for way in ("default", "exact"):
+        assert rows[way]["peak_live_bytes"] < rows["untiled"]["peak_live_bytes"]
+        assert rows[way]["relative_error"] < 1e-5 < rows["own tiling"]["relative_error"]
+    (simulated,) = report["simulated"]
+    assert simulated["decode_bytes"]["exact"] < simulated["decode_bytes"]["untiled"]
+    assert "AutoencoderTiny, 1024²" in capsys.readouterr().out
+
+
 def test_vae(run, tmp_path, capsys):
     out = tmp_path / "vae.json"
     tiny = ("--channels", 8, 8, 16, 16, "--vae-chunk", 8, "--rounds", 1, "--threads", 1)
