@@ -27,7 +27,8 @@ def cuda_tests(lab: Lab) -> Iterator[Row]:
     files = [each for each in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in each.read_text(encoding="utf-8")]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n0", "-ra", "-W", "default", *map(str, files)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(lab.clock.left(), 60))
-    yield {"status": done.returncode, "output": (done.stdout + done.stderr).splitlines()[-60:]}
+    told = (done.stdout + done.stderr).replace(f"{ROOT}/", "")
+    yield {"status": done.returncode, "output": told.splitlines()[-60:]}
 
 
 # Each with its share of what is left when its turn comes.
