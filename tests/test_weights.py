@@ -18,7 +18,7 @@ from conftest import quiet
 from halves import HALVES, INPUTS
 from largerespatch import LargeResPatch
 from largerespatch.core.weights import weights_held
-from largerespatch.memory.shadow import weights_on
+from largerespatch.memory.devices import weights_on
 from test_patch import SMALL
 
 META = torch.device("meta")

@@ -38,9 +38,9 @@ from _common import (
 )
 from largerespatch import LargeResPatch
 from largerespatch.core.families import families_in
+from largerespatch.memory.devices import HOST
 from largerespatch.memory.estimate import Estimator, bare, play
 from largerespatch.memory.planner import DENOISER_SAVERS, VAE_SAVERS
-from largerespatch.memory.shadow import HOST
 from largerespatch.options import Options
 
 GIB = 2**30

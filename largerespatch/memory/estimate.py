@@ -9,7 +9,8 @@ from ..core.calls import encodes, held
 from ..core.families import Family
 from ..core.patching import PatchStack
 from .counting import gibibytes
-from .shadow import Shadow, execution_device, weights_on
+from .devices import execution_device, weights_on
+from .shadow import Shadow
 
 # Puts a patch with some options on a pipeline's shadow.
 Patched = Callable[[Any, Any], AbstractContextManager[Any]]

@@ -11,8 +11,8 @@ import torch
 
 from ..core.families import factor_of
 from .counting import gibibytes, parse_bytes
+from .devices import HOST, execution_device, weights_now, weights_on
 from .estimate import Estimator
-from .shadow import HOST, execution_device, weights_now, weights_on
 
 Settings = dict[str, Any]
 

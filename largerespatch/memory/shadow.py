@@ -2,9 +2,8 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable
 from functools import partial
-from itertools import chain
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -13,16 +12,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..core.families import Family, families_in, models_of
+from ..core.families import Family, families_in
 from ..core.patching import PatchStack
 from ..core.pieces import rehearsal
 from ..core.tilings import PHASES
 from ..core.weights import offload_hooks
 from .counting import KernelsInOne, LiveBytes
+from .devices import HOST, device_of, execution_device
 from .weightless import Look, Weightless, WithoutData
 
-# Weightless tensors on these stand for all accelerators and for the host.
-ACCELERATOR, HOST = "meta", "cpu"
+# Weightless tensors on this stand for all accelerators.
+ACCELERATOR = "meta"
 
 # What libraries of an accelerator take for themselves once: cuBLAS, on an H200, two workspaces of 32 MiB.
 LIBRARIES = 2**26
@@ -38,139 +38,8 @@ _HOOK_DICTS = (
 )
 
 
-def _device_of_hook(hook: Any) -> torch.device | None:
-    device = getattr(hook, "execution_device", None)
-    group = getattr(hook, "group", None)
-    device = getattr(group, "onload_device", device)
-    return None if device is None else torch.device(device if not isinstance(device, int) else f"cuda:{device}")
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model runs."""
-    for module in model.modules():
-        for hook in offload_hooks(module):
-            device = _device_of_hook(hook)
-            if device is not None:
-                return device
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device(HOST) if first is None else first.device
-
-
 def _place(device: torch.device) -> str:
     return HOST if device.type == HOST else ACCELERATOR
-
-
-def execution_device(pipe: Any) -> torch.device:
-    """Where the denoiser runs, else the VAE. (What diffusers says depends on where text encoders wait.)"""
-    staged = [(model, family.stages) for model, family in families_in(pipe).values()]
-    models = [model for model, stages in staged if "step" in stages] or [model for model, stages in staged if stages]
-    models += models_of(pipe).values()
-    return device_of(models[0]) if models else torch.device(HOST)
-
-
-def _bytes(tensors: Iterator[torch.Tensor]) -> int:
-    """Of the storages that tensors lie in; shared ones count once. Storages on ``meta`` count what they stand for."""
-    storages = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
-
-
-def _weights(*modules: nn.Module, recurse: bool = True) -> Iterator[torch.Tensor]:
-    for module in modules:
-        yield from module.parameters(recurse)
-        yield from module.buffers(recurse)
-
-
-def _come_with(group: Any) -> Iterator[torch.Tensor]:
-    """What a group of diffusers' group offload consists of."""
-    return chain(_weights(*group.modules), group.parameters, group.buffers)
-
-
-def _come_for(module: nn.Module) -> Iterator[torch.Tensor]:
-    """What hooks bring to the device for a call of `module`."""
-    for hook in offload_hooks(module):
-        if (group := getattr(hook, "group", None)) is not None:  # diffusers' group offload
-            yield from _come_with(group)
-        elif type(hook).__name__ == "CpuOffload":  # accelerate's, of whole models
-            yield from _weights(module)
-        elif getattr(hook, "offload", False):  # accelerate's, of single layers
-            yield from _weights(module, recurse=getattr(hook, "place_submodules", False))
-
-
-def _visitors(model: nn.Module, holds: Sequence[Sequence[nn.Module]] = ()) -> list[int]:
-    """Bytes of the pieces of a model that come to the device only while they run; empty for a model that stays.
-
-    What comes for a module is there with what came for the modules that it is in. What comes for all modules of one of
-    `holds` is there at once, at most: see `Site.holds`. With streams the next group comes while one runs.
-    """
-    come = {module: list(_come_for(module)) for module in model.modules()}
-    if not any(come.values()):
-        return []
-    outer = {module: inside for *inside, module in _chains(model)}
-
-    def at_once(called: Sequence[nn.Module]) -> int:
-        there = {*called, *chain.from_iterable(outer[module] for module in called)}
-        return _bytes(chain.from_iterable(come[module] for module in there))
-
-    groups = (getattr(hook, "group", None) for module in come for hook in offload_hooks(module))
-    ahead = [_bytes(_come_with(group)) for group in groups if getattr(group, "stream", None) is not None]
-    calls = ([module] for module, weights in come.items() if weights)
-    return [at_once(called) + max(ahead, default=0) for called in (*calls, *holds)]
-
-
-def _chains(model: nn.Module, outer: tuple[nn.Module, ...] = ()) -> Iterator[tuple[nn.Module, ...]]:
-    """Of each module in `model`, the modules that it is in, from the outside in, and itself."""
-    yield (*outer, model)
-    for child in model.children():
-        yield from _chains(child, (*outer, model))
-
-
-def _exactly(device: torch.device) -> tuple[str, int]:
-    """Type and number of a device; one without a number is the current one of its type."""
-    if device.index is not None or device.type == HOST:
-        return device.type, device.index or 0
-    try:
-        backend = torch.get_device_module(device)
-    except RuntimeError:  # there is none for fake devices
-        return device.type, 0
-    current = getattr(backend, "current_device", None)
-    return device.type, current() if current is not None and backend.is_available() else 0
-
-
-def weights_now(pipe: Any, device: torch.device) -> int:
-    """Bytes of weights on `device` at this moment."""
-    weights = chain.from_iterable(map(_weights, models_of(pipe).values()))
-    return _bytes(_on(device, weights))
-
-
-def _on(device: torch.device, weights: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    place = _exactly(device)
-    return (weight for weight in weights if _exactly(weight.device) == place)
-
-
-def weights_on(pipe: Any, device: torch.device, options: Any = None) -> int:
-    """Bytes of weights on `device` at once: all that stay there and the largest piece that visits it.
-
-    `options` are those of a patch that is on, which has some visitors stay longer (see `Site.holds`); None: there is no
-    patch.
-    """
-    models, holds = models_of(pipe), _holds(pipe, options)
-    here = {name: model for name, model in models.items() if _exactly(device_of(model)) == _exactly(device)}
-    visitors = {name: _visitors(model, holds.get(name, ())) for name, model in here.items()}
-    staying = (_on(device, _weights(model)) for name, model in models.items() if not visitors.get(name))
-    return _bytes(chain.from_iterable(staying)) + max(chain.from_iterable(visitors.values()), default=0)
-
-
-def _holds(pipe: Any, options: Any) -> dict[str, list[Sequence[nn.Module]]]:
-    """By component name, what all sites of a patch with these `options` hold."""
-    if options is None:
-        return {}
-    return {
-        name: [held for site in family.sites(model, name, options, pipe) for held in site.holds]
-        for name, (model, family) in families_in(pipe).items()
-    }
 
 
 class _InPlaceOfData(TorchFunctionMode):
