@@ -8,6 +8,7 @@ from accelerate.hooks import CpuOffload, add_hook_to_module
 
 import tiny
 from largerespatch import LargeResPatch
+from largerespatch.memory import shadow
 from largerespatch.memory.devices import device_of, execution_device, weights_now, weights_on
 
 CPU, META = torch.device("cpu"), torch.device("meta")
