@@ -16,7 +16,7 @@ from ..techniques.frames import Frames, OneFrame, PlaneConvolution, as_frame, fr
 from ..techniques.halves import InPieces
 from ..techniques.stages import Split, decoder_splits, encoder_splits
 from ..techniques.strips import reach
-from ..techniques.walk import CONTAINERS, Walk, WalkedResample, WalkedWhole, register_way
+from ..techniques.walk import CONTAINERS, Walk, WalkedPointwise, WalkedResample, WalkedWhole, register_way
 from .kl import HALVES, KL
 
 KINDS = ("QwenImage", "Wan")
@@ -113,7 +113,7 @@ def _strip_by_strip(module: Any, walk: Walk) -> Any:
         case "ResidualBlock":
             return WalkedResample(walk, Fraction(1), halo=reach(module.conv1) + reach(module.conv2))
         case "RMS_norm":
-            return WalkedResample(walk, Fraction(1), halo=0)
+            return WalkedPointwise(walk)
         case "Resample" if module.mode.startswith("up"):
             return WalkedResample(walk, Fraction(2), halo=1)
         case "Resample" if module.mode.startswith("down"):

@@ -86,8 +86,6 @@ def _of_dc(module: Any, walk: Walk) -> Any:
             return WalkedResample(walk, Fraction(1, 2), halo=2 * _reach(module))
         case "RMSNorm":
             return WalkedTurned(walk)
-        case "ReLU" | "ReLU6":
-            return WalkedPointwise(walk)
     return None
 
 

@@ -94,6 +94,4 @@ def _strip_by_strip(module: Any, walk: Walk) -> Any:
             return WalkedResample(walk, Fraction(SCALE), halo=0)
         case nn.Conv2d(stride=(2, 2), padding=(1, 1)):
             return WalkedResample(walk, Fraction(1, 2), halo=2)
-        case nn.ReLU() | nn.GELU() | nn.Mish():
-            return WalkedResample(walk, Fraction(1), halo=0)
     return None

@@ -289,7 +289,7 @@ def _of_convolutions(module: Any, walk: Walk) -> Any:
             return WalkedResample(walk, Fraction(1), halo=reach(module))
         case nn.GroupNorm():
             return WalkedPointwise(walk, module.num_groups)
-        case nn.SiLU():
+        case nn.SiLU() | nn.ReLU() | nn.ReLU6() | nn.GELU() | nn.Mish():
             return WalkedPointwise(walk)
         case Attention():
             return WalkedWhole(walk)
