@@ -38,7 +38,7 @@ from largerespatch.core.hosts import Host
 from largerespatch.core.patching import PatchStack
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.options import Options
-from largerespatch.techniques import frame_attention
+from largerespatch.techniques import attention as attention_room
 from largerespatch.techniques.attention import BlockedAttention, Blocking
 from largerespatch.techniques.frames import OneFrame
 from largerespatch.techniques.stages import measure
@@ -298,17 +298,17 @@ def test_copies_on_streams_of_their_own_are_waited_for(half, mode, wrap):
 @MODES
 @pytest.mark.parametrize("attention", ["full", "blocked"])
 def test_the_mid_blocks_attention_runs_in_chunks_or_blocks(mode, attention, monkeypatch):
-    monkeypatch.setattr(frame_attention, "QUERIES", 20)
+    monkeypatch.setattr(attention_room, "QUERIES", 20)
     vae, x, run, tiles = autoencoder(), inputs("decode", 2, 9, 7), HALVES["decode"], []
     sharpen(vae)
     expected = run(vae, x)
-    cut = BlockedAttention._cut if attention == "blocked" else frame_attention.ChunkedFrameAttention._cut
+    owner = BlockedAttention if attention == "blocked" else attention_room.ChunkedAttention
+    cut = owner._cut
 
     def noted(self, *size):
         tiles.extend(cut(self, *size))
         return cut(self, *size)
 
-    owner = BlockedAttention if attention == "blocked" else frame_attention.ChunkedFrameAttention
     monkeypatch.setattr(owner, "_cut", noted)
     options = {"vae_mode": mode, "vae_attn": attention, "attn_slice_x": 3, "attn_slice_y": 3, "attn_full_tokens": 9}
     errors = {}
@@ -364,16 +364,16 @@ def test_heavy_tokens_are_searched_with_the_queries_and_keys_of_attention(kind):
     block, x = autoencoder(kind).decoder.mid_block.attentions[0], torch.randn(2, 32, 1, 3, 4)
     with Attended() as attended:
         block(x)
-    technique = frame_attention.FrameAttention(block, Blocking("tile", 2, 2, 4, 4), 0)
-    prepared = technique._prepared(x.flatten(2).transpose(1, 2))
+    technique = family_of(autoencoder(kind)).attending(block, Blocking("tile", 2, 2, 4, 4), 0, Options()).technique
+    tokens = technique._prepared(x.flatten(2).transpose(1, 2))
     for project, seen in zip((technique.attention.to_q, technique.attention.to_k), *attended.met, strict=True):
-        torch.testing.assert_close(project(prepared)[:, None], seen)
+        torch.testing.assert_close(project(tokens)[:, None], seen)
 
 
 @EVERY
 @MODES
 def test_attention_on_a_small_image_is_chunked_too_but_not_that_of_films(kind, mode, monkeypatch):
-    monkeypatch.setattr(frame_attention, "QUERIES", 20)
+    monkeypatch.setattr(attention_room, "QUERIES", 20)
     vae, x = autoencoder(kind), inputs("decode", 1, 9, 7)
     block = vae.decoder.mid_block.attentions[0]
     expected = vae.decode(x).sample

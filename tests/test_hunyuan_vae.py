@@ -145,7 +145,7 @@ def test_attention_in_chunks_of_queries_is_exact(monkeypatch, half):
     )
     with patched(model, vae_mode="exact"):
         assert error(run(model, x), expected) < 1e-4
-    assert [len(each) for each in chunks] == [12]  # two rows of 20 each
+    assert [len(each) for each in chunks] == [12, 12]  # of queries, and before of keys: two rows of 20 each
 
 
 @BOTH

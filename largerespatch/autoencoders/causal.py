@@ -10,9 +10,17 @@ from torch import nn
 
 from ..core.calls import latent_size, new_like
 from ..core.families import Order, Site, factor_of, register
-from ..techniques.attention import blocking_of
-from ..techniques.frame_attention import ChunkedFrameAttention, FrameAttention
-from ..techniques.frames import Frames, OneFrame, PlaneConvolution, as_frame, frame_padding_sites, is_causal
+from ..techniques.attention import Blocking
+from ..techniques.cell_attention import Projections
+from ..techniques.frames import (
+    FrameAttention,
+    Frames,
+    OneFrame,
+    PlaneConvolution,
+    as_frame,
+    frame_padding_sites,
+    is_causal,
+)
 from ..techniques.halves import InPieces
 from ..techniques.stages import Split, decoder_splits, encoder_splits
 from ..techniques.strips import reach
@@ -53,14 +61,15 @@ class Causal(KL):
         # Before a map is halved it makes little sense to have it whole.
         return [split for split in encoder_splits(half, LAST) if split.stages[split.tiled.stop - 1].scale < 1]
 
-    def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
-        found = [(place, module) for place, module in half.named_modules(prefix=path) if _attends(module)]
-        for layer, (place, module) in enumerate(found):
-            if options.vae_attn == "blocked":
-                blocked = FrameAttention(module, blocking_of(options), layer)
-                yield Site(module, place, Order.IN_BLOCKS, blocked, says="its attention in blocks")
-            else:
-                yield Site(module, place, Order.IN_BLOCKS, ChunkedFrameAttention(module))
+    def attends(self, module: nn.Module) -> bool:
+        return _attends(module)
+
+    def attending(self, module: Any, blocking: Blocking | None, layer: int, options: Any) -> FrameAttention:
+        def projected(plane: torch.Tensor) -> Any:
+            return module.to_qkv(module.norm(plane)).chunk(3, dim=1)
+
+        query, others = (lambda plane: projected(plane)[0]), (lambda plane: projected(plane)[1:])
+        return FrameAttention(Projections(query, others, scale=module.dim**-0.5), blocking, layer)
 
     def image(self, model: Any, height: int, width: int) -> torch.Tensor:
         return new_like(model)(1, model.encoder.conv_in.in_channels, 1, height, width)

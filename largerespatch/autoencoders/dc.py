@@ -3,14 +3,13 @@
 Nothing but that attention sees a whole map, and its sums are pooled: it is exact in strips. What follows is in tiles.
 """
 
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.families import Site, register
+from ..core.families import register
 from ..core.maps import TurnedMap
 from ..techniques.linear_attention import WalkedLinearAttention
 from ..techniques.stages import Skip, Split, Stage, measure, register_scaling
@@ -49,10 +48,6 @@ class DC(KL):
 
     def splits(self, half: Any, encodes: bool) -> list[Split]:
         return _encoder_splits(half) if encodes else _decoder_splits(half)
-
-    def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
-        """None that would need blocks or chunks."""
-        yield from ()
 
     def factor(self, model: Any) -> int:
         return int(model.spatial_compression_ratio)

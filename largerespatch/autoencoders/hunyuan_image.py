@@ -1,20 +1,15 @@
 """`AutoencoderKLHunyuanImage` (HunyuanImage 2.1): group norms, and resamplers that move channels to space and back."""
 
-from collections.abc import Callable, Iterator
 from fractions import Fraction
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from ..core.families import Order, Site, register
-from ..techniques.attention import BlockedAttention, ChunkedAttention, blocking_of
-from ..techniques.notes import StepNote
+from ..core.families import register
+from ..techniques.attention import Blocking
+from ..techniques.cell_attention import CellAttention, Projections
 from ..techniques.stages import Skip, Split, measure, register_scaling
 from ..techniques.strips import Forward, bare, reach
 from ..techniques.walk import (
@@ -58,16 +53,18 @@ class HunyuanImage(KL):
     def splits(self, half: Any, encodes: bool) -> list[Split]:
         return _encoder_splits(half) if encodes else _decoder_splits(half)
 
-    def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
-        for place, module in half.named_modules(prefix=path):
-            if type(module).__name__ == ATTENTION:
-                technique, says = BlockedAttention(_asked(module), blocking_of(options), StepNote(), 0), ""
-                if options.vae_attn == "blocked":
-                    says = "its attention in blocks"
-                else:
-                    technique = ChunkedAttention(_asked(module))
-                of_tile = options.vae_chunk_size_y * options.vae_chunk_size_x
-                yield Site(module, place, Order.IN_BLOCKS, TokenAttention(module, technique, of_tile), says=says)
+    def attends(self, module: nn.Module) -> bool:
+        return type(module).__name__ == ATTENTION
+
+    def attending(self, module: Any, blocking: Blocking | None, layer: int, options: Any) -> CellAttention:
+        projections = Projections(
+            query=module.to_q,
+            others=lambda plane: (module.to_k(plane), module.to_v(plane)),
+            scale=bare(module.to_q).out_channels ** -0.5,
+            group_norm=module.norm,
+        )
+        # Beyond a tile scores of all tokens for all others would decide how much memory it takes.
+        return CellAttention(projections, blocking, layer, options.vae_chunk_size_y * options.vae_chunk_size_x)
 
     def factor(self, model: Any) -> int:
         return int(model.config.spatial_compression_ratio)
@@ -127,80 +124,3 @@ def _encoder_splits(encoder: Any) -> list[Split]:
     stages = [*map(measure, rest), measure(encoder.conv_out, Skip(_nothing, {"group_size": 1}))]
     stops = [2 + i for i, block in enumerate(blocks) if type(block).__name__ == DOWN]
     return [Split(stages, range(stop)) for stop in stops or [1]]
-
-
-def _tokens(plane: torch.Tensor) -> torch.Tensor:
-    """The cells of a map ``[B, C, h, w]`` as tokens ``[B, h * w, C]``."""
-    return plane.flatten(2).transpose(1, 2)
-
-
-def _column(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens ``[B, N, C]`` as the cells of a map ``[B, C, N, 1]``."""
-    return tokens.transpose(1, 2)[..., None]
-
-
-def _asked(module: Any) -> Any:
-    """All that blocked attention asks of the attention that it is put in."""
-
-    def projecting(convolution: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda tokens: _tokens(convolution(_column(tokens)))
-
-    return SimpleNamespace(
-        group_norm=module.norm,
-        to_q=projecting(module.to_q),
-        to_k=projecting(module.to_k),
-        norm_q=None,
-        norm_k=None,
-        heads=1,
-        scale=bare(module.to_q).out_channels ** -0.5,
-        added_kv_proj_dim=None,
-        processor=AttnProcessor2_0(),  # it can be given other keys, and their weights
-    )
-
-
-class TokenAttention:
-    """Puts attention in blocks or chunks, which is given tokens, into an attention that is given maps.
-
-    torch's kernels for attention want heads. Without them it holds the scores of all tokens for all others, so maps of
-    over `least` cells get one head where they are attended whole.
-    """
-
-    def __init__(self, module: Any, technique: BlockedAttention, least: int) -> None:
-        self.module = module
-        self.technique = technique
-        self.least = least
-
-    def applies(self, hidden_states: torch.Tensor) -> bool:
-        return hidden_states.shape[-2:].numel() > self.least or self.technique.applies(hidden_states)
-
-    def __call__(self, original: Forward, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.technique.applies(hidden_states):
-            result: torch.Tensor = self.technique(partial(self._attend, original), hidden_states)
-            return result
-        with OneHead():
-            return original(hidden_states)
-
-    def _attend(
-        self, original: Forward, tokens: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """What the original makes of `tokens`, with keys and values of other tokens, which are normalized already."""
-        others = None if encoder_hidden_states is None else _column(encoder_hidden_states)
-        given = () if others is None else (_tokens(self.module.to_k(others)), _tokens(self.module.to_v(others)))
-        with OneHead(*given):
-            return _tokens(original(_column(tokens)))
-
-
-class OneHead(TorchFunctionMode):
-    """Gives ``F.scaled_dot_product_attention`` of tokens ``[B, N, C]`` a head, and other keys and values if given."""
-
-    def __init__(self, *others: torch.Tensor) -> None:
-        super().__init__()
-        self.others = others
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        given = (args[0], *(self.others or args[1:]))
-        return func(*(tokens[:, None] for tokens in given), **(kwargs or {}))[:, 0]

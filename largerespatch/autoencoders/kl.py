@@ -8,9 +8,8 @@ from torch import nn
 
 from ..core.families import Order, Site, register
 from ..core.hosts import Host
-from ..techniques.attention import BlockedAttention, ChunkedAttention, attends_map, blocking_of
+from ..techniques.attention import Blocking, attends_map, blocking_of, in_blocks_or_chunks
 from ..techniques.halves import Cutting, Exact
-from ..techniques.notes import StepNote
 from ..techniques.padding import padding_sites, reflection_sites
 from ..techniques.stages import Split, decoder_splits, encoder_splits
 from ..techniques.two_pass import TwoPass
@@ -73,13 +72,20 @@ class KL(AnyAutoencoder):
         return encoder_splits(half) if encodes else decoder_splits(half)
 
     def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
-        """The attention of an encoder or decoder to its whole map."""
-        for layer, (place, module) in enumerate(_attentions(half, path)):
-            if options.vae_attn == "blocked":
-                blocked = BlockedAttention(module, blocking_of(options), StepNote(), layer)
-                yield Site(module, place, Order.IN_BLOCKS, blocked, says="its attention in blocks")
-            else:
-                yield Site(module, place, Order.IN_BLOCKS, ChunkedAttention(module))
+        """The attention of an encoder or decoder to its whole map, in blocks or in chunks."""
+        blocking = blocking_of(options) if options.vae_attn == "blocked" else None
+        says = "its attention in blocks" if blocking else ""
+        found = [(place, module) for place, module in half.named_modules(prefix=path) if self.attends(module)]
+        for layer, (place, module) in enumerate(found):
+            yield Site(module, place, Order.IN_BLOCKS, self.attending(module, blocking, layer, options), says=says)
+
+    def attends(self, module: nn.Module) -> bool:
+        """Whether a module is such an attention."""
+        return attends_map(module)
+
+    def attending(self, module: Any, blocking: Blocking | None, layer: int, options: Any) -> Any:
+        """What goes there, the `layer`-th one; `blocking` is None where that is to run in chunks."""
+        return in_blocks_or_chunks(module, blocking, layer)
 
     def half(self, model: Any, which: str, name: str) -> tuple[Any, str]:
         """The encoder or decoder, or what of it runs in pieces, and its path."""
@@ -87,10 +93,6 @@ class KL(AnyAutoencoder):
 
     def factor(self, model: Any) -> int:
         return int(2 ** (len(model.config.block_out_channels) - 1))
-
-
-def _attentions(model: nn.Module, path: str) -> list[tuple[str, Any]]:
-    return [(place, module) for place, module in model.named_modules(prefix=path) if attends_map(module)]
 
 
 def _way(options: Any, in_pieces: Exact | TwoPass) -> str:

@@ -16,8 +16,7 @@ from ..core.planes import whole
 from ..core.statistics import GivenStatistics, GroupStatistics
 from ..core.tilings import Tile
 from ..techniques.alike import looking_there, piece
-from ..techniques.attention import BlockedAttention, ChunkedAttention, blocking_of
-from ..techniques.notes import StepNote
+from ..techniques.attention import BlockedAttention, Blocking, in_blocks_or_chunks
 from ..techniques.stages import Split, decoder_splits, encoder_splits
 from ..techniques.strips import Forward, TimeTerms, bare
 from ..techniques.walk import CONTAINERS, Walk, WalkedPointwise, WalkedResnet, register_way
@@ -60,17 +59,20 @@ class VQ(KL):
 
     def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
         yield from super().attention(half, path, options)
-        for layer, (place, module) in enumerate(half.named_modules(prefix=path)):
+        for place, module in half.named_modules(prefix=path):
             if isinstance(module, SpatialNorm):
                 yield Site(module, place, Order.IN_BLOCKS, looking_there)
-            elif getattr(module, "spatial_norm", None) is not None:
-                if options.vae_attn == "blocked":
-                    technique = LookingAttention(
-                        module, BlockedAttention(module, blocking_of(options), StepNote(), layer)
-                    )
-                    yield Site(module, place, Order.IN_BLOCKS, technique, says="its attention in blocks")
-                else:
-                    yield Site(module, place, Order.IN_BLOCKS, LookingAttention(module, ChunkedAttention(module)))
+
+    def attends(self, module: nn.Module) -> bool:
+        return _looks(module) or super().attends(module)
+
+    def attending(self, module: Any, blocking: Blocking | None, layer: int, options: Any) -> Any:
+        technique = in_blocks_or_chunks(module, blocking, layer)
+        return LookingAttention(module, technique) if _looks(module) else technique
+
+
+def _looks(module: nn.Module) -> bool:
+    return getattr(module, "spatial_norm", None) is not None
 
 
 def _attends(module: nn.Module) -> bool:

@@ -247,6 +247,13 @@ class ChunkedAttention(BlockedAttention):
         return lambda block, tile: original(block, encoder_hidden_states=keys)
 
 
+def in_blocks_or_chunks(attention: Any, blocking: Blocking | None, layer: int) -> BlockedAttention:
+    """For an attention to a map, the `layer`-th of its model: in chunks where it is not said how it is blocked."""
+    if blocking is None:
+        return ChunkedAttention(attention)
+    return BlockedAttention(attention, blocking, StepNote(), layer)
+
+
 def blocking_of(options: Any) -> Blocking:
     """As the ``attn_`` options say."""
     return Blocking(

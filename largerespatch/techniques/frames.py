@@ -9,6 +9,7 @@ weights counts, and it is a convolution of the picture: a third of the work and 
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from ..core.families import Order, Site
 from ..core.patching import PatchStack
 from ..core.pieces import rehearsing
 from ..core.planes import whole
+from .attention import Blocking
+from .cell_attention import CellAttention, Projections
 from .halves import InPieces
 
 _AUTOENCODERS = "diffusers.models.autoencoders.autoencoder_kl_"
@@ -35,6 +38,7 @@ LEANS_ON = tuple(
         f"{kind}Resample.forward",
         f"{kind}ResidualBlock.forward",
         f"{kind}MidBlock.forward",
+        f"{kind}AttentionBlock.forward",
         f"{kind}UpBlock.forward",
         f"{kind}Encoder3d.forward",
         f"{kind}Decoder3d.forward",
@@ -113,6 +117,25 @@ class OneFrame:
 def as_frame(original: Forward, plane: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A map without frames through a `forward` that wants them."""
     return original(whole(plane)[:, :, None], *args, **kwargs)[:, :, 0]
+
+
+class FrameAttention(CellAttention):
+    """For attention of each frame to itself alone, given a single one: ``[B, C, 1, H, W]``, or a map without frames."""
+
+    def __init__(self, projections: Projections, blocking: Blocking | None, layer: int) -> None:
+        super().__init__(projections, blocking, layer, least=0)
+
+    def applies(self, hidden_states: torch.Tensor) -> bool:
+        if hidden_states.ndim == 4:  # the original wants frames
+            return True
+        single = hidden_states.shape[2] == 1 and not torch.is_grad_enabled()
+        return single and self.technique.applies(hidden_states[:, :, 0])
+
+    def __call__(self, original: Forward, hidden_states: torch.Tensor) -> torch.Tensor:
+        run = partial(as_frame, original)
+        if hidden_states.ndim == 4:
+            return super().__call__(run, hidden_states)
+        return super().__call__(run, hidden_states[:, :, 0])[:, :, None]
 
 
 class PlaneConvolution:

@@ -1,0 +1,144 @@
+"""Attention of a model's own class that is given maps, as autoencoders have it: in chunks, exact, or in blocks.
+
+It has one head; its norm, its projections and all else act on single cells. So its original forward attends among
+whatever cells it is given, as a map of one column.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..core.pieces import assemble
+from ..core.tilings import Tile
+from .attention import BlockedAttention, Blocking, ChunkedAttention, Forward
+from .notes import StepNote
+
+
+@dataclass(frozen=True)
+class Projections:
+    """What blocked attention and its context ask of an attention, answered for one of another class.
+
+    `query` is what it makes of maps, `others` are key and value; of maps that are normalized, if by a `group_norm`.
+    """
+
+    query: Callable[[torch.Tensor], torch.Tensor]
+    others: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    scale: float
+    group_norm: nn.Module | None = None
+    added_kv_proj_dim = norm_q = norm_k = None
+    heads = 1
+    processor = AttnProcessor2_0()  # it can be given other keys, and their weights
+
+    def to_q(self, tokens: torch.Tensor) -> torch.Tensor:
+        return _tokens(self.query(_column(tokens)))
+
+    def to_k(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.to_others(tokens)[0]
+
+    def to_others(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        return list(map(_tokens, self.others(_column(tokens))))
+
+
+class ChunkedCells(ChunkedAttention):
+    """In chunks of queries, whose keys and values come chunk by chunk as well, once, and are kept: exact, to rounding.
+
+    What is projected jointly would be large for a whole map.
+    """
+
+    def _attending(
+        self, original: Forward, cells: torch.Tensor, kwargs: dict[str, Any]
+    ) -> Callable[[torch.Tensor, Tile], torch.Tensor]:
+        def projected(tile: Tile) -> tuple[torch.Tensor, ...]:
+            block = self._prepared(cells[:, tile.rows, tile.columns].flatten(1, 2))
+            return tuple(each.unflatten(1, tile.size()) for each in self.attention.to_others(block))
+
+        kept = assemble(
+            self._cut(*cells.shape[1:3]),
+            projected,
+            place=lambda tile: (slice(None), tile.rows, tile.columns),
+            make=lambda some: tuple(each.new_empty(*cells.shape[:3], each.shape[-1]) for each in some),
+        )
+        keys_and_values = [each.flatten(1, 2) for each in kept]
+        return lambda block, tile: original(block, keys_and_values=keys_and_values)
+
+
+class CellAttention:
+    """Takes the place of the ``forward`` of such an attention, for maps ``[B, C, H, W]``.
+
+    torch's kernels for attention want heads. Where the original has none it holds the scores of all tokens for all
+    others, so maps of over `least` cells get one head where they are attended whole.
+
+    Args:
+        projections: what it projects by.
+        blocking: how it is blocked; None: in chunks.
+        layer: its place among the attentions of its model.
+    """
+
+    def __init__(self, projections: Projections, blocking: Blocking | None, layer: int, least: int) -> None:
+        self.projections = projections
+        attention: Any = projections
+        self.technique = (
+            ChunkedCells(attention) if blocking is None else BlockedAttention(attention, blocking, StepNote(), layer)
+        )
+        self.least = least
+
+    def applies(self, hidden_states: torch.Tensor) -> bool:
+        return hidden_states.shape[-2:].numel() > self.least or self.technique.applies(hidden_states)
+
+    def __call__(self, original: Forward, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.technique.applies(hidden_states):
+            result: torch.Tensor = self.technique(partial(self._attend, original), hidden_states)
+            return result
+        with OneHead():
+            return original(hidden_states)
+
+    def _attend(
+        self,
+        original: Forward,
+        tokens: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        keys_and_values: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """What the original makes of `tokens`, with given keys and values, or those of other tokens, normalized."""
+        if encoder_hidden_states is not None:
+            keys_and_values = self.projections.to_others(encoder_hidden_states)
+        with OneHead(*keys_and_values):
+            return _tokens(original(_column(tokens)))
+
+
+class OneHead(TorchFunctionMode):
+    """Gives ``F.scaled_dot_product_attention`` of tokens ``[B, N, C]`` a head, and other keys and values if given."""
+
+    def __init__(self, *others: torch.Tensor) -> None:
+        super().__init__()
+        self.others = others
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, *given = args
+        result = func(*map(_with_head, (query, *(self.others or given))), **(kwargs or {}))
+        return result if query.ndim == 4 else result[:, 0]
+
+
+def _with_head(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens if tokens.ndim == 4 else tokens[:, None]
+
+
+def _column(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens ``[B, N, C]`` as a map ``[B, C, N, 1]``."""
+    return tokens.transpose(1, 2)[..., None]
+
+
+def _tokens(plane: torch.Tensor) -> torch.Tensor:
+    """The cells of a map ``[B, C, h, w]`` as tokens ``[B, h * w, C]``."""
+    return plane.flatten(2).transpose(1, 2)
