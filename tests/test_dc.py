@@ -12,7 +12,6 @@ from halves import (
     BOTH,
     HALVES,
     INPUTS,
-    OFFLOADS,
     Bar,
     cut_up,
     error,
@@ -176,19 +175,6 @@ def test_upstreams_tiling_and_slicing_are_off_meanwhile(mode):
     assert error(model.decode(z).sample, expected) > 1e-3
 
 
-@BOTH
-@OFFLOADS
-@MODES
-def test_weights_may_come_and_go(half, offload, mode):
-    model, x, run = vae(), INPUTS[half](1, 24, 20), HALVES[half]
-    with patched(model, vae_mode=mode):
-        expected = run(model, x)
-    offload(model)
-    with patched(model, vae_mode=mode):
-        assert torch.equal(cut_up(lambda: run(model, x)), expected)
-        assert torch.equal(run(model, x), expected)
-
-
 def test_a_hook_that_keeps_what_it_is_given_keeps_what_is_right():
     model, x, kept = vae(), latent(1, 24, 20), []
     model.decoder.norm_out.register_forward_hook(lambda _, __, output: kept.append(output))
@@ -256,22 +242,3 @@ def test_a_pipeline_makes_the_untiled_picture(mode):
     with patch:
         assert error(draw(pipe), expected) < 1e-4
     assert torch.equal(draw(pipe), expected)
-
-
-@BOTH
-@MODES
-def test_the_estimate_is_what_a_real_run_holds(half, mode):
-    pipe = pipeline()
-    pipe.register_modules(transformer=None)
-    patch = LargeResPatch(pipe, 256, 320, vae_mode=mode, vae_chunk_size_x=12, vae_chunk_size_y=12)
-    x = picture(1, 320, 256) if half == "encode" else latent(1, 40, 32)
-
-    def run():
-        result = HALVES[half](pipe.vae, x.clone())
-        return pipe.image_processor.postprocess(result, output_type="pt") if half == "decode" else result
-
-    bare = live(run)
-    with patch:
-        held = live(run)
-    assert getattr(patch.estimate(), half) == pytest.approx(held, rel=0.1)
-    assert getattr(patch.estimate(patched=False), half) == pytest.approx(bare, rel=0.1)

@@ -12,7 +12,6 @@ from halves import (
     BOTH,
     HALVES,
     INPUTS,
-    OFFLOADS,
     cut_up,
     error,
     latent,
@@ -110,19 +109,6 @@ def test_passes_come_close_and_as_many_as_there_are_norms_are_exact(half, mode):
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_in_half_precision_it_is_no_further_from_float32_than_untiled(half, dtype):
-    model, x, run = vae(), INPUTS[half](1, 16, 6), HALVES[half]
-    reference = run(model, x)
-    model.to(dtype)
-    untiled = error(run(model, x.to(dtype)), reference)
-    with patched(model, vae_mode="exact"):
-        result = cut_up(lambda: run(model, x.to(dtype)))
-    assert result.dtype == dtype
-    assert error(result, reference) < 1.1 * untiled
-
-
-@BOTH
 def test_half_of_the_untiled_memory_is_enough(half):
     """At 512 x 512, with as many channels beside each other at the finest level as the published model has."""
     model = vae(block_out_channels=(32, 64, 64, 64, 64, 64), spatial_compression_ratio=32, latent_channels=8)
@@ -183,19 +169,6 @@ def test_upstreams_tiling_and_slicing_are_off_meanwhile(mode):
         assert not model.use_tiling and not model.use_slicing
         assert error(model.decode(z).sample, expected) < 1e-6
     assert model.use_tiling and model.use_slicing
-
-
-@BOTH
-@OFFLOADS
-@pytest.mark.parametrize("mode", ["exact", "two-pass"])
-def test_weights_may_come_and_go(half, offload, mode):
-    model, x, run = vae(), INPUTS[half](1, 24, 20), HALVES[half]
-    with patched(model, vae_mode=mode):
-        expected = run(model, x)
-    offload(model)
-    with patched(model, vae_mode=mode):
-        assert torch.equal(cut_up(lambda: run(model, x)), expected)
-        assert torch.equal(run(model, x), expected)
 
 
 def test_a_hook_that_keeps_what_it_is_given_keeps_what_is_right():
@@ -259,23 +232,3 @@ def test_a_pipeline_makes_the_untiled_picture():
     with patch:
         assert error(torch.as_tensor(draw()), expected) < 1e-4
     assert torch.equal(torch.as_tensor(draw()), expected)
-
-
-@BOTH
-@pytest.mark.parametrize("mode", ["exact", "two-pass"])
-def test_the_estimate_is_what_a_real_run_holds(half, mode):
-    pipe = pipeline()
-    pipe.transformer = None
-    pipe.register_modules(transformer=None)
-    patch = LargeResPatch(pipe, 256, 320, vae_mode=mode, vae_chunk_size_x=12, vae_chunk_size_y=12)
-    x = picture(1, 320, 256) if half == "encode" else latent(1, 40, 32)
-
-    def run():
-        result = HALVES[half](pipe.vae, x.clone())
-        return pipe.image_processor.postprocess(result, output_type="pt") if half == "decode" else result
-
-    bare = live(run)
-    with patch:
-        held = live(run)
-    assert getattr(patch.estimate(), half) == pytest.approx(held, rel=0.1)
-    assert getattr(patch.estimate(patched=False), half) == pytest.approx(bare, rel=0.1)

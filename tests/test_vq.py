@@ -17,11 +17,9 @@ from halves import (
     error,
     latent,
     live,
-    model_offload,
     padded,
     patched,
     picture,
-    sequential_offload,
     told,
 )
 from largerespatch import LargeResPatch
@@ -165,19 +163,6 @@ def test_maps_live_on_a_host_as_well(monkeypatch, half, mode):
     assert error(*results) < 1e-4
 
 
-@BOTH
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_in_half_precision_it_is_no_further_from_float32_than_untiled(half, dtype):
-    model, x, run = vae(), inputs(half, 1, 16, 6), HALVES[half]
-    reference = run(model, x)
-    model.to(dtype)
-    untiled = error(run(model, x.to(dtype)), reference)
-    with patched(model, vae_mode="exact"):
-        result = cut_up(lambda: run(model, x.to(dtype)))
-    assert result.dtype == dtype
-    assert error(result, reference) < 1.1 * untiled
-
-
 @MODES
 def test_half_of_the_untiled_memory_is_enough(mode):
     """At 512 x 512, with the levels of the published model."""
@@ -189,19 +174,6 @@ def test_half_of_the_untiled_memory_is_enough(mode):
     untiled = live(lambda: model.decode(z))
     with patched(model, vae_mode=mode, vae_chunk_size_x=16, vae_chunk_size_y=16):
         assert live(lambda: cut_up(lambda: model.decode(z))) <= 0.5 * untiled
-
-
-@BOTH
-@MODES
-@pytest.mark.parametrize("offload", [model_offload, sequential_offload])  # upstream has no group offload for it
-def test_weights_may_come_and_go(half, offload, mode):
-    model, x, run = vae(), inputs(half, 1, 24, 20), HALVES[half]
-    with patched(model, vae_mode=mode):
-        expected = run(model, x)
-    offload(model)
-    with patched(model, vae_mode=mode):
-        assert torch.equal(cut_up(lambda: run(model, x)), expected)
-        assert torch.equal(run(model, x), expected)
 
 
 def test_it_is_told_and_leaves_nothing_behind():
@@ -228,22 +200,3 @@ def test_a_pipeline_makes_the_untiled_picture():
     with patch:
         assert error(family.run(pipe, KANDINSKY.arguments), expected) < 1e-4
     assert torch.equal(family.run(pipe, KANDINSKY.arguments), expected)
-
-
-@BOTH
-@MODES
-def test_the_estimate_is_what_a_real_run_holds(half, mode):
-    pipe = quiet(KANDINSKY.build())
-    patch = LargeResPatch(pipe, 256, 320, vae_mode=mode, vae_chunk_size_x=12, vae_chunk_size_y=12)
-    x = picture(1, 320, 256) if half == "encode" else latent(1, 40, 32)
-
-    def run():
-        if half == "encode":
-            return pipe.movq.encode(x.clone())
-        return pipe.movq.decode(x.clone(), force_not_quantize=True)
-
-    bare = live(run)
-    with patch:
-        held = live(run)
-    assert getattr(patch.estimate(), half) == pytest.approx(held, rel=0.1)
-    assert getattr(patch.estimate(patched=False), half) == pytest.approx(bare, rel=0.1)

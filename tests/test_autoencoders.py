@@ -1,0 +1,111 @@
+"""What holds of families of autoencoders, on one of each: a new one is a line here, and what is its own elsewhere."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import test_asymmetric
+import test_dc
+import test_flux_2_vae
+import test_hunyuan_vae
+import test_vq
+import torch
+
+import halves
+from conftest import quiet
+from halves import HALVES, cut_up, error, latent, live, patched, picture
+from largerespatch import LargeResPatch
+from largerespatch.core import calls
+
+EVERY_WAY = (halves.model_offload, halves.sequential_offload, halves.leaf_group_offload)
+
+
+class Case(NamedTuple):
+    """How to build an autoencoder, what goes into it, how it is run; a pipeline that holds it, and under which name."""
+
+    build: Callable[[], Any]
+    pipeline: Callable[[], Any]
+    inputs: Callable[..., torch.Tensor] = lambda run, *size: halves.INPUTS[run](*size)
+    runs: dict[str, Callable[..., Any]] = HALVES
+    offloads: tuple[Callable[[Any], None], ...] = EVERY_WAY
+    name: str = "vae"
+    estimated: tuple[str, ...] = ("exact", "two-pass")  # modes
+    width: int = 6  # of what is compared in half precision, where so few cells round alike
+
+
+CASES = {
+    "HunyuanImage": Case(test_hunyuan_vae.vae, test_hunyuan_vae.pipeline),
+    "DC": Case(test_dc.vae, test_dc.pipeline, width=8),
+    "VQ": Case(
+        test_vq.vae,
+        lambda: quiet(test_vq.KANDINSKY.build()),
+        test_vq.inputs,
+        test_vq.HALVES,
+        EVERY_WAY[:2],  # upstream has no group offload for it
+        "movq",
+    ),
+    "Flux 2": Case(test_flux_2_vae.flux_2, test_flux_2_vae.pipeline, width=12),
+    "asymmetric": Case(
+        test_asymmetric.vae,
+        test_asymmetric.pipeline,
+        test_asymmetric.inputs,
+        test_asymmetric.RUNS,
+        estimated=("exact",),
+    ),
+}
+RUNS = [(name, run) for name, case in CASES.items() for run in case.runs]
+MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "offload"), [(name, run, offload) for name, run in RUNS for offload in CASES[name].offloads]
+)
+@MODES
+def test_weights_may_come_and_go(name, run, offload, mode):
+    model, x, call = CASES[name].build(), CASES[name].inputs(run, 1, 24, 20), CASES[name].runs[run]
+    with patched(model, vae_mode=mode):
+        expected = call(model, x)
+    offload(model)
+    with patched(model, vae_mode=mode):
+        assert torch.equal(cut_up(lambda: call(model, x)), expected)
+        assert torch.equal(call(model, x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "run"), [each for each in RUNS if each[1] != "shown"]
+)  # as upstream shows float32 alone
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_it_is_no_further_from_float32_than_untiled(name, run, dtype):
+    model, x, call = CASES[name].build(), CASES[name].inputs(run, 1, 16, CASES[name].width), CASES[name].runs[run]
+    reference = call(model, x)
+    for parameter in model.parameters():
+        parameter.data = parameter.to(dtype)
+    untiled = error(call(model, x.to(dtype)), reference)
+    with patched(model, vae_mode="exact"):
+        result = cut_up(lambda: call(model, x.to(dtype)))
+    assert result.dtype == dtype
+    assert error(result, reference) < 1.1 * untiled
+
+
+@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name, case in CASES.items() for mode in case.estimated])
+@halves.BOTH
+def test_the_estimate_is_what_a_real_run_holds(name, mode, half):
+    """Beside the pictures that a pipeline for editing holds all through a call."""
+    case, pipe = CASES[name], CASES[name].pipeline()
+    patch = LargeResPatch(pipe, 256, 320, vae_mode=mode, vae_chunk_size_x=12, vae_chunk_size_y=12)
+    model, shown = getattr(pipe, case.name), half == "decode" and "shown" in case.runs
+    x = picture(1, 320, 256) if half == "encode" else latent(1, 40, 32)
+    call = case.runs["shown" if shown else half]
+
+    def run():
+        result = call(model, x.clone())
+        if half == "encode" or not hasattr(pipe, "image_processor"):
+            return result
+        return pipe.image_processor.postprocess(result, output_type="pt")
+
+    pictures = sum(each.nbytes for each in calls.held(pipe, 320, 256))
+    bare = live(run) + pictures
+    with patch:
+        held = live(run) + pictures
+    assert getattr(patch.estimate(), half) == pytest.approx(held, rel=0.1)
+    assert getattr(patch.estimate(patched=False), half) == pytest.approx(bare, rel=0.1)
