@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import accelerate
 import pytest
@@ -9,13 +10,18 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
+from largerespatch.autoencoders import kl
 from largerespatch.core.families import Order, family_of, install
+from largerespatch.core.hosts import Host
 from largerespatch.core.patching import PatchStack
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.options import Options
 from largerespatch.techniques.halves import Cutting
 
 CPU = torch.device("cpu")
+
+# Not where the model runs, though the same memory: whole maps live here and their strips are copied.
+ELSEWHERE = Host("cpu:0", band_bytes=1500)
 
 
 class Bar(nullcontext):
@@ -58,6 +64,8 @@ def _encoded(encoded):
 
 HALVES = {"encode": lambda vae, x: _encoded(vae.encode(x)), "decode": lambda vae, x: vae.decode(x).sample}
 INPUTS = {"encode": lambda batch, height, width: picture(batch, 8 * height, 8 * width), "decode": latent}
+PADDING_MODES = ("constant", "circular", "reflect", "replicate")
+MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])
 BOTH = pytest.mark.parametrize("half", ["encode", "decode"])
 
 
@@ -76,6 +84,14 @@ def told(model, **options):
 def patched(model, **options):
     with PatchStack() as stack:
         install(stack, sites(model, **options))
+        yield
+
+
+@contextmanager
+def in_pieces(model, height, width=1000, host=ELSEWHERE, **options):
+    """In pieces of ``height x width`` latent pixels; with `vae_offload` whole maps live elsewhere."""
+    sizes = {"vae_chunk_size_y": height, "vae_chunk_size_x": width}
+    with mock.patch.object(kl, "Host", lambda: host), patched(model, **sizes | options):
         yield
 
 

@@ -9,13 +9,11 @@ from hypothesis import strategies as st
 import family
 import tiny
 from conftest import quiet
-from halves import Bar, cut_up, error, latent, live, padded, patched, picture, told
+from halves import MODES, Bar, cut_up, error, latent, live, padded, patched, picture, told
 from largerespatch import LargeResPatch
 from largerespatch.autoencoders.asymmetric import Asymmetric
 from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
-
-MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])
 
 
 def vae():

@@ -1,19 +1,26 @@
 """What holds of families of autoencoders, on one of each: a new one is a line here, and what is its own elsewhere."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
+import accelerate
 import pytest
 import test_asymmetric
+import test_causal
 import test_dc
 import test_flux_2_vae
 import test_hunyuan_vae
+import test_tiny
 import test_vq
 import torch
+from diffusers.hooks.group_offloading import GroupOffloadingType
+from test_weights import cpu_as_accelerator, offload_on_a_stream  # noqa: F401  fixtures
 
 import halves
 from conftest import quiet
-from halves import HALVES, cut_up, error, latent, live, patched, picture
+from halves import HALVES, MODES, cut_up, error, in_pieces, latent, live, patched, picture
 from largerespatch import LargeResPatch
 from largerespatch.core import calls
 
@@ -54,7 +61,6 @@ CASES = {
     ),
 }
 RUNS = [(name, run) for name, case in CASES.items() for run in case.runs]
-MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])
 
 
 @pytest.mark.parametrize(
@@ -109,3 +115,44 @@ def test_the_estimate_is_what_a_real_run_holds(name, mode, half):
         held = live(run) + pictures
     assert getattr(patch.estimate(), half) == pytest.approx(held, rel=0.1)
     assert getattr(patch.estimate(patched=False), half) == pytest.approx(bare, rel=0.1)
+
+
+HOOKED = {"Wan": (partial(test_causal.autoencoder, "Wan"), test_causal.inputs, HALVES)}
+HOOKED |= {"tiny": (test_tiny.autoencoder, lambda run, *size: halves.INPUTS[run](*size), test_tiny.HALVES)}
+
+
+@pytest.mark.parametrize(
+    ("name", "offload_on_a_stream"),
+    [("Wan", each) for each in GroupOffloadingType] + [("tiny", GroupOffloadingType.LEAF_LEVEL)],
+    indirect=["offload_on_a_stream"],
+)
+@MODES
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_groups_that_come_ahead_on_a_stream_are_there_for_every_piece(name, mode, patched_first, offload_on_a_stream):  # noqa: F811
+    build, inputs, runs = HOOKED[name]
+    vae, unhooked = build(), build()
+    offload_on_a_stream(vae)
+    for cut in (patched_first, not patched_first, patched_first):
+        for run in runs:
+            with in_pieces(vae, 5, 4, vae_mode=mode) if cut else nullcontext():
+                result = runs[run](vae, inputs(run, 1, 9, 7))
+            with in_pieces(unhooked, 5, 4, vae_mode=mode) if cut else nullcontext():
+                assert torch.equal(result, runs[run](unhooked, inputs(run, 1, 9, 7)))
+
+
+@pytest.mark.parametrize("name", HOOKED)
+@MODES
+def test_the_hook_of_model_offload_is_called_for_encode_and_decode(name, mode):
+    (build, inputs, runs), calls = HOOKED[name], []
+
+    class Noting(accelerate.hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    vae = build()
+    accelerate.hooks.add_hook_to_module(vae, Noting())
+    with in_pieces(vae, 5, 4, vae_mode=mode):
+        for run in runs:
+            runs[run](vae, inputs(run, 1, 9, 7))
+    assert calls == [vae, vae]

@@ -1,9 +1,8 @@
 """Qwen-Image's and Wan's autoencoder: of one frame exact in pieces, whatever the way; several frames are left alone."""
 
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
-from unittest import mock
 
 import accelerate
 import pytest
@@ -28,9 +27,8 @@ from torch.overrides import TorchFunctionMode
 import streams
 import tiny
 from conftest import quiet
-from halves import BOTH, HALVES, Bar, picture
+from halves import BOTH, HALVES, MODES, PADDING_MODES, Bar, in_pieces, picture, sites
 from largerespatch import LargeResPatch
-from largerespatch.autoencoders import kl
 from largerespatch.autoencoders.any import AnyAutoencoder
 from largerespatch.autoencoders.causal import Causal
 from largerespatch.core.families import factor_of, families_in, family_of, install
@@ -55,11 +53,6 @@ NARROW = {
 }
 KINDS = {"Qwen-Image": AutoencoderKLQwenImage, "Wan": AutoencoderKLWan}
 EVERY = pytest.mark.parametrize("kind", KINDS)
-MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])
-PADDING_MODES = ("constant", "circular", "reflect", "replicate")
-
-# Not where the model runs, though the same memory: whole maps live here and their strips are copied.
-ELSEWHERE = Host("cpu:0", band_bytes=1500)
 
 CLOSE = 1e-4  # relative, of layers by the dozen in float32
 
@@ -80,21 +73,8 @@ def inputs(half, batch, height, width):
     return torch.randn(batch, 4, 1, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def sites(vae, **options):
-    pipe = SimpleNamespace(progress_bar=Bar, components={"vae": vae})
-    return list(family_of(vae).sites(vae, "vae", Options(**options), pipe))
-
-
-@contextmanager
-def patched(vae, height, width=1000, host=ELSEWHERE, **options):
-    """In pieces of ``height x width`` latent pixels; with `vae_offload` whole maps live elsewhere."""
-    with mock.patch.object(kl, "Host", lambda: host), PatchStack() as stack:
-        install(stack, sites(vae, vae_chunk_size_y=height, vae_chunk_size_x=width, **options))
-        yield
-
-
 def whole(vae, run, x, padding_mode="constant"):
-    with patched(vae, 1000, padding_mode=padding_mode):
+    with in_pieces(vae, 1000, padding_mode=padding_mode):
         return run(vae, x)
 
 
@@ -140,7 +120,7 @@ def test_pieces_equal_the_untiled_result(kind, half, mode, batch, height, width,
     vae, x, run = autoencoder(kind), inputs(half, batch, height, width), HALVES[half]
     before = x.clone()
     expected = whole(vae, run, x, padding_mode)
-    with patched(vae, rows, columns, vae_mode=mode, padding_mode=padding_mode, vae_offload=away):
+    with in_pieces(vae, rows, columns, vae_mode=mode, padding_mode=padding_mode, vae_offload=away):
         assert error(run(vae, x), expected) < CLOSE
     assert torch.equal(x, before)
 
@@ -154,7 +134,7 @@ def test_in_half_precision_it_is_no_further_from_float32_than_untiled(half, mode
     for parameter in vae.parameters():
         parameter.data = parameter.to(dtype)
     untiled = run(vae, x.to(dtype))
-    with patched(vae, 8, 8, vae_mode=mode):
+    with in_pieces(vae, 8, 8, vae_mode=mode):
         result = run(vae, x.to(dtype))
     assert result.dtype == dtype
     assert (result.float() - reference).norm() < 1.1 * (untiled.float() - reference).norm()
@@ -165,18 +145,18 @@ def test_the_published_configuration_is_exact_too(half):
     vae = tiny.frozen(AutoencoderKLQwenImage, 17)
     x = inputs("encode", 1, 6, 2) if half == "encode" else torch.randn(1, 16, 1, 6, 2)
     expected = HALVES[half](vae, x)
-    with patched(vae, 4, vae_mode="exact"):
+    with in_pieces(vae, 4, vae_mode="exact"):
         assert 0 < error(HALVES[half](vae, x), expected) < CLOSE
 
 
 @BOTH
 @EVERY
 @MODES
-def test_an_image_of_one_tile_runs_unpatched(half, kind, mode):
+def test_an_image_of_one_tile_runs_unin_pieces(half, kind, mode):
     vae, x, run = autoencoder(kind), inputs(half, 1, 9, 7), HALVES[half]
     expected = run(vae, x)
     Bar.last = None
-    with patched(vae, 9, 7, vae_mode=mode):
+    with in_pieces(vae, 9, 7, vae_mode=mode):
         assert torch.equal(run(vae, x), expected)
     assert Bar.last is None
 
@@ -186,7 +166,7 @@ def test_an_image_of_one_tile_runs_unpatched(half, kind, mode):
 def test_every_module_is_restored_and_the_bar_completes(half, mode):
     vae, x, run = autoencoder(), inputs(half, 1, 9, 7), HALVES[half]
     pipe = SimpleNamespace(components={"vae": vae})
-    with patched(vae, 5, 4, vae_mode=mode, padding_mode="circular"):
+    with in_pieces(vae, 5, 4, vae_mode=mode, padding_mode="circular"):
         before = fingerprint(pipe)
         run(vae, x)
         run(vae, x)
@@ -213,7 +193,7 @@ def test_causal_convolutions_pad_by_the_mode(kind, mode):
     frames = torch.cat([torch.zeros(1, 3, 2, 6, 8), x], dim=2)
     padded = torch.stack([F.pad(frame, (1, 1, 1, 1), mode=mode) for frame in frames.unbind(2)], dim=2)
     expected = F.conv3d(padded, convolution.weight, convolution.bias)
-    with patched(vae, 1000, padding_mode=mode):
+    with in_pieces(vae, 1000, padding_mode=mode):
         torch.testing.assert_close(convolution(x), expected)
         torch.testing.assert_close(convolution(x[:, :, 1:], x[:, :, :1]), expected[:, :, 1:])
     assert not torch.allclose(convolution(x), expected)
@@ -225,7 +205,7 @@ def test_causal_convolutions_pad_by_the_mode(kind, mode):
 def test_circular_padding_makes_an_autoencoder_commute_with_rolling(half, kind, mode):
     vae, x, run = autoencoder(kind), inputs(half, 1, 8, 6), HALVES[half]
     there, back = ((16, 8), (-2, -1)) if half == "encode" else ((2, 1), (-16, -8))
-    with patched(vae, 3, 4, padding_mode="circular", vae_mode=mode):
+    with in_pieces(vae, 3, 4, padding_mode="circular", vae_mode=mode):
         plain, rolled = run(vae, x), run(vae, x.roll(there, (3, 4)))
         assert error(rolled.roll(back, (3, 4)), plain) < CLOSE
     assert error(run(vae, x.roll(there, (3, 4))).roll(back, (3, 4)), run(vae, x)) > 100 * CLOSE
@@ -242,7 +222,7 @@ def peak(run, vae, x):
 def test_half_of_the_untiled_memory_is_enough(half, mode):
     vae, x, run = autoencoder(base_dim=16), inputs(half, 1, 64, 64), HALVES[half]
     untiled = peak(run, vae, x)
-    with patched(vae, 16, 16, vae_mode=mode):
+    with in_pieces(vae, 16, 16, vae_mode=mode):
         assert peak(run, vae, x) <= 0.5 * untiled
 
 
@@ -289,7 +269,7 @@ def test_copies_on_streams_of_their_own_are_waited_for(half, mode, wrap):
     options = {"vae_mode": mode, "padding_mode": "circular" if wrap else "constant", "vae_offload": True}
     expected = whole(vae, run, x, options["padding_mode"])
     host = Host("cpu:0", band_bytes=1500)
-    with streams.play(host) as watch, patched(vae, 3, 4, host, **options):
+    with streams.play(host) as watch, in_pieces(vae, 3, 4, host, **options):
         assert error(run(vae, x), expected) < CLOSE
     assert all(stream.total > 10 for stream in watch.sides)
     assert watch.sound()
@@ -314,7 +294,7 @@ def test_the_mid_blocks_attention_runs_in_chunks_or_blocks(mode, attention, monk
     errors = {}
     for context in (0, 16, 63):
         tiles.clear()
-        with patched(vae, 4, 5, **options, attn_context=context):
+        with in_pieces(vae, 4, 5, **options, attn_context=context):
             errors[context] = error(run(vae, x), expected)
         assert len(tiles) > 3
         if attention == "full":
@@ -338,7 +318,7 @@ def test_with_all_tokens_as_context_blocks_are_dense_attention(mode):
     sharpen(vae)
     expected = run(vae, x)
     options = {"vae_attn": "blocked", "attn_slice_x": 3, "attn_slice_y": 3, "attn_full_tokens": 9}
-    with patched(vae, 4, 5, vae_mode=mode, attn_context=126, **options):
+    with in_pieces(vae, 4, 5, vae_mode=mode, attn_context=126, **options):
         assert error(run(vae, x), expected) < CLOSE
 
 
@@ -377,7 +357,7 @@ def test_attention_on_a_small_image_is_chunked_too_but_not_that_of_films(kind, m
     vae, x = autoencoder(kind), inputs("decode", 1, 9, 7)
     block = vae.decoder.mid_block.attentions[0]
     expected = vae.decode(x).sample
-    with patched(vae, 9, 7, vae_mode=mode), Attended() as attended:
+    with in_pieces(vae, 9, 7, vae_mode=mode), Attended() as attended:
         assert error(vae.decode(x).sample, expected) < CLOSE
         assert set(attended.queries) == {7, 14}  # one or two rows
         attended.met.clear()
@@ -393,7 +373,7 @@ def test_several_frames_are_left_alone_and_one_warning_says_so(kind, mode):
     film, latents = torch.rand(1, 3, 5, 72, 56) * 2 - 1, torch.randn(1, 4, 2, 9, 7)
     x = inputs("decode", 1, 9, 7)
     encoded, decoded, single = vae.encode(film).latent_dist.mode(), vae.decode(latents).sample, vae.decode(x).sample
-    with patched(vae, 5, 4, vae_mode=mode):
+    with in_pieces(vae, 5, 4, vae_mode=mode):
         with pytest.warns(RuntimeWarning, match="VAE decoder runs single frames in pieces, several ones as without"):
             assert torch.equal(vae.decode(latents).sample, decoded)
         with pytest.warns(RuntimeWarning, match="VAE encoder runs single frames"):
@@ -419,7 +399,7 @@ def test_frames_that_come_one_by_one_are_several(recwarn):
         return torch.cat(results, dim=2)
 
     expected = stream()
-    with patched(vae, 5, 4):
+    with in_pieces(vae, 5, 4):
         assert torch.equal(stream(), expected)
         Bar.last = None
         vae.decoder(latents[:, :, :1])
@@ -433,7 +413,7 @@ def test_upstreams_tiling_is_off_for_pictures_and_on_for_films(kind):
     vae.enable_tiling()
     film = vae.decode(latents).sample
     assert error(vae.decode(x).sample, expected) > CLOSE
-    with patched(vae, 5, 4):
+    with in_pieces(vae, 5, 4):
         assert not vae.use_tiling
         assert error(vae.decode(x).sample, expected) < CLOSE
         with pytest.warns(RuntimeWarning, match="several ones"):
@@ -449,7 +429,7 @@ def test_slicing_runs_the_samples_of_a_batch_in_turns(half, mode):
     expected = run(vae, x)
     model, seen = vae.encoder if half == "encode" else vae.decoder, []
     vae.enable_slicing()
-    with patched(vae, 5, 4, vae_mode=mode):
+    with in_pieces(vae, 5, 4, vae_mode=mode):
         assert not vae.use_slicing
         model.conv_in.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
         with (
@@ -505,39 +485,10 @@ def test_hooks_that_bring_weights_work(kind, mode, hook):
         x, run = inputs(half, 1, 9, 7), HALVES[half]
         expected = run(vae, x)
         for padding_mode in ("constant", "circular"):
-            with patched(vae, 5, 4, vae_mode=mode, padding_mode=padding_mode):
+            with in_pieces(vae, 5, 4, vae_mode=mode, padding_mode=padding_mode):
                 result = run(vae, x)
             assert (error(result, expected) < CLOSE) == (padding_mode == "constant")
         assert torch.equal(run(vae, x), expected)
-
-
-@MODES
-@pytest.mark.parametrize("patched_first", [False, True])
-def test_groups_that_come_ahead_on_a_stream_are_there_for_every_piece(mode, patched_first, offload_on_a_stream):  # noqa: F811
-    vae, unhooked = autoencoder("Wan"), autoencoder("Wan")
-    offload_on_a_stream(vae)
-    for in_pieces in (patched_first, not patched_first, patched_first):
-        for half in HALVES:
-            with patched(vae, 5, 4, vae_mode=mode) if in_pieces else nullcontext():
-                result = HALVES[half](vae, inputs(half, 1, 9, 7))
-            with patched(unhooked, 5, 4, vae_mode=mode) if in_pieces else nullcontext():
-                assert torch.equal(result, HALVES[half](unhooked, inputs(half, 1, 9, 7)))
-
-
-@MODES
-def test_the_hook_of_model_offload_is_called_for_encode_and_decode(mode):
-    vae, calls = autoencoder(), []
-
-    class Noting(accelerate.hooks.ModelHook):
-        def pre_forward(self, module, *args, **kwargs):
-            calls.append(module)
-            return args, kwargs
-
-    accelerate.hooks.add_hook_to_module(vae, Noting())
-    with patched(vae, 5, 4, vae_mode=mode):
-        for half in HALVES:
-            HALVES[half](vae, inputs(half, 1, 9, 7))
-    assert calls == [vae, vae]
 
 
 @BOTH
@@ -548,7 +499,7 @@ def test_what_a_hook_on_a_block_is_given_is_right(half):
         module.register_forward_hook(lambda _, __, output: seen.append(output))
     run(vae, x)
     expected, seen[:] = seen[:], []
-    with patched(vae, 5, 4, vae_mode="exact"):
+    with in_pieces(vae, 5, 4, vae_mode="exact"):
         run(vae, x)
     for given_to, right in zip(seen, expected, strict=True):
         assert error(given_to + 0, right[:, :, 0]) < CLOSE  # maps have no frames there

@@ -12,6 +12,7 @@ from halves import (
     BOTH,
     HALVES,
     INPUTS,
+    MODES,
     Bar,
     cut_up,
     error,
@@ -30,7 +31,6 @@ from largerespatch.core.patching import PatchStack
 from largerespatch.techniques.linear_attention import WalkedLinearAttention
 from largerespatch.techniques.walk import Walk
 
-MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])
 SHAPE = {"block_types": ("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock")}
 SHAPE |= {
     "block_out_channels": (8, 16, 32, 32),

@@ -1,13 +1,10 @@
 """Flux 2's autoencoder: `AutoencoderKL`'s encoder and decoder. The batch norm over packed latents is outside of it."""
 
-import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 from test_kl import flux_2
 
 from conftest import quiet
-from halves import cut_up, error, latent, live, patched
-
-MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])
+from halves import MODES, cut_up, error, latent, live, patched
 
 
 @MODES

@@ -12,6 +12,8 @@ from halves import (
     BOTH,
     HALVES,
     INPUTS,
+    MODES,
+    PADDING_MODES,
     cut_up,
     error,
     latent,
@@ -26,8 +28,6 @@ from largerespatch.autoencoders.hunyuan_image import HunyuanImage
 from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
 from largerespatch.techniques import attention
-
-PADDING_MODES = ("constant", "circular", "reflect", "replicate")
 
 
 def vae(**changes):
@@ -158,7 +158,7 @@ def test_attention_to_many_tokens_holds_no_scores_of_all_for_all():
         assert live(lambda: attend(x)) < scores / 2
 
 
-@pytest.mark.parametrize("mode", ["exact", "two-pass"])
+@MODES
 def test_upstreams_tiling_and_slicing_are_off_meanwhile(mode):
     model, z = vae(), latent(2, 24, 20)
     with patched(model, vae_mode=mode):

@@ -1,14 +1,11 @@
 """The tiny autoencoder, of convolutions alone: exact in pieces, whatever the way."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
-from unittest import mock
 
-import accelerate
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from diffusers.hooks.group_offloading import GroupOffloadingType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_causal import (
@@ -22,27 +19,20 @@ from test_weights import cpu_as_accelerator, offload_on_a_stream  # noqa: F401  
 
 import tiny
 from conftest import quiet
-from halves import BOTH, INPUTS, Bar
+from halves import BOTH, INPUTS, MODES, PADDING_MODES, Bar, in_pieces
 from largerespatch import LargeResPatch
 from largerespatch.autoencoders import kl
 from largerespatch.autoencoders.any import AnyAutoencoder
 from largerespatch.autoencoders.tiny import Tiny
-from largerespatch.core.families import Order, factor_of, family_of, install
-from largerespatch.core.hosts import Host
-from largerespatch.core.patching import PatchStack
+from largerespatch.core.families import Order, factor_of, family_of
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.options import Options
 from largerespatch.techniques import halves as halves_room
 from test_patch import fingerprint, image
 
 HALVES = {"encode": lambda vae, x: vae.encode(x).latents, "decode": lambda vae, x: vae.decode(x).sample}
-MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])
-PADDING_MODES = ("constant", "circular", "reflect", "replicate")
 NARROW = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
 PUBLISHED = {"encoder_block_out_channels": (64,) * 4, "decoder_block_out_channels": (64,) * 4}
-
-# Not where the model runs, though the same memory: whole maps live here and their strips are copied.
-ELSEWHERE = Host("cpu:0", band_bytes=1500)
 
 CLOSE = 1e-5  # relative, of convolutions in float32
 
@@ -54,16 +44,6 @@ def autoencoder(**changes):
         if parameter.ndim == 4:
             parameter.data *= 1.5
     return vae
-
-
-@contextmanager
-def patched(vae, height, width=1000, **options):
-    """In pieces of ``height x width`` latent pixels; with `vae_offload` whole maps live elsewhere."""
-    pipe = SimpleNamespace(progress_bar=Bar, components={"vae": vae})
-    options = Options(vae_chunk_size_y=height, vae_chunk_size_x=width, **options)
-    with mock.patch.object(kl, "Host", lambda: ELSEWHERE), PatchStack() as stack:
-        install(stack, family_of(vae).sites(vae, "vae", options, pipe))
-        yield
 
 
 def error(result, expected):
@@ -97,9 +77,9 @@ def test_other_upsamplers_are_left_to_others(changes):
 def test_pieces_equal_the_untiled_result(half, mode, batch, height, width, rows, columns, padding_mode, away):
     vae, x, run = autoencoder(), INPUTS[half](batch, height, width), HALVES[half]
     before = x.clone()
-    with patched(vae, 1000, padding_mode=padding_mode):
+    with in_pieces(vae, 1000, padding_mode=padding_mode):
         expected = run(vae, x)
-    with patched(vae, rows, columns, vae_mode=mode, padding_mode=padding_mode, vae_offload=away):
+    with in_pieces(vae, rows, columns, vae_mode=mode, padding_mode=padding_mode, vae_offload=away):
         assert error(run(vae, x), expected) < CLOSE
     assert torch.equal(x, before)
 
@@ -119,7 +99,7 @@ def test_other_configurations_are_exact_too(half, mode, changes):
     vae = autoencoder(**changes)
     x = INPUTS["encode"](1, 16, 12) if half == "encode" else torch.randn(1, vae.config.latent_channels, 16, 12)
     expected = HALVES[half](vae, x)
-    with patched(vae, 5, 4, vae_mode=mode):
+    with in_pieces(vae, 5, 4, vae_mode=mode):
         assert error(HALVES[half](vae, x), expected) < CLOSE
     assert Bar.last.updates == Bar.last.total > 8
 
@@ -133,7 +113,7 @@ def test_in_half_precision_it_is_no_further_from_float32_than_untiled(half, mode
     for parameter in vae.parameters():
         parameter.data = parameter.to(dtype)
     untiled = run(vae, x.to(dtype))
-    with patched(vae, 8, 8, vae_mode=mode):
+    with in_pieces(vae, 8, 8, vae_mode=mode):
         result = run(vae, x.to(dtype))
     assert result.dtype == dtype
     assert (result.float() - reference).norm() < 1.1 * (untiled.float() - reference).norm()
@@ -141,11 +121,11 @@ def test_in_half_precision_it_is_no_further_from_float32_than_untiled(half, mode
 
 @BOTH
 @MODES
-def test_an_image_of_one_tile_runs_unpatched(half, mode):
+def test_an_image_of_one_tile_runs_unin_pieces(half, mode):
     vae, x, run = autoencoder(), INPUTS[half](1, 9, 7), HALVES[half]
     expected = run(vae, x)
     Bar.last = None
-    with patched(vae, 9, 7, vae_mode=mode):
+    with in_pieces(vae, 9, 7, vae_mode=mode):
         assert torch.equal(run(vae, x), expected)
     assert Bar.last is None
 
@@ -155,7 +135,7 @@ def test_an_image_of_one_tile_runs_unpatched(half, mode):
 def test_of_images_of_no_whole_latent_pixels_all_is_encoded(mode, size):
     vae, x = autoencoder(), torch.rand(1, 3, *size) * 2 - 1
     expected = vae.encode(x).latents
-    with patched(vae, 5, 4, vae_mode=mode):
+    with in_pieces(vae, 5, 4, vae_mode=mode):
         assert torch.equal(vae.encode(x).latents, expected)
 
 
@@ -170,7 +150,7 @@ def test_half_of_the_untiled_memory_is_enough(half, mode):
         return count.peak
 
     untiled = peak()
-    with patched(vae, 16, 16, vae_mode=mode):
+    with in_pieces(vae, 16, 16, vae_mode=mode):
         assert peak() <= 0.5 * untiled
 
 
@@ -184,7 +164,7 @@ def test_where_maps_live_elsewhere_none_is_whole_here(half, mode, monkeypatch):
     run(vae, x)
     whole = max(largest)
     largest.clear()
-    with patched(vae, 4, 8, vae_mode=mode, vae_offload=True):
+    with in_pieces(vae, 4, 8, vae_mode=mode, vae_offload=True):
         run(vae, x)
     assert max(largest) < whole / 2
 
@@ -194,7 +174,7 @@ def test_where_maps_live_elsewhere_none_is_whole_here(half, mode, monkeypatch):
 def test_circular_padding_makes_an_autoencoder_commute_with_rolling(half, mode):
     vae, x, run = autoencoder(), INPUTS[half](1, 12, 10), HALVES[half]
     there, back = ((16, 8), (-2, -1)) if half == "encode" else ((2, 1), (-16, -8))
-    with patched(vae, 3, 4, padding_mode="circular", vae_mode=mode):
+    with in_pieces(vae, 3, 4, padding_mode="circular", vae_mode=mode):
         plain, rolled = run(vae, x), run(vae, x.roll(there, (2, 3)))
         assert error(rolled.roll(back, (2, 3)), plain) < CLOSE
     assert error(run(vae, x.roll(there, (2, 3))).roll(back, (2, 3)), run(vae, x)) > 100 * CLOSE
@@ -214,7 +194,7 @@ def test_upstreams_tiling_is_off_meanwhile():
     expected = vae.decode(x).sample
     vae.enable_tiling()
     assert error(vae.decode(x).sample, expected) > 10 * CLOSE
-    with patched(vae, 5, 4):
+    with in_pieces(vae, 5, 4):
         assert not vae.use_tiling
         assert error(vae.decode(x).sample, expected) < CLOSE
     assert vae.use_tiling
@@ -234,7 +214,7 @@ def test_slicing_runs_the_samples_of_a_batch_in_turns(half, mode, monkeypatch):
         return run_pieces(self, original, some)
 
     monkeypatch.setattr(kind, "_run", noted)
-    with patched(vae, 5, 4, vae_mode=mode):
+    with in_pieces(vae, 5, 4, vae_mode=mode):
         assert not vae.use_slicing
         assert error(run(vae, x), expected) < CLOSE
     assert seen == [1, 1, 1]
@@ -253,40 +233,10 @@ def test_hooks_that_bring_weights_work(mode, hook):
         x, run = INPUTS[half](1, 9, 7), HALVES[half]
         expected = run(vae, x)
         for padding_mode in ("constant", "circular"):
-            with patched(vae, 5, 4, vae_mode=mode, padding_mode=padding_mode):
+            with in_pieces(vae, 5, 4, vae_mode=mode, padding_mode=padding_mode):
                 result = run(vae, x)
             assert (error(result, expected) < CLOSE) == (padding_mode == "constant")
         assert torch.equal(run(vae, x), expected)
-
-
-@MODES
-@pytest.mark.parametrize("patched_first", [False, True])
-@pytest.mark.parametrize("offload_on_a_stream", [GroupOffloadingType.LEAF_LEVEL], indirect=True)
-def test_groups_that_come_ahead_on_a_stream_are_there_for_every_piece(mode, patched_first, offload_on_a_stream):  # noqa: F811
-    vae, unhooked = autoencoder(), autoencoder()
-    offload_on_a_stream(vae)
-    for in_pieces in (patched_first, not patched_first, patched_first):
-        for half in HALVES:
-            with patched(vae, 5, 4, vae_mode=mode) if in_pieces else nullcontext():
-                result = HALVES[half](vae, INPUTS[half](1, 9, 7))
-            with patched(unhooked, 5, 4, vae_mode=mode) if in_pieces else nullcontext():
-                assert torch.equal(result, HALVES[half](unhooked, INPUTS[half](1, 9, 7)))
-
-
-@MODES
-def test_the_hook_of_model_offload_is_called_for_encode_and_decode(mode):
-    vae, calls = autoencoder(), []
-
-    class Noting(accelerate.hooks.ModelHook):
-        def pre_forward(self, module, *args, **kwargs):
-            calls.append(module)
-            return args, kwargs
-
-    accelerate.hooks.add_hook_to_module(vae, Noting())
-    with patched(vae, 5, 4, vae_mode=mode):
-        for half in HALVES:
-            HALVES[half](vae, INPUTS[half](1, 9, 7))
-    assert calls == [vae, vae]
 
 
 def test_two_levels_run_in_tiles_or_more():

@@ -13,6 +13,7 @@ from conftest import quiet
 from halves import (
     BOTH,
     HALVES,
+    MODES,
     cut_up,
     error,
     latent,
@@ -30,7 +31,6 @@ from largerespatch.core.tilings import Tile
 from largerespatch.techniques import attention
 from largerespatch.techniques.alike import looking_there, piece
 
-MODES = pytest.mark.parametrize("mode", ["exact", "two-pass"])
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 2 + ("AttnDownEncoderBlock2D",)}
 LEVELS |= {"up_block_types": ("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 2), "block_out_channels": (32, 32, 64)}
 CODES = {"latent_channels": 4, "num_vq_embeddings": 12, "vq_embed_dim": 4, "norm_num_groups": 8}
