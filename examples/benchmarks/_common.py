@@ -321,21 +321,25 @@ def build_sized_vae(channels: Sequence[int], **others: Any) -> AutoencoderKL:
     )
 
 
-def vae_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
+def vae_pipeline(vae: Any) -> StableDiffusionPipeline:
     """A pipeline that holds nothing else."""
-    others = dict.fromkeys(("unet", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    others = dict.fromkeys(("vae", "unet", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
-    pipe = StableDiffusionPipeline(**others, vae=vae, scheduler=scheduler, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(**others, scheduler=scheduler, requires_safety_checker=False)
+    pipe.register_modules(vae=vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @contextmanager
-def own_tiling(vae: AutoencoderKL, chunk: int | None) -> Iterator[None]:
-    """diffusers' tiling with tiles of `chunk` latent pixels, or none."""
+def own_tiling(vae: Any, chunk: int | None, factor: int = FACTOR) -> Iterator[None]:
+    """diffusers' tiling with tiles of `chunk` latent pixels, or none. A quarter overlaps, however that is called."""
     changed = {"use_tiling": chunk is not None}
     if chunk is not None:
-        changed |= {"tile_latent_min_size": chunk, "tile_sample_min_size": chunk * FACTOR}
+        sizes = {"latent_min": chunk, "sample_min": chunk * factor, "sample_stride": chunk * factor * 3 // 4}
+        sides = ("size", "height", "width")
+        wanted = {f"tile_{name}_{side}": size for name, size in sizes.items() for side in sides}
+        changed |= {name: size for name, size in wanted.items() if hasattr(vae, name)}
     before = {name: getattr(vae, name) for name in changed}
     vars(vae).update(changed)
     try:

@@ -7,8 +7,8 @@ own estimate. Time and the distance from the untiled result are of real runs on 
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,6 @@ from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     AutoencoderTiny,
-    DiffusionPipeline,
     VQModel,
 )
 
@@ -33,11 +32,13 @@ from _common import (
     cost_on_paper,
     interleaved,
     maximum_error,
+    own_tiling,
     positive,
     prepare,
     print_table,
     psnr,
     ratio_of_medians,
+    vae_pipeline,
     write_json,
 )
 from largerespatch import LargeResPatch
@@ -126,18 +127,6 @@ AUTOENCODERS: dict[str, Published] = {
 WITH_FRAMES = (AutoencoderKLQwenImage, AutoencoderKLWan)
 
 
-class Alone(DiffusionPipeline):  # type: ignore[misc]
-    """A pipeline that holds an autoencoder and nothing else."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.register_modules(vae=vae)
-        self.set_progress_bar_config(disable=True)
-
-    def __call__(self) -> None:
-        raise NotImplementedError("there is nothing to paint with")
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--autoencoders", choices=AUTOENCODERS, nargs="+", default=list(AUTOENCODERS), help="(all)")
@@ -170,38 +159,16 @@ def _generator(device: torch.device) -> torch.Generator | None:
     return None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
 
-@contextmanager
-def own_tiling(vae: Any, tile: int) -> Iterator[None]:
-    """As upstream has it, in tiles of so many sample pixels, a quarter of which overlaps."""
-    factor = vae.config.get("spatial_compression_ratio") or getattr(vae, "spatial_compression_ratio", 8)
-    wanted = {
-        "tile_sample_min_size": tile,
-        "tile_latent_min_size": tile // factor,
-        "tile_sample_min_height": tile,
-        "tile_sample_min_width": tile,
-        "tile_sample_stride_height": tile * 3 // 4,
-        "tile_sample_stride_width": tile * 3 // 4,
-        "tile_latent_min_height": tile // factor,
-        "tile_latent_min_width": tile // factor,
-    }
-    changed = {name: value for name, value in wanted.items() if hasattr(vae, name)} | {"use_tiling": True}
-    before = {name: getattr(vae, name) for name in changed}
-    vars(vae).update(changed)
-    try:
-        yield
-    finally:
-        vars(vae).update(before)
-
-
 Ways = dict[str, Callable[[], AbstractContextManager[Any]]]
 
 
 def ways(name: str, vae: Any, size: int, tile: int) -> Ways:
-    factor, pipe = AUTOENCODERS[name][3], Alone(vae)
-    tiles = {"vae_chunk_size_x": max(tile // factor, 1), "vae_chunk_size_y": max(tile // factor, 1)}
+    factor, pipe = AUTOENCODERS[name][3], vae_pipeline(vae)
+    chunk = max(tile // factor, 1)
+    tiles = {"vae_chunk_size_x": chunk, "vae_chunk_size_y": chunk}
     found: Ways = {UNTILED: nullcontext}
     if hasattr(vae, "use_tiling"):
-        found[OWN] = partial(own_tiling, vae, tile)
+        found[OWN] = partial(own_tiling, vae, chunk, factor)
     for way, mode in ((DEFAULT, "two-pass"), (EXACT, "exact")):
         found[way] = partial(LargeResPatch, pipe, size, size, vae_mode=mode, memory_limit=None, **tiles)
     return found
@@ -245,7 +212,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def simulate(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a large picture needs beside the weights in half precision, its maps on the host."""
-    pipe, size = Alone(build(name, "meta", torch.float16)), options.large
+    pipe, size = vae_pipeline(build(name, "meta", torch.float16)), options.large
     needs = {
         mode: LargeResPatch(pipe, size, size, vae_mode=mode, vae_offload=True, memory_limit=None).estimate().decode
         for mode in ("two-pass", "exact")
