@@ -493,6 +493,13 @@ def test_the_gpu_script_in_its_small_form(run, tmp_path, capsys):
     errors = {row["way"]: row["relative_error"] for row in parts["kernels"]["rows"] if "relative_error" in row}
     assert max(errors["mask"], errors["channels"]) < 1e-5 < errors["no weights (wrong)"]
     assert all(row["step"]["estimated"] > 0 for row in parts["peaks"]["rows"])
+    del parts["peaks"]["rows"][0]
+    left = len(parts["peaks"]["rows"])
+    out.write_text(json.dumps({"parts": parts}))
+    run(BENCHMARKS / "gpu.py", *common, "--parts", "peaks", "--go-on")
+    rows = json.loads(out.read_text())["parts"]["peaks"]["rows"]
+    assert len(rows) == left + 1, "what is there is not measured again"
+    assert all("date" in row for row in rows[:left]), "kept rows say of which run they are"
     with pytest.raises(SystemExit):
         run(BENCHMARKS / "gpu.py", "--device", "cpu")
     assert "without a GPU only --small and --paper-only make sense" in capsys.readouterr().err

@@ -41,6 +41,7 @@ PARTS: dict[str, tuple[Callable[[Lab], Iterator[Row]], float]] = {
     "peaks": (peaks.rows, 0.8),
     "compiled": (frictions.compiled, 1.0),
 }
+GO_ON = ("copies", "times", "peaks")  # whose rows are long, and each a case of its own
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the rows of others are kept (%(default)s)"
     )
+    parser.add_argument("--go-on", action="store_true", help="keep rows of earlier runs, add those that lack")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--small", action="store_true", help="toy models and sizes, to try the script on a CPU")
     parser.add_argument("--paper", type=Path, help="the file for figures that need no GPU")
@@ -89,19 +91,28 @@ def main() -> None:
     report: dict[str, Any] = {"question": __doc__.splitlines()[0], "note": options.note, "parts": {}}
     if options.out.exists():
         report["parts"] = json.loads(options.out.read_text(encoding="utf-8"))["parts"]
-    for name, (rows, share) in PARTS.items():
-        if name not in options.parts:
-            continue
-        found: list[Row] = []
+    parts = [name for name in PARTS if name in options.parts]
+    for name in parts:
+        rows, share = PARTS[name]
+        found = kept_rows(report["parts"].get(name)) if options.go_on and name in GO_ON else []
+        lab.kept = list(found)
         part = {"environment": environment(options.device), "rows": found}
         report["parts"][name] = part
-        lab.clock = whole.until(share)
+        lab.clock = whole.until(1.0 if name == parts[-1] else share)
         for row in attempts(rows(lab)):
             found.append(row)
             write_json(options.out, report)
         lab.clear()
     print_rows(report["parts"])
     print(f"written to {options.out}")
+
+
+def kept_rows(part: Any) -> list[Row]:
+    """The rows of an earlier run, each with its day and device."""
+    if part is None:
+        return []
+    run = {key: part["environment"][key] for key in ("date", "device_name")}
+    return [run | row for row in part["rows"] if "error" not in row]
 
 
 def print_rows(parts: dict[str, Any]) -> None:

@@ -39,7 +39,8 @@ LARGEST = 8192  # beyond which full attention of the VAE would take minutes
 
 def rows(lab: Lab) -> Iterator[Row]:
     for model, size, limit in SMALL_CASES if lab.small else CASES:
-        if lab.clock.affords((model, size // 2), GROWTH) and lab.clock.affords((model, size), 1.2):
+        fits = lab.clock.affords((model, size // 2), GROWTH) and lab.clock.affords((model, size), 1.2)
+        if fits and not lab.knows(model=model, size=size, limit=limit):
             since = time.monotonic()
             yield measure(lab, model, size, limit)
             lab.clock.took((model, size), since)

@@ -13,17 +13,17 @@ from .lab import Lab, Row, Settings, called, flops, stage, timed
 
 # Sides beyond which a way would not fit a card, or not the minutes.
 STEPS: dict[str, tuple[Settings | None, int]] = {
-    "unpatched": (None, 4096),
+    "unpatched": (None, 8192),
     "patched": ({}, 8192),
     "patched, unet_offload": ({"unet_offload": True, "unet_serial": True, "unet_strip_rows": 64}, 8192),
 }
 PIECES: dict[str, tuple[Settings | None, int]] = {
     "untiled": (None, 4096),
-    "diffusers' tiling": (None, 4096),
-    "two-pass": ({}, 4096),
+    "diffusers' tiling": (None, 8192),
+    "two-pass": ({}, 8192),
     "two-pass, blocked": ({"vae_attn": "blocked"}, 8192),
-    "exact": ({"vae_mode": "exact"}, 4096),
-    "exact, vae_offload": ({"vae_mode": "exact", "vae_offload": True}, 4096),
+    "exact": ({"vae_mode": "exact"}, 8192),
+    "exact, vae_offload": ({"vae_mode": "exact", "vae_offload": True}, 8192),
 }
 COMPARED = (
     ("sd15", "step", STEPS),
@@ -45,10 +45,10 @@ def compared(lab: Lab, model: str, name: str, size: int, ways: dict[str, tuple[S
     """A row for each way that fits."""
     for way, (settings, largest) in ways.items():
         kind = (model, name, way)
-        if (size > largest and not lab.small) or not lab.clock.affords(kind, GROWTH):
+        row: Row = {"model": model, "stage": name, "size": size, "way": way}
+        if (size > largest and not lab.small) or lab.knows(**row) or not lab.clock.affords(kind, GROWTH):
             continue
         since = time.monotonic()
-        row: Row = {"model": model, "stage": name, "size": size, "way": way}
         try:
             row |= run(lab, model, name, size, way, settings)
         except torch.OutOfMemoryError:
