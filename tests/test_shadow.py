@@ -27,7 +27,7 @@ def test_a_shadow_has_the_same_modules_without_data(pipe, place):
         for (path, own), (same, other) in zip(model.named_modules(), copied.named_modules(), strict=True):
             assert path == same and type(own) is type(other) and own is not other
         for own, other in zip(model.parameters(), copied.parameters(), strict=True):
-            assert isinstance(other, Weightless)
+            assert other.is_meta or isinstance(other, Weightless)
             assert (own.shape, own.stride(), own.dtype) == (other.shape, other.stride(), other.dtype)
             assert own.device.type == other.device.type
 

@@ -29,6 +29,10 @@ class GroupStatistics(NamedTuple):
 
 def record(hidden_states: torch.Tensor, groups: int) -> GroupStatistics:
     """The statistics of a map ``[B, C, H, W]``, per sample and group."""
+    return repeated(_record, hidden_states, groups)
+
+
+def _record(hidden_states: torch.Tensor, groups: int) -> GroupStatistics:
     batch, _, height, width = hidden_states.shape
     variance, mean = torch.var_mean(_precise(hidden_states).reshape(batch, groups, -1), dim=-1, correction=0)
     return GroupStatistics(height * width, mean, variance)
@@ -44,6 +48,10 @@ def pool(parts: Sequence[GroupStatistics]) -> GroupStatistics:
     ``mean = sum n_i m_i / N`` and ``variance = sum n_i (v_i + (m_i - mean)^2) / N``. Averaging the variances alone
     loses what the parts differ by: on a brightness ramp more than half of the variance.
     """
+    return repeated(_pool, parts)
+
+
+def _pool(parts: Sequence[GroupStatistics]) -> GroupStatistics:
     total = sum(part.cells for part in parts)
     means = torch.stack([part.mean for part in parts])
     variances = torch.stack([part.variance for part in parts])

@@ -83,6 +83,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     workspace of kernels.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to keep each operation from being compiled takes longer than to count it, and none is."""
+        return False
+
     def __init__(self, device: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device

@@ -1,8 +1,10 @@
 """A pipeline without weights: same modules, weightless tensors. What runs on it takes no memory and next to no time."""
 
 import copy
+import gc
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import NoneType
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from ..core.tilings import PHASES
 from ..core.weights import offload_hooks
 from .counting import KernelsInOne, LiveBytes
 from .devices import HOST, device_of, execution_device
-from .weightless import Look, Weightless, WithoutData
+from .weightless import Look, WithoutData
 
 # Weightless tensors on this stand for all accelerators.
 ACCELERATOR = "meta"
@@ -136,8 +138,7 @@ class _Alike:
         **named: Any,
     ) -> Any:
         known = self.known if known is None else known
-        leaves, structure = tree_flatten((given, named))
-        look = (key, str(structure), tuple(map(_look, leaves)))
+        look = key, _look(given), _look(named)
         if look in known:
             needed, results, structure = known[look]
             self.count.rise(needed)
@@ -145,7 +146,7 @@ class _Alike:
         before = self.count.alive
         result, during = self.count.peak_of(lambda: work(*given, **named))
         leaves, structure = tree_flatten(result)
-        results = [_New.of(leaf) if isinstance(leaf, Weightless) else leaf for leaf in leaves]
+        results = [_New.of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         new = sum(
             each.size for each in results if isinstance(each, _New) and each.look.device.type == self.count.device
         )
@@ -155,31 +156,54 @@ class _Alike:
 
 
 class _New(NamedTuple):
-    """A tensor that can be made again: how it lies in how many bytes of its own."""
+    """A tensor that can be made again: how it lies in how many bytes of its own. `fills`: all of them are its."""
 
     look: Look
     offset: int
     size: int
+    fills: bool
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "_New":
-        return cls(Look.of(tensor), int(tensor.storage_offset()), tensor.untyped_storage().nbytes())
+        size = tensor.untyped_storage().nbytes()
+        spanned = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
+        return cls(Look.of(tensor), int(tensor.storage_offset()), size, size == spanned * tensor.element_size())
 
     def again(self) -> torch.Tensor:
         size, stride, dtype, device = self.look
+        if self.fills:
+            return torch.empty_strided(size, stride, dtype=dtype, device=device)
         memory = torch.empty(self.size // dtype.itemsize, dtype=dtype, device=device)
         return memory.as_strided(size, stride, self.offset)
 
 
-def _look(leaf: object) -> Any:
-    """All that memory may depend on, of an argument."""
-    return Look.of(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf)
+def _look(given: Any) -> Any:
+    """All that memory may depend on, of what is given to some work."""
+    if isinstance(given, torch.Tensor):
+        return Look.of(given)
+    if isinstance(given, tuple | list):
+        return type(given), *map(_look, given)
+    if isinstance(given, dict):
+        return *given, *map(_look, given.values())
+    return given if type(given) in _ATOMS else repr(given)
 
 
 def _make(block: nn.Module) -> Hashable:
     """The kinds and sizes of all modules in a block."""
     kinds = tuple((path, type(each), type(getattr(each, "processor", None))) for path, each in block.named_modules())
     return kinds, tuple((path, weight.size(), weight.dtype) for path, weight in block.named_parameters())
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside, nothing is searched for cycles of garbage, which would take longer than the work: it leaves few."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Shadow:
@@ -225,7 +249,7 @@ class Shadow:
         def forward(make: Hashable, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return alike(None, make, original, args, **kwargs)
 
-        with PatchStack() as stack, torch.no_grad(), rehearsal(alike), count, KernelsInOne():
+        with PatchStack() as stack, torch.no_grad(), _uncollected(), rehearsal(alike), count, KernelsInOne():
             for block, make in self._makes:
                 stack.wrap(block, "forward", partial(forward, make), "forward")
             work()

@@ -1,7 +1,8 @@
 """Tensors without data: they have a shape, a layout, a dtype and a device, and an operation on them makes others.
 
 They do what fake tensors of torch do, for a tenth of the time, since no more is asked of them: the memory of one is a
-storage on ``meta``, and what an operation makes of arguments that look the same is worked out once.
+storage on ``meta``, and what an operation makes of arguments that look the same is worked out once. Those of an
+accelerator are tensors on ``meta``; those that are elsewhere are `Weightless`.
 """
 
 from collections.abc import Callable
@@ -29,9 +30,10 @@ class Look(NamedTuple):
     def of(cls, tensor: torch.Tensor) -> "Look":
         return cls(tensor.size(), tensor.stride(), tensor.dtype, tensor.device)
 
-    def made(self) -> "Weightless":
+    def made(self) -> torch.Tensor:
         """A new tensor that looks like this."""
-        return Weightless(torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=_META), self.device)
+        plain = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=_META)
+        return plain if self.device == _META else Weightless(plain, self.device)
 
 
 class Weightless(torch.Tensor):
@@ -64,7 +66,7 @@ class Weightless(torch.Tensor):
 
 
 class WithoutData(LiveBytes):  # type: ignore[no-untyped-call]
-    """Inside, whatever makes a tensor makes a `Weightless` one; those on `device` count as if they had data.
+    """Inside, whatever makes a tensor makes one without data; those on `device` count as if they had any.
 
     So does the workspace of convolutions, but not on the host: cuDNN lays input, kernel and result out anew.
     """
@@ -88,15 +90,17 @@ def _writes(func: Any) -> bool:
 
 
 def run(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation on tensors of which some are `Weightless`."""
+    """An operation on tensors of which some are without data."""
     if not _KNOWN.issuperset(types):
         return NotImplemented  # a subclass that knows what to do comes next
     if _writes(func):
         return args[0]
     if makes_views(func):
         device = args[0].device
+        if device == _META:
+            return func(*args, **kwargs)
         return _each(func(*_plain(args), **_plain(kwargs)), torch.Tensor, lambda plain: Weightless(plain, device))
-    key = func, _looks(args), _looks(tuple(kwargs.items())) if kwargs else ()
+    key = func, looks(args), looks(tuple(kwargs.items())) if kwargs else ()
     if key not in _MADE:
         if len(_MADE) >= _MOST_MADE:
             _MADE.clear()
@@ -158,10 +162,10 @@ def _plain(tree: Any) -> Any:
     return tree
 
 
-def _looks(tree: Any) -> Any:
+def looks(tree: Any) -> Any:
     """Something to be looked up by. (A number and a truth value that are equal are not the same argument.)"""
     if isinstance(tree, torch.Tensor):
         return tree.size(), tree.stride(), tree.dtype, tree.device
     if isinstance(tree, tuple | list):
-        return tuple(map(_looks, tree))
+        return tuple(map(looks, tree))
     return (type(tree), tree) if isinstance(tree, bool | float) else tree

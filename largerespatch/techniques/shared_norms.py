@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..core.pieces import repeated
 from ..core.statistics import GivenStatistics, GroupStatistics, pool, record
 from ..core.tilings import Window
 
@@ -18,6 +19,21 @@ def _pool_windows(parts: GroupStatistics, windows: int) -> GroupStatistics:
     means, variances = (values.view(windows, -1, values.shape[-1]) for values in (parts.mean, parts.variance))
     mean = means.mean(dim=0)
     return GroupStatistics(windows * parts.cells, mean, (variances + (means - mean).square()).mean(dim=0))
+
+
+def _for_windows(statistics: GroupStatistics, windows: int) -> GroupStatistics:
+    """The same for each window of a batch ``[windows * B, ...]``."""
+    cells, mean, variance = statistics
+    return GroupStatistics(cells, mean.repeat(windows, 1), variance.repeat(windows, 1))
+
+
+def _varying(known: GroupStatistics, piece: GroupStatistics, share: float) -> GroupStatistics:
+    """`known` with the variance that a plane has at least, of which a piece is this `share`.
+
+    A sample may miss what varies most, and half precision overflows where that is divided by next to nothing.
+    """
+    least = share * (piece.variance + (piece.mean - known.mean).square())
+    return known._replace(variance=known.variance.maximum(least))
 
 
 def correct(recorded: GroupStatistics, before: GroupStatistics, now: GroupStatistics) -> GroupStatistics:
@@ -72,22 +88,17 @@ class SharedGroupNorm:
         return self.statistics
 
     def _renew(self, windows: int, hidden_states: torch.Tensor) -> GroupStatistics:
-        seen = _pool_windows(record(hidden_states, self.groups), windows)
+        seen = repeated(_pool_windows, record(hidden_states, self.groups), windows)
         if self._sampled is None:
             self.statistics = seen
         else:
-            self.statistics = correct(pool(self._recorded), self._sampled, seen)
+            self.statistics = repeated(correct, pool(self._recorded), self._sampled, seen)
         self._sampled, self._recorded = seen, []
-        cells, mean, variance = self.statistics
-        return GroupStatistics(cells, mean.repeat(windows, 1), variance.repeat(windows, 1))
+        return repeated(_for_windows, self.statistics, windows)
 
     def _note(self, window: Window, share: float, hidden_states: torch.Tensor) -> GroupStatistics:
         known, owned = self._known(hidden_states), window.owned(*hidden_states.shape[-2:])
         self._recorded.append(record(hidden_states[:, :, owned.rows, owned.columns], self.groups))
         if known is not self._sampled:
             return known
-        # A plane varies at least by its pieces' share. A sample may miss what varies most, and half precision
-        # overflows where that is divided by next to nothing.
-        _, mean, variance = record(hidden_states, self.groups)
-        least = share * (variance + (mean - known.mean).square())
-        return known._replace(variance=known.variance.maximum(least))
+        return repeated(_varying, known, record(hidden_states, self.groups), share)
