@@ -124,6 +124,28 @@ FAMILIES = {"Stable Diffusion": "SD", "Stable Diffusion XL": "XL", "others": ""}
 QUESTIONS = {"unblocked": "nothing blocked: unpatched result", "blocked": "blocked; restored", "exact": "exact parts"}
 
 
+def autoencoder_table() -> str:
+    """A row for each autoencoder: time, live bytes and distance of each way to decode; what a large picture needs."""
+    report = load("autoencoders")
+    needs = {row["autoencoder"]: row["decode_bytes"] for row in report["simulated"]}
+    found: dict[str, dict[str, Any]] = {}
+    for row in report["rows"]:
+        found.setdefault(row["autoencoder"], {})[row["way"]] = row
+    rows = []
+    for name, ways in found.items():
+        own = ways.get("own tiling")
+        cells = ["" if own is None else f"{own['time_ratio']:.2f}, {own['psnr']:.0f} dB"]
+        for way in ("default", "exact"):
+            each = ways[way]
+            memory = each["peak_live_bytes"] / ways["untiled"]["peak_live_bytes"]
+            cells.append(f"{each['time_ratio']:.2f}, {memory:.2f}, {each['relative_error']:.0e}")
+        amounts = (needs[name][way] / GIB for way in ("untiled", "two-pass", "exact"))
+        rows.append([name, *cells, *(f"{amount:.1f}" for amount in amounts)])
+    size, large = report["rows"][0]["size"], report["simulated"][0]["large"]
+    headings = (f"decode, {size}²", "own tiling", "default", "exact", f"GiB, {large}²: untiled", "default", "exact")
+    return f"{markdown(headings, rows)}\n\n{where(report, len(report['rows'][0]['seconds']))}"
+
+
 def pipeline_table() -> str:
     """One row for a pipeline, in all families that have it."""
     results = load("pipelines")["results"]
@@ -290,6 +312,7 @@ TABLES = {
         unet_table,
         growth_table,
         vae_table,
+        autoencoder_table,
         pipeline_table,
     ),
 }

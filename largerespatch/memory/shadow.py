@@ -21,7 +21,7 @@ from ..core.tilings import PHASES
 from ..core.weights import offload_hooks
 from .counting import KernelsInOne, LiveBytes
 from .devices import HOST, device_of, execution_device
-from .weightless import Look, WithoutData
+from .weightless import Look, Weightless, WithoutData
 
 # Weightless tensors on this stand for all accelerators.
 ACCELERATOR = "meta"
@@ -146,7 +146,7 @@ class _Alike:
         before = self.count.alive
         result, during = self.count.peak_of(lambda: work(*given, **named))
         leaves, structure = tree_flatten(result)
-        results = [_New.of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        results = [_New.of(leaf) if type(leaf) in (torch.Tensor, Weightless) else leaf for leaf in leaves]
         new = sum(
             each.size for each in results if isinstance(each, _New) and each.look.device.type == self.count.device
         )
