@@ -179,8 +179,8 @@ def load(package: str, path: Iterable[str]) -> None:
 
 def family_of(model: nn.Module) -> Family | None:
     """The family that a model is of, if any."""
-    matching = [family for family in _FAMILIES if family.matches(model)]
-    return max(matching, key=lambda family: family.rank, default=None)
+    ranked = sorted(_FAMILIES, key=lambda family: family.rank, reverse=True)
+    return next((family for family in ranked if family.matches(model)), None)
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:
