@@ -220,7 +220,7 @@ class _Source:
     def _context(self, attending: Attending, piece: Piece) -> list[Keys]:
         if not self.pooled:
             return []
-        places = torch.cat([*map(torch.tensor, _judges(piece))]).to(attending.given["query"].device)
+        places = torch.tensor(_judges(piece), device=attending.given["query"].device)
         judges = attending.grouped(attending.part("query", attending.image)[:, :, places])
         own = attending.part("key", attending.image)[:, :, places].float()
         total = (judges @ own.transpose(-1, -2)).logsumexp(dim=-1, keepdim=True) + math.log(piece.area / len(places))
@@ -228,13 +228,16 @@ class _Source:
         return [pooled.chosen(tile, judges, total) for pooled, tile in pairs]
 
 
-def _judges(piece: Piece) -> Iterator[Sequence[int]]:
+def _judges(piece: Piece) -> list[int]:
     """Places, among a piece's tokens, of those whose queries say what all of them want."""
+    places: list[int] = []
     start = 0
     for tile in piece.tiles:
-        cells = sampled_cells(*tile.size(), JUDGES // len(piece.tiles), "judges") if tile.area else ()
-        yield [start + cell for cell in cells]
+        if tile.area:
+            cells = sampled_cells(*tile.size(), JUDGES // len(piece.tiles), "judges")
+            places += [start + cell for cell in cells]
         start += tile.area
+    return places
 
 
 def joint_sites(
