@@ -11,6 +11,13 @@ from ..techniques.tokens import BOTH, IMAGE, TEXT, Size, Tokens
 from .any import Call
 from .joint import JointAttention, asked_for, maps_of_ids
 
+# What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
+LEANS_ON = (
+    "diffusers.models.transformers.transformer_flux.FluxTransformerBlock.forward",
+    "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock.forward",
+    "diffusers.models.transformers.transformer_flux.FluxAttnProcessor.__call__",
+)
+
 TOKENS = Tokens(
     takes={"hidden_states": IMAGE, "encoder_hidden_states": TEXT, "image_rotary_emb": BOTH.along(0)},
     gives=(TEXT, IMAGE),

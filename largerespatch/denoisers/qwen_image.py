@@ -11,6 +11,12 @@ from ..techniques.tokens import IMAGE, TEXT, Size, Tokens
 from .any import Call
 from .joint import JointAttention
 
+# What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
+LEANS_ON = (
+    "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformerBlock.forward",
+    "diffusers.models.transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0.__call__",
+)
+
 TOKENS = Tokens(
     takes={
         "hidden_states": IMAGE,

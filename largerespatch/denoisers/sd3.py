@@ -12,6 +12,12 @@ from ..techniques.tokens import IMAGE, TEXT, Size, Tokens
 from .any import Call
 from .joint import JointAttention
 
+# What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
+LEANS_ON = (
+    "diffusers.models.attention.JointTransformerBlock.forward",
+    "diffusers.models.attention_processor.JointAttnProcessor2_0.__call__",
+)
+
 TOKENS = Tokens(
     takes={"hidden_states": IMAGE, "encoder_hidden_states": TEXT},
     gives=(TEXT, IMAGE),

@@ -11,6 +11,12 @@ from ..techniques.tokens import BOTH, Size, Tokens
 from .any import Call
 from .joint import JointAttention
 
+# What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
+LEANS_ON = (
+    "diffusers.models.transformers.transformer_z_image.ZImageTransformerBlock.forward",
+    "diffusers.models.transformers.transformer_z_image.ZSingleStreamAttnProcessor.__call__",
+)
+
 # What fills the image's tokens up to a multiple of 32 counts as text.
 TOKENS = Tokens(
     takes={"x": BOTH, "attn_mask": BOTH, "freqs_cis": BOTH, "noise_mask": BOTH}, gives=BOTH, text_first=False

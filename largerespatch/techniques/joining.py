@@ -18,14 +18,9 @@ from ..core.patching import PatchStack
 from .log_weights import channels_are_faster, in_channels
 from .pooled import Keys
 
-# What joining must know the inside of: where processors say which kernel they want, and that the native one ends in
-# ``F.scaled_dot_product_attention``.
-LEANS_ON = (
-    "diffusers.models.transformers.transformer_flux.FluxAttnProcessor.__call__",
-    "diffusers.models.transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0.__call__",
-    "diffusers.models.transformers.transformer_z_image.ZSingleStreamAttnProcessor.__call__",
-    "diffusers.models.attention_processor.JointAttnProcessor2_0.__call__",
-)
+# What joining must know the inside of: torch's own kernels, as processors ask for them, end in
+# ``F.scaled_dot_product_attention`` with tokens in the last dimension but one.
+LEANS_ON = ("diffusers.models.attention_dispatch._native_attention",)
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
