@@ -3,11 +3,13 @@
 from typing import ClassVar
 
 import diffusers as d
+import pytest
 import torch
-from joint import Case, JointTests
+from joint import ALL, CLOSE, Case, JointTests, error, patch
 from test_causal import autoencoder
 
 import tiny
+from conftest import quiet
 from family import noise
 
 TEXT = {"prompt_embeds": noise(1, 5, 16), "prompt_embeds_mask": torch.ones(1, 5, dtype=torch.long)}
@@ -33,3 +35,19 @@ class TestQwenImage(JointTests):
         "guidance": Case(pipeline, TEXT | NEGATIVE),
         "texts of different lengths": Case(pipeline, PADDED),
     }
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_pictures_to_edit_are_cut_like_the_image(zero_cond_t):
+    """As the editing pipelines call the model: one image, two references; each token told whether it is one."""
+    pipe = quiet(pipeline(zero_cond_t=zero_cond_t))
+    shapes = [(1, 11, 13), (1, 6, 9), (1, 3, 2)]
+    told = {"hidden_states": noise(2, 11 * 13 + 6 * 9 + 3 * 2, 16), "encoder_hidden_states": noise(2, 5, 16)}
+    told |= {"timestep": torch.tensor([0.5, 0.5]), "img_shapes": [shapes] * 2, "return_dict": False}
+    told["encoder_hidden_states_mask"] = PADDED["prompt_embeds_mask"]
+    dense = pipe.transformer(**told)[0]
+    errors = []
+    for context in (0, 48, ALL):
+        with patch(pipe, attn_context=context):
+            errors.append(error(pipe.transformer(**told)[0], dense))
+    assert errors[0] > errors[1] > 10 * CLOSE > CLOSE > errors[2]

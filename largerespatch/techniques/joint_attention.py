@@ -24,6 +24,7 @@ from ..core.families import Order, Site
 from ..core.pieces import assemble, rehearsing
 from ..core.tilings import PHASES, Each, Tile, sampled_cells
 from .attention import Blocking, blocking_of
+from .context import uploaded
 from .joining import Attending, Joining, native_kernels
 from .notes import StepNote
 from .pooled import Keys, PooledMap
@@ -220,7 +221,7 @@ class _Source:
     def _context(self, attending: Attending, piece: Piece) -> list[Keys]:
         if not self.pooled:
             return []
-        places = torch.tensor(_judges(piece), device=attending.given["query"].device)
+        places = uploaded(_judges(piece), attending.given["query"].device)
         judges = attending.grouped(attending.part("query", attending.image)[:, :, places])
         own = attending.part("key", attending.image)[:, :, places].float()
         total = (judges @ own.transpose(-1, -2)).logsumexp(dim=-1, keepdim=True) + math.log(piece.area / len(places))

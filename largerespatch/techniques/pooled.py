@@ -52,7 +52,8 @@ class PooledMap:
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, size: tuple[int, int], count: int) -> None:
         self.size, self.count = size, count
-        squares = keys.float().square().sum(dim=-1, keepdim=True)
+        # Not by squaring: a map of the keys in single precision would be larger than they are.
+        squares = torch.linalg.vector_norm(keys, dim=-1, keepdim=True, dtype=torch.float32).square()
         self.sizes, self.levels = [size], [(keys, values, squares)]
         while self._cells(-1) > count // COARSE and self._cells(0) > count and self._cells(-1) > 1:
             finer = self.sizes[-1]
