@@ -28,6 +28,12 @@ def no_gradients():
         yield
 
 
+def pytest_generate_tests(metafunc):
+    """A class of tests that has `cases` runs those that ask for a `case` on each of them."""
+    if "case" in metafunc.fixturenames and hasattr(metafunc.cls, "cases"):
+        metafunc.parametrize("case", metafunc.cls.cases.values(), ids=metafunc.cls.cases.keys())
+
+
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe

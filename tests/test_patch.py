@@ -360,12 +360,18 @@ def test_repr_says_what_is_replaced_and_with_which_settings(pipe):
 
 
 def test_an_unknown_transformer_is_left_alone_and_named():
-    pipe = quiet(tiny.flux())
-    before = [(type(module), dict(vars(module))) for module in pipe.transformer.modules()]
+    from diffusers import CogVideoXTransformer3DModel
+
+    pipe = Empty()
+    transformer = tiny.frozen(
+        CogVideoXTransformer3DModel, 16, num_attention_heads=2, attention_head_dim=8, num_layers=1
+    )
+    pipe.components |= {"unet": tiny.unet(), "transformer": transformer}
+    before = [(type(module), dict(vars(module))) for module in transformer.modules()]
     with LargeResPatch(pipe, 64, 64, **SMALL) as patch:
-        assert before == [(type(module), dict(vars(module))) for module in pipe.transformer.modules()]
-        assert "forward" in vars(pipe.vae.decoder)
-        assert repr(patch).endswith("\n  transformer (FluxTransformer2DModel): left as it is")
+        assert before == [(type(module), dict(vars(module))) for module in transformer.modules()]
+        assert "forward" in vars(pipe.components["unet"])
+        assert repr(patch).endswith("\n  transformer (CogVideoXTransformer3DModel): left as it is")
 
 
 def test_temporal_attention_is_left_alone():

@@ -143,6 +143,13 @@ class Family(ABC):
         """How often the model halves the map that it is given."""
         return 0
 
+    def check(self, model: Any, pipe: Any, height: int, width: int) -> None:  # noqa: B027  most take any size
+        """Warns of images of ``height x width`` sample pixels that the model was not made for.
+
+        Raises:
+            ValueError: it cannot make them at all.
+        """
+
     def repeated(self, model: nn.Module) -> Iterator[nn.Module]:
         """Modules of which many are alike, so that an estimate may count one for all."""
         yield from ()

@@ -1,18 +1,113 @@
-"""What transformers share in which text and image tokens attend to one another. They are left as they are."""
+"""What transformers share in which text and image tokens attend to one another: their blocks run tile by tile.
 
-from collections.abc import Iterator
+A family of these is one file with one class, which says
+
+- `matches`: whether a model is its,
+- `kinds`: the lists of blocks in its models, and where in these blocks' arguments and results tokens are,
+- `maps`: from the arguments of a model's call, the (height, width) in tokens of the image, and of references after it,
+- `sample` and `predict`: how pipelines call it, so that its memory can be told,
+
+and where it is not as most are: `timestep`, `scheduled`, `longest`.
+"""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
-from ..core.families import Site
+import torch
+from torch import nn
+
+from ..core.calls import schedulers_of
+from ..core.families import Order, Site, factor_of
+from ..core.pieces import rehearsing
+from ..techniques.joint_attention import joint_sites
+from ..techniques.notes import StepNote, StepNoting
 from ..techniques.padding import padding_sites
+from ..techniques.tokens import Size, Tokens
 from .any import AnyDenoiser
 
 
 class JointAttention(AnyDenoiser):
-    """A family of these says how pipelines call it, so that its memory can be told."""
+    """Those models of a family that several processes run together are left as they are.
+
+    `timestep` is the parameter that tells it.
+    """
 
     rank = 0
-    known = False
+    timestep = "timestep"
+
+    @abstractmethod
+    def kinds(self, model: Any) -> Mapping[str, Tokens]:
+        """Where tokens are in the blocks of each list of blocks, by the attribute of the model that the list is."""
+
+    @abstractmethod
+    def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
+        """(height, width), in tokens, of the image and of each reference after it; empty where that is not known."""
+
+    def scheduled(self, timestep: float) -> float:
+        """A timestep, as the model is told it, in the scheduler's unit."""
+        return timestep
+
+    def longest(self, model: Any) -> tuple[int, bool] | None:
+        """The most latent pixels along an axis that positions are there for, and whether the model raises beyond."""
+        return None
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
+        if getattr(model, "_parallel_config", None) is None:
+            note = StepNote()
+            noting = StepNoting(note, lambda: schedulers_of(pipe), self.timestep, self.scheduled)
+            yield Site(model, name, Order.STEP_NOTED, noting)
+            maps = partial(self.maps, model)
+            yield from joint_sites(model, name, options, note, self.kinds(model), maps)
         yield from padding_sites(model, name, options.padding_mode)
+
+    def repeated(self, model: nn.Module) -> Iterator[nn.Module]:
+        for path in self.kinds(model):
+            yield from getattr(model, path)
+
+    def check(self, model: Any, pipe: Any, height: int, width: int) -> None:
+        limit = self.longest(model)
+        if limit is None or max(height, width) <= (most := limit[0] * factor_of(pipe)):
+            return
+        message = (
+            f"width and height must be at most {most} sample pixels for {type(model).__name__}, which knows no "
+            f"positions beyond; got {width}x{height}. Make the picture that large and enlarge it"
+        )
+        if limit[1]:
+            raise ValueError(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+_ASKED: ContextVar[Sequence[Size]] = ContextVar("asked", default=())
+
+
+@contextmanager
+def asked_for(*maps: Size) -> Iterator[None]:
+    """Inside, ids that hold no data are those of the cells of these maps."""
+    token = _ASKED.set(maps)
+    try:
+        yield
+    finally:
+        _ASKED.reset(token)
+
+
+def maps_of_ids(ids: torch.Tensor) -> Sequence[Size]:
+    """The maps of tokens with ids ``[N, 3]`` of which (picture, row, column) each has; none where that is not so."""
+    if rehearsing():
+        return _ASKED.get()
+    pictures, *places = (ids[0] if ids.ndim == 3 else ids).detach().cpu().unbind(dim=-1)
+    lengths = torch.unique_consecutive(pictures, return_counts=True)[1].tolist()
+    maps = []
+    for rows, columns in zip(*(torch.split(each, lengths) for each in places[-2:]), strict=True):
+        width = int(torch.unique_consecutive(rows, return_counts=True)[1][0])
+        if len(rows) % width:
+            return ()
+        rows, columns = rows.view(-1, width), columns.view(-1, width)
+        if (rows != rows[:, :1]).any() or (columns != columns[:1]).any():
+            return ()
+        maps.append((len(rows), width))
+    return maps

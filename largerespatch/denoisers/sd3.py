@@ -1,20 +1,47 @@
-"""Stable Diffusion 3's transformer: left as it is, but its memory is told."""
+"""Stable Diffusion 3's transformer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..core.calls import PROMPT_TOKENS
 from ..core.families import register
+from ..techniques.tokens import IMAGE, TEXT, Size, Tokens
 from .any import Call
 from .joint import JointAttention
+
+# What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
+LEANS_ON = (
+    "diffusers.models.attention.JointTransformerBlock.forward",
+    "diffusers.models.attention_processor.JointAttnProcessor2_0.__call__",
+)
+
+TOKENS = Tokens(
+    takes={"hidden_states": IMAGE, "encoder_hidden_states": TEXT},
+    gives=(TEXT, IMAGE),
+    text_first=False,
+    attentions=lambda block: 1 + bool(getattr(block, "use_dual_attention", False)),
+)
 
 
 @register
 class StableDiffusion3(JointAttention):
-    """`SD3Transformer2DModel`."""
+    """`SD3Transformer2DModel`. The image's positions are cut from the middle of a table."""
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == "SD3Transformer2DModel"
+
+    def kinds(self, model: Any) -> Mapping[str, Tokens]:
+        return {"transformer_blocks": TOKENS}
+
+    def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
+        height, width = arguments["hidden_states"].shape[-2:]
+        return [(height // model.config.patch_size, width // model.config.patch_size)]
+
+    def longest(self, model: Any) -> tuple[int, bool] | None:
+        return model.config.pos_embed_max_size * model.config.patch_size, True
 
     def predict(self, call: Call) -> torch.Tensor:
         config = call.model.config

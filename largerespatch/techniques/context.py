@@ -68,7 +68,7 @@ def heavy_tokens(
     return most.indices, most.values > HEAVY * len(judges) / tokens.shape[1]
 
 
-def _uploaded(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+def uploaded(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     """On CUDA from pinned memory: from any other the host would wait until all work before it is done."""
     kept = torch.tensor(numbers)
     return (kept.pin_memory() if device.type == "cuda" else kept).to(device, non_blocking=True)
@@ -102,7 +102,7 @@ class Context:
         most = min(heavy, self.total)
 
         def cells(count: int, purpose: str) -> torch.Tensor:
-            return _uploaded(sampled_cells(height, width, count, f"{seed} {purpose}"), tokens.device)
+            return uploaded(sampled_cells(height, width, count, f"{seed} {purpose}"), tokens.device)
 
         judges, crowd, some = cells(JUDGES, "judges"), cells(CROWD, "crowd"), cells(sampled, "sampled")
         wanted, is_heavy = heavy_tokens(attention, tokens, most, judges, crowd, prepare)

@@ -53,6 +53,9 @@ class Schedule:
     def visits(self, number: float) -> bool:
         return number in self._distinct
 
+    def nearest(self, number: float) -> float:
+        return min(self._distinct, key=lambda each: abs(each - number), default=number)
+
     def step(self, number: float) -> int:
         return len(self._distinct) - bisect_right(self._distinct, number)
 
@@ -66,16 +69,25 @@ class StepNoting:
     """Takes the place of a denoiser's ``forward`` and notes the step for the attentions inside it.
 
     `schedulers` are asked for at each call, since pipelines let users put in another one at any time. Of several the
-    one counts that visits the timestep; without any the timestep is the step.
+    one counts that visits the timestep; without any the timestep is the step. `parameter` tells it, and `scheduled`
+    makes it what the scheduler calls it; it may have been rounded on the way, so the nearest one counts.
     """
 
-    def __init__(self, note: StepNote, schedulers: Callable[[], Sequence[Any]]) -> None:
+    def __init__(
+        self,
+        note: StepNote,
+        schedulers: Callable[[], Sequence[Any]],
+        parameter: str = "timestep",
+        scheduled: Callable[[float], float] | None = None,
+    ) -> None:
         self.note = note
         self.schedulers = schedulers
+        self.parameter = parameter
+        self.scheduled = scheduled
         self._known: list[Schedule] = []
 
     def __call__(self, original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
-        timestep = inspect.signature(original).bind_partial(*args, **kwargs).arguments.get("timestep")
+        timestep = inspect.signature(original).bind_partial(*args, **kwargs).arguments.get(self.parameter)
         if timestep is not None and not rehearsing():
             self._note(timestep)
         return original(*args, **kwargs)
@@ -89,6 +101,8 @@ class StepNoting:
             number = next((each for each in told if each is not None), None)
             timestep = timestep.flatten()[0] if number is None else number
         number = float(timestep)
+        if self.scheduled is not None and schedules:
+            number = schedules[0].nearest(self.scheduled(number))
         visited = (each for each in schedules if each.visits(number))
         schedule = next(visited, schedules[0] if schedules else None)
         self.note.step = int(number) if schedule is None else schedule.step(number)

@@ -1,0 +1,152 @@
+"""Inside the attention of a transformer block: its keys and values are noted, or others join them.
+
+All joint attention ends in ``F.scaled_dot_product_attention``, after whatever a block does to queries and keys. What
+holds there for the length of one call needs to know nothing of the block, and no processor has to be exchanged.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..core.patching import PatchStack
+from .log_weights import channels_are_faster, in_channels
+from .pooled import Keys
+
+# What joining must know the inside of: torch's own kernels, as processors ask for them, end in
+# ``F.scaled_dot_product_attention`` with tokens in the last dimension but one.
+LEANS_ON = ("diffusers.models.attention_dispatch._native_attention",)
+
+_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+@dataclass
+class Attending:
+    """A call of attention: its arguments by name, and which of its rows are of the image, before or after text."""
+
+    attend: Callable[..., torch.Tensor]
+    given: dict[str, Any]
+    image: slice
+
+    @property
+    def text(self) -> slice:
+        start, stop, _ = self.image.indices(self.given["key"].shape[2])
+        return slice(0, start) if start else slice(stop, None)
+
+    @property
+    def texts(self) -> int:
+        """How many tokens of text there are; none in attention to the image alone."""
+        return int(self.part("key", self.text).shape[2])
+
+    def nothing(self) -> torch.Tensor:
+        """What has the shape of the result."""
+        value: torch.Tensor = self.given["value"]
+        return value.new_zeros(*self.given["query"].shape[:-1], value.shape[-1])
+
+    def part(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of ``"query"``, ``"key"`` or ``"value"``, ``[B, heads, n, C]``."""
+        part: torch.Tensor = self.given[name][:, :, rows]
+        return part
+
+    def grouped(self, queries: torch.Tensor) -> torch.Tensor:
+        """Scaled queries ``[B, heads, N, C]``, those that share keys side by side: ``[B, heads of keys, n, C]``."""
+        scale = float(self.given.get("scale") or queries.shape[-1] ** -0.5)
+        shared = queries.shape[1] // self.given["key"].shape[1]
+        batch, heads, count, channels = queries.shape
+        return scale * queries.float().reshape(batch, heads // shared, shared * count, channels)
+
+    def among(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The attention of the text to its own keys and those of the whole image, in the order of the call's."""
+        mask = self._mask(self.text)
+        if mask is not None:
+            columns = [mask[..., self.text], self._of_image(mask, keys.shape[2] - mask[..., self.text].shape[-1])]
+            mask = torch.cat(columns if self.image.start else columns[::-1], dim=-1)
+        query = self.part("query", self.text)
+        return self.attend(**self.given | {"query": query, "key": keys, "value": values, "attn_mask": mask})
+
+    def joined(self, queries: slice, others: Sequence[Keys]) -> torch.Tensor:
+        """The attention of some queries to the call's keys and others."""
+        mask, query = self._mask(queries), self.part("query", queries)
+        if not others:
+            return self.attend(**self.given | {"query": query, "attn_mask": mask})
+        key = torch.cat([self.given["key"], *(each.keys for each in others)], dim=2)
+        value = torch.cat([self.given["value"], *(each.values for each in others)], dim=2)
+        weights = torch.cat([each.log_weights for each in others], dim=2)
+        weights = weights.repeat_interleave(query.shape[1] // weights.shape[1], dim=1)
+        if mask is None:
+            weights = F.pad(weights, (self.given["key"].shape[2], 0))
+            if channels_are_faster(query):
+                rest = {name: each for name, each in self.given.items() if name not in _PARAMETERS[:4]}
+                return in_channels(self.attend, query, key, value, log_weights=weights[:, :, None], **rest)
+            mask = weights[:, :, None].to(query.dtype)
+        else:
+            if mask.dtype == torch.bool:
+                mask = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+            others_mask = self._of_image(mask, 1) + weights[:, :, None].to(query.dtype)
+            sizes = torch.broadcast_shapes(mask.shape[:-1], others_mask.shape[:-1])  # type: ignore[no-untyped-call]
+            mask = torch.cat([each.expand(*sizes, -1) for each in (mask, others_mask)], dim=-1)
+        return self.attend(**self.given | {"query": query, "key": key, "value": value, "attn_mask": mask})
+
+    def _mask(self, queries: slice) -> torch.Tensor | None:
+        """Of the call, for some queries, with a column for each key: ``[.., .., 1 or queries, K]``."""
+        mask: torch.Tensor | None = self.given.get("attn_mask")
+        if mask is None:
+            return None
+        mask = mask[(None,) * (4 - mask.ndim)]
+        mask = mask[:, :, queries] if mask.shape[2] > 1 else mask
+        return mask.expand(*mask.shape[:-1], self.given["key"].shape[2])
+
+    def _of_image(self, mask: torch.Tensor, count: int) -> torch.Tensor:
+        """As many columns for other tokens of the image, which are masked like the first one of the call's."""
+        column = mask[..., self.image][..., :1]
+        return column.expand(*column.shape[:-1], count)
+
+
+class Joining(TorchFunctionMode):
+    """Gives the first `attentions` calls of ``F.scaled_dot_product_attention`` to `do`, with their places among them.
+
+    Those that attend to `image` tokens alone, or to text besides, whose rows are `before` or after them; others (to
+    pictures that are told in words of their own) are none of ours.
+    """
+
+    def __init__(
+        self, do: Callable[[int, Attending], torch.Tensor], attentions: int, image: int, text: int, text_first: bool
+    ) -> None:
+        super().__init__()
+        self.do, self.attentions, self.met = do, attentions, 0
+        self.places = {image + text: slice(text, text + image) if text_first else slice(0, image), image: slice(None)}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or self.met == self.attentions:
+            return func(*args, **kwargs)
+        given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+        length = given["key"].shape[-2]
+        if given["key"].ndim != 4 or length not in self.places or given["query"].shape[-2] != length:
+            return func(*args, **kwargs)
+        self.met += 1
+        return self.do(self.met - 1, Attending(func, given, self.places[length]))
+
+
+@contextmanager
+def native_kernels(block: nn.Module) -> Iterator[None]:
+    """Inside, attention of a block goes to torch's own kernels, whichever were asked for.
+
+    Others take no log-weights, and nothing could join in them.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName  # not in all versions
+
+    with PatchStack() as stack:
+        processors = {id(each): each for module in block.modules() if (each := getattr(module, "processor", None))}
+        for processor in processors.values():
+            if hasattr(processor, "_attention_backend"):
+                label = f"{type(processor).__name__}._attention_backend"
+                stack.set(processor, "_attention_backend", AttentionBackendName.NATIVE, label)
+        yield

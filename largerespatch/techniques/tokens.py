@@ -1,0 +1,142 @@
+"""Where text and image tokens are in what transformer blocks take and give, and how a part of them is cut out.
+
+A model's image tokens are the cells of maps, row by row: first those of the image, then those of each reference.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from ..core.tilings import Tile
+
+Size = tuple[int, int]
+
+
+class Rows(NamedTuple):
+    """Which tokens a tensor has rows of, ``"text"``, ``"image"`` or ``"both"``, and along which of its dimensions."""
+
+    of: str
+    dims: tuple[int, ...] = (1,)
+
+    def along(self, *dims: int) -> "Rows":
+        return Rows(self.of, dims)
+
+
+TEXT, IMAGE, BOTH = Rows("text"), Rows("image"), Rows("both")
+
+
+class Piece(NamedTuple):
+    """The tiles of the image and of each reference that go through a block at once."""
+
+    tiles: tuple[Tile, ...]
+
+    def size(self) -> tuple[int, ...]:
+        return tuple(side for tile in self.tiles for side in tile.size())
+
+    @property
+    def area(self) -> int:
+        return sum(tile.area for tile in self.tiles)
+
+
+class Maps(tuple[Size, ...]):
+    """The (height, width) of maps whose cells are tokens, one after another: the image, then each reference."""
+
+    @property
+    def area(self) -> int:
+        return sum(height * width for height, width in self)
+
+    def runs(self) -> Iterator[slice]:
+        """Where each map's tokens are."""
+        start = 0
+        for height, width in self:
+            yield slice(start, start + height * width)
+            start += height * width
+
+    def piece(self, tile: Tile) -> Piece:
+        """A tile of the image and the parts of the references at the same relative place."""
+        height, width = self[0]
+        scales = [(Fraction(tall, height), Fraction(wide, width)) for tall, wide in self]
+        return Piece(
+            tuple(
+                Tile(int(tile.top * tall), int(tile.left * wide), int(tile.bottom * tall), int(tile.right * wide))
+                for tall, wide in scales
+            )
+        )
+
+    def places(self, piece: Piece, device: torch.device) -> torch.Tensor:
+        """Where the tokens of a piece are among all, in the order in which the piece has them."""
+        parts = []
+        for tile, run, (_, width) in zip(piece.tiles, self.runs(), self, strict=True):
+            down = torch.arange(tile.top, tile.bottom, device=device)[:, None] * width
+            parts.append((down + torch.arange(tile.left, tile.right, device=device)).flatten() + run.start)
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where the tokens of a kind of block are.
+
+    Args:
+        takes: for each argument with tokens which rows it has: `TEXT`, `IMAGE` or `BOTH`, along what dimensions. All
+            tensors in an argument have the same; for one that is a tuple of others a tuple of these, None for none.
+        gives: likewise for what the block returns. A result of text may be None.
+        text_first: whether text comes before the image in what has rows of both, attention's keys among it.
+        attentions: how many attentions to all of the image there are in a block, one after another. What a later one
+            is given must not depend on what an earlier one gave.
+    """
+
+    takes: Mapping[str, Any]
+    gives: Any
+    text_first: bool
+    attentions: Callable[[nn.Module], int] = lambda block: 1
+
+    def texts(self, arguments: Mapping[str, Any], image: int) -> int | None:
+        """How many text tokens there are beside those of the `image`; None where the arguments are not as they say."""
+        found: dict[str, set[int]] = {"text": set(), "image": {image}, "both": set()}
+        for name, rows in self.takes.items():
+            _each(rows, arguments.get(name), lambda rows, each: found[rows.of].update(each.shape[i] for i in rows.dims))
+        texts = found["text"] | {count - image for count in found["both"]}
+        return texts.pop() if len(texts) == 1 and min(texts) >= 0 and len(found["image"]) == 1 else None
+
+    def cut(self, arguments: Mapping[str, Any], places: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The arguments with a part of their tokens: those in `places` of each kind of rows, and all rows of text."""
+
+        def part(rows: Rows, each: torch.Tensor) -> torch.Tensor:
+            for dim in rows.dims if rows.of in places else ():
+                each = each.index_select(dim, places[rows.of])
+            return each
+
+        return {name: _each(rows, arguments.get(name), part) for name, rows in self.takes.items() if name in arguments}
+
+    def image_of(self, result: Any) -> torch.Tensor:
+        """That of a block's results which has rows of the image."""
+        found: list[torch.Tensor] = [each for rows, each in self._results(result) if rows.of != "text"]
+        return found[0]
+
+    def both(self) -> bool:
+        """Whether that has rows of the text, too."""
+        return any(rows.of == "both" for rows, _ in self._results(None))
+
+    def with_image(self, result: Any, image: torch.Tensor) -> Any:
+        """A block's results with another in the place of that one."""
+        results = [each if rows.of == "text" else image for rows, each in self._results(result)]
+        return results[0] if isinstance(self.gives, Rows) else tuple(results)
+
+    def _results(self, result: Any) -> list[tuple[Rows, Any]]:
+        if isinstance(self.gives, Rows):
+            return [(self.gives, result)]
+        return list(zip(self.gives, result or [None] * len(self.gives), strict=True))
+
+
+def _each(rows: Any, value: Any, change: Callable[[Rows, torch.Tensor], Any]) -> Any:
+    """A value with `change` made to all tensors in it that have rows."""
+    if isinstance(rows, Rows):
+        return tree_map_only(torch.Tensor, lambda each: change(rows, each), value)
+    if rows is None or value is None:
+        return value
+    return tuple(_each(*pair, change) for pair in zip(rows, value, strict=True))

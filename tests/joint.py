@@ -1,0 +1,123 @@
+"""What holds of every joint-attention transformer whose blocks run tile by tile. A family's test inherits it."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+import torch
+
+from conftest import quiet
+from family import noise
+from largerespatch import LargeResPatch
+from largerespatch.techniques.attention import Blocking
+from test_patch import fingerprint
+
+# 11 by 13 tokens of 16 sample pixels, neither of which tiles of 4 divide.
+HEIGHT, WIDTH = 176, 208
+TILES = {"attn_slice_x": 4, "attn_slice_y": 4, "attn_full_tokens": 64}
+ALL = 10**4  # more tokens than there are
+CLOSE = 1e-4  # of the largest value: rounding in float32, in another order
+
+
+class Case(NamedTuple):
+    """How to build a pipeline, and what to call it with besides a size."""
+
+    build: Callable[[], Any]
+    arguments: dict[str, Any]
+
+
+def paint(pipe, arguments, **changes):
+    """Latents; on two steps, since only from the second one on is the phase another."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": 2, "output_type": "latent"}
+    return pipe(**options | {"generator": generator} | arguments | changes)[0]
+
+
+def patch(pipe, **changes):
+    return LargeResPatch(pipe, WIDTH, HEIGHT, **TILES | changes)
+
+
+def error(actual, expected):
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def embeds(width, pooled=None, tokens=5, batch=1, seed=5, negative=False):
+    """Prompts, told as most of these pipelines want them."""
+    prefix = "negative_" if negative else ""
+    told = {f"{prefix}prompt_embeds": noise(batch, tokens, width, seed=seed)}
+    if pooled is not None:
+        told[f"{prefix}pooled_prompt_embeds"] = noise(batch, pooled, seed=seed + 1)
+    return told
+
+
+class JointTests:
+    """`cases` are all ways in which pipelines call the model. The first one is the plainest."""
+
+    cases: ClassVar[dict[str, Case]]
+
+    @pytest.fixture
+    def plain(self):
+        case = next(iter(self.cases.values()))
+        return quiet(case.build()), case.arguments
+
+    def test_with_enough_context_blocks_are_dense(self, case):
+        pipe = quiet(case.build())
+        dense = paint(pipe, case.arguments)
+        with patch(pipe, attn_context=ALL):
+            assert error(paint(pipe, case.arguments), dense) < CLOSE
+        with patch(pipe, attn_context=0):
+            alone = error(paint(pipe, case.arguments), dense)
+        assert alone > 10 * CLOSE  # so there were blocks
+        with patch(pipe, attn_context=64, attn_shape="tile"):
+            assert error(paint(pipe, case.arguments), dense) < alone
+
+    def test_what_needs_no_blocks_stays_bit_for_bit(self, plain):
+        pipe, arguments = plain
+        dense = paint(pipe, arguments)
+        for changes in ({"attn_full_tokens": 143}, {"attn_slice_x": 16, "attn_slice_y": 16}):
+            with patch(pipe, **changes):
+                assert torch.equal(paint(pipe, arguments), dense)
+
+    def test_the_picture_follows_from_the_seed_alone(self, plain):
+        pipe, arguments = plain
+        with patch(pipe, attn_context=24):
+            first = paint(pipe, arguments)
+            paint(pipe, arguments, width=WIDTH + 32, num_inference_steps=3)
+            assert torch.equal(paint(pipe, arguments), first)
+
+    def test_a_size_other_than_the_patchs(self, plain):
+        pipe, arguments = plain
+        dense = paint(pipe, arguments, width=272, height=144)
+        with patch(pipe, attn_context=ALL):
+            assert error(paint(pipe, arguments, width=272, height=144), dense) < CLOSE
+
+    def test_nothing_is_left_behind(self, plain):
+        pipe, arguments = plain
+        dense, before = paint(pipe, arguments), fingerprint(pipe)
+        with patch(pipe) as active:
+            assert fingerprint(pipe) != before
+            assert "transformer blocks in bricks of 8x4 and 4x8 tokens" in repr(active)
+            paint(pipe, arguments)
+        assert fingerprint(pipe) == before
+        assert torch.equal(paint(pipe, arguments), dense)
+
+    def test_steps_are_told_apart(self, plain, monkeypatch):
+        """So all edges between tiles are moved about, whatever the unit that the model is told its time in."""
+        pipe, arguments = plain
+        phases, cover = [], Blocking.cover
+
+        def look(blocking, height, width, phase):
+            phases.append(phase)
+            return cover(blocking, height, width, phase)
+
+        monkeypatch.setattr(Blocking, "cover", look)
+        with patch(pipe):
+            paint(pipe, arguments, num_inference_steps=4)
+        calls = len(phases) // 4
+        steps = [phases[i * calls : (i + 1) * calls] for i in range(4)]
+        assert [[(phase + 1) % 4 for phase in step] for step in steps[:-1]] == steps[1:]
+
+    def test_memory_is_told_and_grows_less(self, plain):
+        pipe, _ = plain
+        blocked = LargeResPatch(pipe, 1024, 1024, attn_slice_x=8, attn_slice_y=8, attn_full_tokens=64, attn_context=64)
+        assert 0 < blocked.estimate().step < blocked.estimate(patched=False).step

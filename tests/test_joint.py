@@ -1,0 +1,297 @@
+"""Blocks of joint-attention transformers tile by tile: the mechanism, and a family that nobody knows."""
+
+from typing import ClassVar
+
+import diffusers as d
+import pytest
+import test_flux
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from joint import ALL, CLOSE, Case, JointTests, error, paint, patch
+from torch import nn
+
+from conftest import quiet
+from family import noise
+from largerespatch.core.families import register, unregister
+from largerespatch.core.tilings import Tile
+from largerespatch.denoisers.joint import JointAttention, maps_of_ids
+from largerespatch.techniques.pooled import PooledMap
+from largerespatch.techniques.tokens import BOTH, IMAGE, TEXT, Maps, Tokens
+
+# --- pooled cells ---
+
+
+@st.composite
+def tiled_maps(draw):
+    height, width = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+    return (height, width), Tile(top, left, draw(st.integers(top + 1, height)), draw(st.integers(left + 1, width)))
+
+
+def chosen(size, tile, count, judges=None):
+    tokens = size[0] * size[1]
+    keys, values = noise(2, 3, tokens, 4), noise(2, 3, tokens, 5, seed=6)
+    judges = torch.zeros(2, 3, 7, 4) if judges is None else judges
+    return keys, values, PooledMap(keys, values, size, count).chosen(tile, judges, torch.zeros(2, 3, 7, 1))
+
+
+@given(tiled_maps(), st.integers(0, 300))
+def test_what_is_chosen_stands_for_each_token_outside_the_tile_once(case, count):
+    (height, width), tile = case
+    few = chosen((height, width), tile, count)[2]
+    assert few.keys.shape[2] <= max(count, 1)
+    torch.testing.assert_close(
+        few.log_weights.exp().sum(dim=-1), torch.full((2, 3), float(height * width - tile.area)), rtol=1e-5, atol=1e-5
+    )
+
+
+@given(tiled_maps())
+def test_with_room_for_all_each_token_stands_for_itself(case):
+    (height, width), tile = case
+    keys, values, all_of_them = chosen((height, width), tile, height * width)
+    assert torch.equal(all_of_them.keys, keys)
+    assert torch.equal(all_of_them.values, values)
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    inside[tile.rows, tile.columns] = True
+    assert torch.equal(all_of_them.log_weights == 0, ~inside.flatten().expand(2, 3, -1))
+
+
+def test_heads_choose_the_tokens_that_their_own_queries_want():
+    keys = torch.zeros(1, 2, 256, 4)
+    keys[0, 0, 37, 0] = keys[0, 1, 200, 0] = 9.0
+    judges = torch.tensor([1.0, 0, 0, 0]).expand(1, 2, 5, 4)
+    pooled = PooledMap(keys, keys, (16, 16), 13)  # four times the one best of four
+    found = pooled.chosen(Tile(0, 0, 1, 1), judges, torch.zeros(1, 2, 5, 1))
+    assert pooled.sizes[-1] == (1, 1)
+    for head in (0, 1):
+        favourite = found.keys[0, head, :, 0] == 9.0  # not the mean of a cell
+        assert favourite.sum() == 1 and found.log_weights[0, head, favourite] == 0
+
+
+# --- where tokens are ---
+
+
+@given(tiled_maps(), st.integers(0, 20), st.integers(0, 20))
+def test_pieces_have_the_same_part_of_every_map(case, tall, wide):
+    size, _ = case
+    maps = Maps((size, (tall, wide)))
+    places = []
+    for cut in range(size[1]):
+        piece = maps.piece(Tile(0, cut, size[0], cut + 1))
+        places += maps.places(piece, torch.device("cpu")).tolist()
+    assert sorted(places) == list(range(maps.area))
+
+
+def ids(*sizes):
+    """As Flux's pipelines make them."""
+    made = []
+    for picture, (height, width) in enumerate(sizes):
+        made.append(d.FluxPipeline._prepare_latent_image_ids(1, height, width, "cpu", torch.float32))
+        made[-1][:, 0] = picture
+    return torch.cat(made)
+
+
+def test_maps_are_read_from_ids():
+    assert list(maps_of_ids(ids((7, 5)))) == [(7, 5)]
+    assert list(maps_of_ids(ids((7, 5), (3, 9)))) == [(7, 5), (3, 9)]
+    assert list(maps_of_ids(ids((1, 5))[None])) == [(1, 5)]
+    assert list(maps_of_ids(ids((7, 5))[1:])) == []
+    assert list(maps_of_ids(ids((7, 5)).flip(0)[:30].roll(3, 0))) == []
+
+
+def test_arguments_that_are_not_as_said_are_seen():
+    tokens = Tokens({"x": IMAGE, "y": TEXT, "rotary": BOTH.along(0)}, (TEXT, IMAGE), text_first=True)
+    x, y = torch.zeros(1, 12, 3), torch.zeros(1, 5, 3)
+    assert tokens.texts({"x": x, "y": y, "rotary": (torch.zeros(17, 2),) * 2}, 12) == 5
+    assert tokens.texts({"x": x, "y": y}, 12) == 5
+    assert tokens.texts({"x": x, "y": y, "rotary": torch.zeros(16, 2)}, 12) is None
+    assert tokens.texts({"x": x, "y": y}, 11) is None
+
+
+# --- with what others put in ---
+
+
+def flux():
+    return quiet(test_flux.pipeline())
+
+
+def test_tokens_in_no_grid_are_passed_on_as_they_are():
+    model = flux().transformer
+    told = {"hidden_states": noise(1, 143, 16), "encoder_hidden_states": noise(1, 5, 32)}
+    told |= {"pooled_projections": noise(1, 32), "timestep": torch.tensor([0.5]), "txt_ids": torch.zeros(5, 3)}
+    told |= {"img_ids": ids((11, 13)).flip(0).roll(1, 0), "return_dict": False}
+    pipe = flux()
+    dense = pipe.transformer(**told)[0]
+    with patch(pipe, attn_context=0):
+        assert torch.equal(pipe.transformer(**told)[0], dense)
+        assert not torch.equal(pipe.transformer(**told | {"img_ids": ids((11, 13))})[0], dense)
+    assert type(model) is type(pipe.transformer)
+
+
+def test_text_attends_to_all_even_without_context():
+    pipe = flux()
+    texts, images = [], []
+
+    def look(block, given, result):
+        texts.append(result[0])
+        images.append(result[1])
+
+    handle = pipe.transformer.transformer_blocks[0].register_forward_hook(look)
+    paint(pipe, test_flux.TEXT, num_inference_steps=1)
+    with patch(pipe, attn_context=0):
+        paint(pipe, test_flux.TEXT, num_inference_steps=1)
+    handle.remove()
+    assert error(texts[1], texts[0]) < 1e-5
+    assert error(images[1], images[0]) > 1e-3
+
+
+class ByHand:
+    """A processor that computes its scores itself."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        states = [hidden_states] if encoder_hidden_states is None else [encoder_hidden_states, hidden_states]
+        keys = torch.cat([attn.to_k(each) for each in states], dim=1)
+        mixed = (keys @ keys.transpose(1, 2)).softmax(dim=-1) @ keys
+        if encoder_hidden_states is None:
+            return mixed
+        text = encoder_hidden_states.shape[1]
+        return attn.to_out[0](mixed[:, text:]), attn.to_add_out(mixed[:, :text])
+
+
+def test_a_block_whose_processor_attends_in_its_own_way_runs_whole_and_says_so_once():
+    pipe = flux()
+    pipe.transformer.transformer_blocks[0].attn.set_processor(ByHand())
+    dense = paint(pipe, test_flux.TEXT)
+    with patch(pipe, attn_context=ALL):
+        with pytest.warns(RuntimeWarning, match="FluxTransformerBlock with ByHand") as warned:
+            assert error(paint(pipe, test_flux.TEXT), dense) < CLOSE
+        assert len(warned) == 1
+
+
+def test_kernels_that_take_no_weights_are_not_asked_meanwhile():
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    pipe = flux()
+    dense = paint(pipe, test_flux.TEXT)
+    asked = []
+
+    def unable(query, key, value):
+        asked.append(key.shape)
+        return query
+
+    known = dict(_AttentionBackendRegistry._backends), dict(_AttentionBackendRegistry._supported_arg_names)
+    _AttentionBackendRegistry._backends[AttentionBackendName.SAGE] = unable
+    _AttentionBackendRegistry._supported_arg_names[AttentionBackendName.SAGE] = {"query", "key", "value"}
+    try:
+        processors = [module.processor for module in pipe.transformer.modules() if hasattr(module, "processor")]
+        for processor in processors:
+            processor._attention_backend = AttentionBackendName.SAGE
+        with patch(pipe, attn_context=ALL):
+            assert error(paint(pipe, test_flux.TEXT), dense) < CLOSE
+        assert not asked
+        assert all(each._attention_backend == AttentionBackendName.SAGE for each in processors)
+        paint(pipe, test_flux.TEXT)
+        assert asked
+    finally:
+        for kept, now in zip(known, ("_backends", "_supported_arg_names"), strict=True):
+            getattr(_AttentionBackendRegistry, now).clear()
+            getattr(_AttentionBackendRegistry, now).update(kept)
+
+
+def test_a_model_that_several_processes_share_is_left_alone():
+    pipe = flux()
+    pipe.transformer._parallel_config = object()
+    assert repr(patch(pipe)).endswith("transformer (FluxTransformer2DModel): left as it is")
+
+
+# --- a family that nobody knows ---
+
+
+class Block(nn.Module):
+    """One stream, text first; two queries share each key; some of the text is masked."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.keys, self.out = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, stream, mask, positions):
+        heads = (self.query(stream) + positions).unflatten(2, (4, 4)).transpose(1, 2)
+        key, value = (self.keys(stream)).unflatten(2, (2, 2, 4)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(heads, key, value, mask[:, None, None], enable_gqa=True)
+        return stream + self.out(mixed.transpose(1, 2).flatten(2)).relu()
+
+
+class Stranger(nn.Module):
+    config = type("Config", (), {"in_channels": 4, "time_cond_proj_dim": None})()
+
+    def __init__(self):
+        super().__init__()
+        self.embedder, self.projection = nn.Linear(4, 16), nn.Linear(16, 4)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, latent, text, mask, t):
+        image = self.embedder(latent.flatten(2).transpose(1, 2))
+        mask = F.pad(mask, (0, image.shape[1]), value=True)
+        stream = torch.cat([text, image], dim=1)
+        positions = torch.arange(stream.shape[1])[:, None].to(stream).expand(-1, 16).mul(0.1).sin()
+        for layer in self.layers:
+            stream = layer(stream, mask, positions)
+        return self.projection(stream[:, text.shape[1] :]).transpose(1, 2).unflatten(2, latent.shape[2:])
+
+
+class Strangers(JointAttention):
+    """All that there is to say."""
+
+    timestep = "t"
+
+    def matches(self, model):
+        return isinstance(model, Stranger)
+
+    def kinds(self, model):
+        rows = {"stream": BOTH, "mask": BOTH, "positions": BOTH.along(0)}
+        return {"layers": Tokens(takes=rows, gives=BOTH, text_first=True)}
+
+    def maps(self, model, arguments):
+        return [arguments["latent"].shape[2:]]
+
+    def predict(self, call):
+        mask = call.new(call.batch, 6, dtype=torch.bool)
+        return call.model(self.sample(call), call.new(call.batch, 6, 16), mask, call.new(call.batch))
+
+
+class Pipeline:
+    vae_scale_factor = 16
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.transformer = Stranger().requires_grad_(False)
+        self.scheduler = d.FlowMatchEulerDiscreteScheduler()
+        self.config = {}
+
+    def set_progress_bar_config(self, **options):
+        pass
+
+    @property
+    def components(self):
+        return {"transformer": self.transformer, "scheduler": self.scheduler}
+
+    def __call__(self, width, height, num_inference_steps, generator, output_type):
+        latent = torch.randn(2, 4, height // 16, width // 16, generator=generator)
+        text, mask = noise(2, 6, 16), torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+        self.scheduler.set_timesteps(num_inference_steps)
+        for timestep in self.scheduler.timesteps:
+            latent = latent + self.transformer(latent, text, mask, t=timestep.expand(2))
+        return (latent,)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strangers():
+    register(Strangers)
+    yield
+    unregister(Strangers)
+
+
+class TestStrangers(JointTests):
+    cases: ClassVar = {"plain": Case(Pipeline, {})}
