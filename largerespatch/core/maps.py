@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from .hosts import Host, HostRows
+from .hosts import Host, HostRows, by_samples
 from .pieces import assemble
 from .planes import OPERATIONS, Map, copy, fetch, whole
 from .tilings import Run, Tile
@@ -65,26 +65,24 @@ class StoredMap(Map):
         return taken
 
     def fetch(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
-        memory = self.memory
+        memory, width = self.memory, self.shape[-1]
         if isinstance(memory, HostRows):
-            yield from memory.host.fetch(memory, runs)
+            yield from memory.host.fetch(memory, (Tile(top, 0, bottom, width) for top, bottom in runs), _by_channels)
         else:
             yield from (memory[:, :, top:bottom] for top, bottom in runs)
 
     def part(self, tile: Tile) -> torch.Tensor:
         memory = self.memory
-        if isinstance(memory, HostRows) and tile.width < self.shape[-1]:
-            return memory.gather(tile).to(self.device)  # the device does not get more than it asked for
+        if isinstance(memory, HostRows):  # the device does not get more than it asked for
+            return next(memory.host.fetch(memory, [tile], _by_channels))
         return super().part(tile)
 
     def write(self, tile: Tile, values: torch.Tensor) -> None:
         memory = self.memory
-        if not isinstance(memory, HostRows):
-            memory[:, :, tile.rows, tile.columns] = values
-        elif tile.width == self.shape[-1]:
-            memory.host.store(memory, tile.top, values)
+        if isinstance(memory, HostRows):
+            memory.host.store(memory, tile, values)
         else:
-            memory.scatter(tile, values)
+            memory[:, :, tile.rows, tile.columns] = values
 
     def leave(self) -> None:
         if self.host is not None and self.host.serves(self.device) and not self.away:
@@ -227,6 +225,11 @@ class TurnedMap(Map):
             args, kwargs = tree_map_only(TurnedMap, whole, (args, kwargs or {}))
             return func(*args, **kwargs)
         return super().__torch_function__(func, types, args, kwargs)
+
+
+def _by_channels(cells: torch.Tensor) -> torch.Tensor:
+    """``[B, C, h, w]`` as convolutions want it, of cells as they come from the host."""
+    return by_samples(cells).contiguous()
 
 
 def taken(plane: torch.Tensor) -> tuple[torch.Tensor, bool]:
