@@ -12,6 +12,7 @@ from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -43,11 +44,13 @@ class Host:
     Args:
         where: the host's own device.
         band_bytes: of the blocks of memory that rows of a map are kept in.
+        least: of the bytes of a map that leaves its device; smaller ones stay there.
     """
 
-    def __init__(self, where: str = "cpu", band_bytes: int = BAND_BYTES) -> None:
+    def __init__(self, where: str = "cpu", band_bytes: int = BAND_BYTES, least: int = 0) -> None:
         self.where = torch.device(where)
         self.band_bytes = band_bytes
+        self.least = least
         self._streams: dict[torch.device, tuple[Any, Any]] = {}
         self._stored: deque[Any] = deque()
 
@@ -56,9 +59,13 @@ class Host:
         return (
             isinstance(value, torch.Tensor)
             and value.ndim == 4
-            and self.serves(value.device)
+            and self.takes(value, value.shape)
             and not value.requires_grad
         )
+
+    def takes(self, like: torch.Tensor, shape: Sequence[int]) -> bool:
+        """Whether a map of that shape, as `like` is, leaves its device."""
+        return self.serves(like.device) and prod(shape) * like.element_size() >= self.least
 
     def serves(self, device: torch.device) -> bool:
         return device != self.where

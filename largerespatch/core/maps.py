@@ -283,13 +283,24 @@ def _combine(func: Callable[..., torch.Tensor], *terms: Any, **others: object) -
     if others or first is None or (passed is None and first.host is None) or not _alike(first, planes):
         return NotImplemented
     into = None if passed is None else passed.claim()
-    planes = [into if plane is passed and into is not None else plane for plane in planes]
+    return _combined(func, [into if term is passed and into is not None else term for term in terms], first, into)
 
+
+def _combine_there(func: Callable[..., torch.Tensor], plane: Any, *terms: Any, **others: object) -> Any:
+    """The same in the memory of a map that is away, for all who hold it."""
+    there = isinstance(plane, StoredMap) and plane.away
+    if others or not there or not _alike(plane, [term for term in terms if isinstance(term, torch.Tensor)]):
+        return NotImplemented
+    return _combined(_COPYING[func], [plane, *terms], plane, plane)
+
+
+def _combined(func: Callable[..., torch.Tensor], terms: Sequence[Any], first: Map, into: Map | None) -> Any:
     def combined(run: Run, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         given = iter(rows)
         return func(*(next(given) if isinstance(term, torch.Tensor) and term.ndim else term for term in terms))
 
     host = first.host or Host()
+    planes = [term for term in terms if isinstance(term, torch.Tensor) and term.ndim]
     return assemble(
         host.cuts(first),
         combined,
@@ -298,6 +309,11 @@ def _combine(func: Callable[..., torch.Tensor], *terms: Any, **others: object) -
         into=into,
         read=lambda runs: zip(*(fetch(plane, runs) for plane in planes), strict=True),
     )
+
+
+# What makes a new map of what the other writes to its first term.
+_COPYING = dict.fromkeys((_TENSOR.add_, _TENSOR.__iadd__), torch.add)
+_COPYING |= dict.fromkeys((_TENSOR.mul_, _TENSOR.__imul__), torch.mul)
 
 
 def _alike(plane: Map, others: Sequence[torch.Tensor]) -> bool:
@@ -332,5 +348,6 @@ OPERATIONS |= {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenate),
     **dict.fromkeys((_TENSOR.new_empty, _TENSOR.new_zeros, _TENSOR.new_full, _TENSOR.new_ones), _make_like),
     **dict.fromkeys((torch.add, _TENSOR.add, _TENSOR.__add__, _TENSOR.__radd__), _combine),
+    **dict.fromkeys(_COPYING, _combine_there),
     **dict.fromkeys((torch.mul, _TENSOR.mul, _TENSOR.__mul__, _TENSOR.__rmul__), _combine),
 }

@@ -28,18 +28,16 @@ from ..core.planes import Map, fetch
 from ..core.statistics import GivenStatistics, pool, record
 from ..core.tilings import Tile
 from .alike import piece
+from .cuts import Block, Strips, rows_of
 from .strips import (
-    Block,
     Forward,
     StripResample,
     StripResnet,
-    Strips,
     StripUpsample,
     Time,
     can_be_resnet,
     can_be_upsampler,
     reach,
-    rows_of,
 )
 
 # What a walk must know the inside of: that containers call their children in turn, each with what the last one gave.
