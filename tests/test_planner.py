@@ -78,7 +78,7 @@ def test_the_fewest_savers_are_taken_with_which_every_stage_fits(no_margin):
     options = Options()
     estimator = Invented({"step": fewer, "encode": fewer, "decode": least}, options)
     plan = Planner(estimator, 130, options, frozenset()).plan(64, 64)
-    assert plan.settings == {"unet_serial": True, "unet_offload": True}
+    assert plan.settings == {"unet_serial": True, "unet_offload": "skips"}
     tried = [each for i, each in enumerate(estimator.tried) if each not in estimator.tried[:i]]
     assert tried == [{}, plan.settings, {"unet_serial": True}], "no more than has to be is counted"
     assert (plan.peak, plan.without) == (130, 150)
@@ -97,7 +97,7 @@ def test_what_was_given_is_kept():
     estimator = Invented({"step": least, "encode": least, "decode": least}, options)
     kept = frozenset({"unet_strip_rows", "ff_chunk_size", "vae_mode", "vae_recompute"})
     found = Planner(estimator, 2**40, options, kept)
-    assert found.denoiser == [{}, {"unet_serial": True}, {"unet_serial": True, "unet_offload": True}]
+    assert found.denoiser == [{}, {"unet_serial": True}, {"unet_serial": True, "unet_offload": "skips"}]
     assert found.vae[1] == {"vae_offload": True} and found.vae[-1] == {"vae_offload": True, "vae_chunk_size_y": 16}
 
 

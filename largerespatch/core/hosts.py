@@ -207,6 +207,19 @@ class HostRows:
             return by_samples(self.bands[0][:0, :, tile.columns])
         return by_samples(parts[0] if len(parts) == 1 else torch.cat(parts))
 
+    def pick(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Single cells on the host, ``[B, S, C]``, of places ``[B, S]``; it waits for what is still to arrive."""
+        self.host.settle(self.device)
+        samples = torch.arange(len(rows), device=rows.device)[:, None].expand(rows.shape)
+        if len(self.bands) == 1:
+            return self.bands[0][rows, samples, columns]
+        picked = torch.empty(*rows.shape, self.bands[0].shape[3], dtype=self.dtype)
+        bands = torch.bucketize(rows, torch.tensor(self.edges[1:-1]), right=True)
+        for i in set(bands.flatten().tolist()):
+            here = bands == i
+            picked[here] = self.bands[i][rows[here] - self.edges[i], samples[here], columns[here]]
+        return picked
+
     def samples(self, which: slice) -> "HostRows":
         """The rows of some samples alone, in the same memory."""
         return HostRows(self.host, self.device, self.edges, [band[:, which] for band in self.bands])

@@ -219,7 +219,7 @@ class TurnedMap(Map):
     def __torch_function__(
         cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is _TENSOR.movedim and args[1:] == (-1, 1):
+        if func is _TENSOR.movedim and args[1:] == (-1, 1) and args[0].ndim == 4:
             return args[0].turned
         if func in OPERATIONS:  # they know channels where they are first
             args, kwargs = tree_map_only(TurnedMap, whole, (args, kwargs or {}))

@@ -29,7 +29,7 @@ class Saver(NamedTuple):
 # elsewhere, and strips get the statistics of the whole map.
 DENOISER_SAVERS: tuple[Saver, ...] = (
     Saver({"unet_serial": True}),
-    Saver({"unet_offload": True}),
+    Saver({"unet_offload": "skips"}),
     Saver({"unet_strip_rows": 64, "ff_chunk_size": 4096}),
     Saver({"unet_strip_rows": 16}),
 )

@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..core.families import Family, families_in
 from ..core.patching import PatchStack
 from ..core.pieces import rehearsal
+from ..core.planes import Map
 from ..core.tilings import PHASES
+from ..core.tokens import TokenMap
 from ..core.weights import offload_hooks
 from .counting import KernelsInOne, LiveBytes
 from .devices import HOST, device_of, execution_device
@@ -120,7 +122,8 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 class _Alike:
     """Runs one of several pieces of work that are alike and counts the others as that one: all need the same memory.
 
-    Work that gives back a part of what it was given, or something else than new tensors, is run each time.
+    Work that gives back a part of what it was given, or something else than new tensors, is run each time; but tokens
+    that it writes over, and passes on, are passed on again.
     """
 
     def __init__(self, count: LiveBytes) -> None:
@@ -141,15 +144,17 @@ class _Alike:
         if look in known:
             needed, results, structure = known[look]
             self.count.rise(needed)
-            return tree_unflatten([each.again() if isinstance(each, _New) else each for each in results], structure)
-        before = self.count.alive
+            return tree_unflatten([_again(each, leaves) for each in results], structure)
+        before, memories = self.count.alive, {id(_memory(leaf)): i for i, leaf in enumerate(leaves) if _memory(leaf)}
         result, during = self.count.peak_of(lambda: work(*given, **named))
         leaves, structure = tree_flatten(result)
-        results = [_New.of(leaf) if isinstance(leaf, Weightless) else leaf for leaf in leaves]
+        results = [_made(leaf, memories) for leaf in leaves]
         new = sum(
             each.size for each in results if isinstance(each, _New) and each.look.device.type == self.count.device
         )
-        if self.count.alive - before >= new and all(isinstance(each, _New | int | NoneType) for each in results):
+        if self.count.alive - before >= new and all(
+            isinstance(each, _New | _Passed | int | NoneType) for each in results
+        ):
             known[look] = (during - before, results, structure)
         return result
 
@@ -171,8 +176,36 @@ class _New(NamedTuple):
         return memory.as_strided(size, stride, self.offset)
 
 
+class _Passed(NamedTuple):
+    """The tokens that were given in some place, written over."""
+
+    place: int
+
+
+def _memory(leaf: object) -> Any:
+    """Of tokens on the host."""
+    return leaf.turned.memory if isinstance(leaf, TokenMap) and leaf.away else None
+
+
+def _made(leaf: Any, memories: dict[int, int]) -> Any:
+    """A result as something that it can be made of again; `memories` are those of arguments, with their places."""
+    if isinstance(leaf, Weightless):
+        return _New.of(leaf)
+    place = memories.get(id(_memory(leaf)))
+    return leaf if place is None else _Passed(place)
+
+
+def _again(made: Any, leaves: list[Any]) -> Any:
+    """The inverse, with other arguments."""
+    if isinstance(made, _Passed):
+        return leaves[made.place].claim()
+    return made.again() if isinstance(made, _New) else made
+
+
 def _look(leaf: object) -> Any:
     """All that memory may depend on, of an argument."""
+    if isinstance(leaf, Map):
+        return type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.away, leaf.passing
     return Look.of(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf)
 
 

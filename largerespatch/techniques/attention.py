@@ -8,8 +8,8 @@ A VAE's attention to its whole map runs in chunks of its queries: the exact case
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,16 @@ class BlockedAttention:
         self.step_note = step_note
         self.layer = layer
         self.map_note = map_note
+        self.tile: tuple[Tile, Context | None] | None = None
+
+    @contextmanager
+    def seeing(self, tile: Tile, context: Context | None) -> Iterator[None]:
+        """Inside, hidden states are the tokens of that tile alone, which attends to that context as well."""
+        self.tile = tile, context
+        try:
+            yield
+        finally:
+            self.tile = None
 
     def applies(
         self,
@@ -109,11 +119,16 @@ class BlockedAttention:
     ) -> bool:
         """To self-attention, text beside it or not, without a mask, on a large map."""
         attends_itself = encoder_hidden_states is None or self.attention.added_kv_proj_dim is not None
-        return attends_itself and attention_mask is None and self._is_large(hidden_states)
+        large = self.tile is not None or self._is_large(hidden_states)
+        return attends_itself and attention_mask is None and large
 
     def _is_large(self, hidden_states: torch.Tensor) -> bool:
         size = self._size(hidden_states)
-        return size is not None and size[0] * size[1] > self.blocking.full_tokens
+        return size is not None and self.blocks(*size)
+
+    def blocks(self, height: int, width: int) -> bool:
+        """Whether a map of so many tokens is attended in blocks."""
+        return height * width > self.blocking.full_tokens
 
     # A graph would write every tile out, and which tokens are sampled is for Python to say.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -127,6 +142,8 @@ class BlockedAttention:
     ) -> torch.Tensor:
         others["encoder_hidden_states"] = encoder_hidden_states
         kwargs = {name: value for name, value in others.items() if value is not None}
+        if self.tile is not None:
+            return self._attended(original, hidden_states, *self.tile, kwargs)
         plane, overwritable = taken(hidden_states)
         size = self._size(plane)
         assert size is not None  # since it applies
@@ -148,7 +165,7 @@ class BlockedAttention:
                 return attend(block, tile).reshape(len(cells), *tile.size(), -1)
 
             result = assemble(
-                self._cut(*size), attended, place=lambda tile: (slice(None), tile.rows, tile.columns), make=output
+                self.cut(*size), attended, place=lambda tile: (slice(None), tile.rows, tile.columns), make=output
             )
         return result.permute(0, 3, 1, 2) if plane.ndim == 4 else result.flatten(1, 2)  # type: ignore[no-any-return]
 
@@ -159,21 +176,33 @@ class BlockedAttention:
         size = self.map_note.size
         return size if size and hidden_states.ndim == 3 and hidden_states.shape[1] == size[0] * size[1] else None
 
-    def _cut(self, height: int, width: int) -> Tiling:
+    def cut(self, height: int, width: int) -> Tiling:
         return self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES)
 
     def _attending(
         self, original: Forward, cells: torch.Tensor, kwargs: dict[str, Any]
     ) -> Callable[[torch.Tensor, Tile], torch.Tensor]:
         """What gives the attention of the tokens of a tile, ``[B, tile.area, C]``."""
+        context = self.context_of(cells.flatten(1, 2), cells.shape[1:3], self._prepared)
+        return lambda block, tile: self._attended(original, block, tile, context, kwargs)
+
+    def context_of(
+        self, tokens: torch.Tensor, size: Sequence[int], prepare: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Context | None:
+        """The context that each tile of a map's tokens ``[B, N, C]`` attends to; `prepare`: see `Context`."""
         if not self.blocking.context:
-            return lambda block, tile: self._among_themselves(original, block, kwargs)
+            return None
+        height, width = size
         seed = f"layer {self.layer} step {self.step_note.step}"
         heavy = self.blocking.context // 2
-        sampled = self.blocking.context - heavy
-        size = (cells.shape[1], cells.shape[2])
-        context = Context(self.attention, cells.flatten(1, 2), size, heavy, sampled, seed, self._prepared)
-        return lambda block, tile: self._with_context(original, block, tile, context, kwargs)
+        return Context(self.attention, tokens, (height, width), heavy, self.blocking.context - heavy, seed, prepare)
+
+    def _attended(
+        self, original: Forward, block: torch.Tensor, tile: Tile, context: Context | None, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        if context is None:
+            return self._among_themselves(original, block, kwargs)
+        return self._with_context(original, block, tile, context, kwargs)
 
     def _prepared(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the attention makes of tokens ``[B, N, C]`` before it projects them."""
@@ -237,7 +266,7 @@ class ChunkedAttention(BlockedAttention):
         known = type(self.attention.processor) in TAKES_OTHER_KEYS
         return alone and known and self._is_large(hidden_states) and not torch.is_grad_enabled()
 
-    def _cut(self, height: int, width: int) -> Tiling:
+    def cut(self, height: int, width: int) -> Tiling:
         return Tiling(even_cuts(height, max(QUERIES // width, 1)), even_cuts(width, QUERIES))
 
     def _attending(

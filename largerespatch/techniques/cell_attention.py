@@ -60,7 +60,7 @@ class ChunkedCells(ChunkedAttention):
             return tuple(each.unflatten(1, tile.size()) for each in self.attention.to_others(block))
 
         kept = assemble(
-            self._cut(*cells.shape[1:3]),
+            self.cut(*cells.shape[1:3]),
             projected,
             place=lambda tile: (slice(None), tile.rows, tile.columns),
             make=lambda some: tuple(each.new_empty(*cells.shape[:3], each.shape[-1]) for each in some),
