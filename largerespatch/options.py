@@ -109,8 +109,7 @@ class Options:
     )
     vae_offload: bool = _switch(
         "whether whole maps of the VAE are kept in (pinned) host memory while their strips or tiles visit the device. "
-        "An image that the device has no room for is given back on the host by an exact VAE. Exact; nothing changes "
-        "where the VAE runs on the host"
+        "An image of 64 MiB or more is given back on the host. Exact; nothing changes where the VAE runs on the host"
     )
     unet_serial: bool = _switch(
         "whether denoiser and ControlNet run the samples of a batch (guidance makes two of one) one by one. Exact"

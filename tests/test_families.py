@@ -16,7 +16,8 @@ from largerespatch.core.families import Family, Order, Site, families_in, family
 from largerespatch.core.hosts import Host
 from largerespatch.core.patching import PatchStack
 from largerespatch.denoisers.unet import skip_sites
-from largerespatch.techniques.attention import BlockedAttention, attention_sites
+from largerespatch.techniques.attention import BlockedAttention
+from largerespatch.techniques.attention_sites import attention_sites
 from largerespatch.techniques.chunks import chunk_sites
 from largerespatch.techniques.cuts import Strips
 from largerespatch.techniques.host_strips import HostStrips, host_sites

@@ -21,11 +21,13 @@ from .tilings import Runs, Tile
 
 BAND_BYTES = 2**24  # of one copy: long enough for the bus, small beside any map that is worth moving
 
+# Of a map that is large: in bands. What visits the device holds about as much at its largest (four runs under way, or a
+# strip, what is made of it and the workspace of its convolution), so a smaller map adds little to that; and of those
+# that a U-Net keeps, its coarsest skip connections, there are few: half a dozen below this size, whatever the image's.
+LARGE_BANDS = 4
+
 # Pieces of a map that are on their way in each direction at once: one is computed, the next one comes.
 UNDER_WAY = 2
-
-# Of an image, so that what a pipeline does to it next still fits: it makes up to three copies.
-COPIES_TO_COME = 3
 
 
 def _by_cells(plane: torch.Tensor) -> torch.Tensor:
@@ -69,6 +71,11 @@ class Host:
 
     def serves(self, device: torch.device) -> bool:
         return device != self.where
+
+    def is_large(self, like: torch.Tensor, shape: Sequence[int] | None = None) -> bool:
+        """Whether a map, or one of that `shape`, should not be on its device as a whole, if that can be helped."""
+        cells = like.numel() if shape is None else prod(shape)
+        return cells * like.element_size() >= LARGE_BANDS * self.band_bytes
 
     def cuts(self, plane: torch.Tensor) -> Runs:
         """The runs of rows in which a map travels."""
@@ -131,13 +138,6 @@ class Host:
         streams = self._of(device)
         if streams is not None:
             streams[1].synchronize()
-
-    def has_room(self, device: torch.device, size: int) -> bool:
-        """Whether `device` can take a finished image of so many bytes, and what a pipeline makes of it next."""
-        if self._of(device) is None:
-            return True
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return bool(torch.cuda.mem_get_info(device)[0] + unused > (1 + COPIES_TO_COME) * size)
 
     def pins(self, device: torch.device) -> bool:
         return device.type == "cuda"

@@ -103,14 +103,14 @@ class StoredMap(Map):
         shape = (len(range(*which.indices(len(self)))), *self.shape[1:])
         return StoredMap(shape, self, self.host, memory.samples(which))
 
-    def delivered(self) -> torch.Tensor:
-        """A finished map as a plain tensor: on its device, or on the host where the device has no room for it."""
+    def delivered(self, stays: bool = False) -> torch.Tensor:
+        """A finished map as a plain tensor: on its device, or on the host where it is, is large, and `stays` there."""
         memory = self.memory
         if not isinstance(memory, HostRows):
             return memory.contiguous()
-        if memory.host.has_room(self.device, self.numel() * self.element_size()):
-            return self.copied().contiguous()
-        return memory.gather(Tile(0, 0, *self.shape[2:])).contiguous()
+        if stays and memory.host.is_large(self):
+            return memory.gather(Tile(0, 0, *self.shape[2:])).contiguous()
+        return self.copied().contiguous()
 
 
 class JoinedMap(Map):

@@ -3,7 +3,7 @@
 `runs_of` and `picked` read plain tensors ``[B, N, C]`` and maps alike.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import ceil
 
@@ -11,6 +11,7 @@ import torch
 
 from .hosts import HostRows
 from .maps import StoredMap, TurnedMap
+from .pieces import assemble
 from .tilings import Run, Tile
 
 
@@ -91,3 +92,30 @@ def runs_of(tokens: torch.Tensor, runs: Sequence[Run]) -> Iterator[torch.Tensor]
 def picked(tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """The tokens ``[B, S, C]`` at places ``[B, S]``, on the device."""
     return tokens.picked(places) if isinstance(tokens, TokenMap) else _gathered(tokens, places)
+
+
+def tile_by_tile(
+    tokens: TokenMap, cover: Sequence[Tile], compute: Callable[[Tile, torch.Tensor], torch.Tensor], over: bool
+) -> StoredMap:
+    """The map ``[B, C, H, W]`` of what `compute` makes of the tokens ``[B, tile.area, C]`` of each tile.
+
+    It is written `over` those, or else to other memory, on the same host.
+    """
+    plane = tokens.turned
+
+    def computed(tile: Tile, cells: torch.Tensor) -> torch.Tensor:
+        return as_map(compute(tile, cells), tile.size())
+
+    return assemble(  # type: ignore[no-any-return]
+        cover,
+        computed,
+        place=lambda tile: (slice(None), slice(None), tile.rows, tile.columns),
+        make=lambda part: StoredMap.empty((*part.shape[:2], *tokens.map_size), part, plane.host, plane.passing),
+        into=plane if over else None,
+        read=tokens.tiles,
+    )
+
+
+def as_map(tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """``[B, C, h, w]`` of tokens ``[B, h * w, C]``."""
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, *size)

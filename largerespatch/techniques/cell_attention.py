@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..core.pieces import assemble
 from ..core.tilings import Tile
+from ..core.tokens import TokenMap
 from .attention import BlockedAttention, Blocking, ChunkedAttention, Forward
 from .notes import StepNote
 
@@ -53,20 +54,27 @@ class ChunkedCells(ChunkedAttention):
     """
 
     def _attending(
-        self, original: Forward, cells: torch.Tensor, kwargs: dict[str, Any]
+        self, original: Forward, tokens: torch.Tensor, size: tuple[int, int], kwargs: dict[str, Any]
     ) -> Callable[[torch.Tensor, Tile], torch.Tensor]:
+        if isinstance(tokens, TokenMap):
+            return super()._attending(original, tokens, size, kwargs)
+        cells = tokens.view(len(tokens), *size, -1)
+
         def projected(tile: Tile) -> tuple[torch.Tensor, ...]:
             block = self._prepared(cells[:, tile.rows, tile.columns].flatten(1, 2))
             return tuple(each.unflatten(1, tile.size()) for each in self.attention.to_others(block))
 
         kept = assemble(
-            self.cut(*cells.shape[1:3]),
+            self._cut(*cells.shape[1:3]),
             projected,
             place=lambda tile: (slice(None), tile.rows, tile.columns),
             make=lambda some: tuple(each.new_empty(*cells.shape[:3], each.shape[-1]) for each in some),
         )
         keys_and_values = [each.flatten(1, 2) for each in kept]
         return lambda block, tile: original(block, keys_and_values=keys_and_values)
+
+    def _projected(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
+        return self.attention.to_others(tokens)  # type: ignore[no-any-return]
 
 
 class CellAttention:

@@ -14,7 +14,7 @@ from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
 from ..core.families import Order, Site
-from ..core.hosts import BAND_BYTES, Host
+from ..core.hosts import BAND_BYTES, LARGE_BANDS, Host
 from ..core.maps import ComputedMap, StoredMap
 from ..core.pieces import assemble
 from ..core.planes import Map, fetch
@@ -37,10 +37,8 @@ from .strips import (
 # What maps on the host must know the inside of: that a downsampler is one convolution, centred on every other cell.
 LEANS_ON = ("diffusers.models.downsampling.Downsample2D.forward",)
 
-# Of a map that leaves the device. What visits the device holds about as much at its largest (four runs under way, or a
-# strip, what is made of it and the workspace of its convolution), so a smaller map adds little; and of those that a
-# U-Net keeps, its coarsest skip connections, there are few: half a dozen below this size at whatever size of image.
-LEAST_BYTES = 4 * BAND_BYTES
+# Of a map that leaves the device: a large one.
+LEAST_BYTES = LARGE_BANDS * BAND_BYTES
 
 # Rows of a strip where it is not said.
 ROWS = 16

@@ -18,7 +18,7 @@ from ..core.pieces import assemble
 from ..core.planes import fetch
 from ..core.statistics import GivenStatistics
 from ..core.tilings import Tile
-from ..core.tokens import TokenMap
+from ..core.tokens import TokenMap, as_map, tile_by_tile
 from .attention import BlockedAttention
 from .chunks import can_be_chunked, sees_single_tokens
 from .cuts import rows_of
@@ -58,7 +58,7 @@ class HostInput:
         def compute(strip: Tile, rows: torch.Tensor) -> torch.Tensor:
             with GivenStatistics(statistics):
                 tokens, _ = original(rows)
-            return _plane(tokens, strip)
+            return as_map(tokens, strip.size())
 
         def empty(part: torch.Tensor) -> StoredMap:
             shape = (*part.shape[:2], *hidden_states.shape[2:])
@@ -124,22 +124,9 @@ class TiledBlock:
 
         def compute(tile: Tile, cells: torch.Tensor) -> torch.Tensor:
             with blocked.seeing(tile, context):
-                return _plane(original(cells, **kwargs), tile)
+                return original(cells, **kwargs)
 
-        plane = assemble(
-            blocked.cut(height, width),
-            compute,
-            place=lambda tile: (slice(None), slice(None), tile.rows, tile.columns),
-            make=lambda part: StoredMap.empty((*part.shape[:2], height, width), part, tokens.turned.host),
-            into=tokens.turned if tokens.passing else None,
-            read=tokens.tiles,
-        )
-        return TokenMap.of(plane)
-
-
-def _plane(tokens: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """``[B, C, h, w]`` of a tile's tokens."""
-    return tokens.transpose(1, 2).reshape(len(tokens), -1, *tile.size())
+        return TokenMap.of(tile_by_tile(tokens, blocked.cover(height, width), compute, over=tokens.passing))
 
 
 def _reading(plane: torch.Tensor) -> Callable[[Sequence[Tile]], Iterator[torch.Tensor]]:

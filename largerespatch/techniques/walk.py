@@ -245,7 +245,8 @@ class WalkedPointwise:
 class WalkedWhole:
     """Takes the place of the ``forward`` of a module that needs all of a map (attention).
 
-    Where maps live on a host, this one is on the device for the length of the call.
+    Where maps live on a host, this one is on the device for the length of the call, unless the attention takes it in
+    pieces.
     """
 
     def __init__(self, walk: Walk) -> None:
