@@ -250,9 +250,10 @@ class Shadow:
             vars(pipe)["components"] = pipe.components | others
         return pipe
 
-    def peak(self, work: Callable[[], object]) -> int:
-        """The most bytes alive at once on the pipeline's device while `work` calls the copies."""
-        count = WithoutData(self.place)
+    def peak(self, work: Callable[[], object], place: str | None = None) -> int:
+        """The most bytes alive at once while `work` calls the copies: on the pipeline's device, or in another place."""
+        place = self.place if place is None else place
+        count = WithoutData(place)
         alike = _Alike(count)
 
         def forward(make: Hashable, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -262,4 +263,4 @@ class Shadow:
             for block, make in self._makes:
                 stack.wrap(block, "forward", partial(forward, make), "forward")
             work()
-        return count.peak + (0 if self.place == HOST else LIBRARIES)
+        return count.peak + (0 if place == HOST else LIBRARIES)
