@@ -178,10 +178,12 @@ class Exact(InPieces):
         finest = sample.shape[-2] * 2**self.doublings if passing else None
         walk = Walk(self.cutting.tile_height, self.cutting.wrap, self.host, passing, finest, self.recompute)
         late = self.late if passing else []
+        last = list(self.steps)[-1] if self.makes_pictures else ""
         with weights_held(late), PatchStack() as stack, self._progress(len(self.steps)) as bar:
 
-            def counted(technique: Forward) -> Forward:
+            def counted(technique: Forward, path: str) -> Forward:
                 def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+                    walk.delivers = path == last
                     result = technique(*args, **kwargs)
                     bar.update()
                     return result
@@ -189,7 +191,7 @@ class Exact(InPieces):
                 return forward
 
             for path, module in self.steps.items():
-                Site(module, path, Order.IN_STRIPS, counted(walked(module, path, walk))).install(stack)
+                Site(module, path, Order.IN_STRIPS, counted(walked(module, path, walk), path)).install(stack)
             self._silence(stack, inner_modules(self.model, self.path))
             return delivered(original(sample), self.makes_pictures)
 

@@ -22,6 +22,7 @@ from ..core.tilings import Each, Run, Tile, Window, scatter, tiles, window
 from ..core.weights import weights_held
 from .alike import piece
 from .halves import Cutting, InPieces, delivered
+from .images import wanted
 from .parts import Parts
 from .shared_norms import SharedGroupNorm
 from .stages import Split, scale_of
@@ -151,6 +152,8 @@ class TwoPass(InPieces):
                 shape = (*result.shape[:2], int(split.scale * height), int(split.scale * width))
                 if parts.after:
                     return walk.empty(result, shape)
+                if self.makes_pictures and (image := wanted(result, shape)) is not None:
+                    return image
                 stays = self.host is not None and self.makes_pictures and self.host.is_large(result, shape)
                 return StoredMap.empty(shape, result, self.host) if stays else result.new_empty(shape)
 
