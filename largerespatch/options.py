@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from typing import Any
 
-from .core.checks import boolean, one_of, whole_number
+from .core.checks import boolean, one_of, switch_or_one_of, whole_number
 from .core.tilings import COVERS
 from .memory.counting import amount
 
 PADDING_MODES = ("constant", "circular", "reflect", "replicate")
 VAE_MODES = ("two-pass", "exact")
 VAE_ATTENTIONS = ("full", "blocked")
+UNET_OFFLOADS = ("skips", "maps")
 
 Check = Callable[[str, object], Any]
 
@@ -108,8 +109,7 @@ class Options:
     )
     vae_offload: bool = _switch(
         "whether whole maps of the VAE are kept in (pinned) host memory while their strips or tiles visit the device. "
-        "An image that the device has no room for is given back on the host by an exact VAE. Exact; nothing changes "
-        "where the VAE runs on the host"
+        "An image of 64 MiB or more is given back on the host. Exact; nothing changes where the VAE runs on the host"
     )
     unet_serial: bool = _switch(
         "whether denoiser and ControlNet run the samples of a batch (guidance makes two of one) one by one. Exact"
@@ -119,11 +119,16 @@ class Options:
         _rows_or_none,
         "None or a whole number of rows of the feature map, at least 1",
         "run the residual blocks and upsamplers of U-Nets and ControlNets in strips of at most so many rows (exact; "
-        "less memory at about the same time); None runs them whole",
+        "less memory at about the same time); None runs them whole, or in strips of 16 where unet_offload has maps on "
+        "the host",
     )
-    unet_offload: bool = _switch(
-        "whether skip connections wait for their block in (pinned) host memory. Exact; nothing changes where the "
-        "models run on the host"
+    unet_offload: bool | str = _option(
+        False,
+        lambda option, value: switch_or_one_of(option, value, UNET_OFFLOADS),
+        'False, "skips" (or True, which means that), "maps"',
+        'what of a U-Net or ControlNet is in (pinned) host memory: "skips" for skip connections while they wait for '
+        'their block, "maps" for every map that is large (of 64 MiB or more), while strips and tiles of it visit the '
+        "device: that needs little more for a larger image. Exact; nothing changes where the models run on the host",
     )
     memory_limit: str | int | None = _option(
         "auto",

@@ -13,12 +13,14 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import torch
+from PIL import Image
 from torch import nn
 
 from . import autoencoders, denoisers  # noqa: F401  the families register themselves
 from .core.checks import whole_number
 from .core.families import Family, Site, factor_of, families_in, install, models_of, parts_of, told
 from .core.patching import PatchStack, beneath_hooks
+from .memory.decoding import decoded
 from .memory.estimate import Estimator, MemoryEstimate, bare
 from .memory.planner import DoesNotFitError, Plan, Planner, changing, limit_bytes
 from .memory.planner import told as told_settings
@@ -178,6 +180,23 @@ class LargeResPatch:
             ValueError: the pipeline has a denoiser that the estimate does not know how to call.
         """
         return self._estimator(self._on if patched else bare).estimate(self.height, self.width, self.options)
+
+    def decode(self, latents: torch.Tensor) -> Image.Image:
+        """The image of `latents`, as a pipeline gives them for ``output_type="latent"``.
+
+        The pixels are the pipeline's own, but written as strips or tiles come: there is never an image in floating
+        point, of which a pipeline makes several copies. Outside the block the patch is on for as long as it takes.
+
+        Args:
+            latents: of one image, ``[1, C, height, width]``, in latent pixels.
+
+        Raises:
+            TypeError, ValueError: they are none, or no autoencoder of the pipeline takes such latents.
+        """
+        if not self._stack.active:
+            with self:
+                return self.decode(latents)
+        return decoded(self.pipe, latents)
 
     def _settle(self, plan: Plan) -> None:
         self.options = replace(self._given, **plan.settings)

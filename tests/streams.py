@@ -249,9 +249,6 @@ def play(host):
         Event=Event,
         current_stream=lambda device: watch.current[-1],
         stream=on,
-        mem_get_info=lambda device: (2**40, 2**40),
-        memory_reserved=lambda device: 0,
-        memory_allocated=lambda device: 0,
     )
     with pytest.MonkeyPatch.context() as monkeypatch, watch:
         monkeypatch.setattr(host, "pins", host.serves)

@@ -22,7 +22,7 @@ from largerespatch.core import pieces
 from largerespatch.core.calls import encodes
 from largerespatch.denoisers.any import seen_picture
 from largerespatch.memory import shadow
-from largerespatch.memory.counting import LiveBytes
+from largerespatch.memory.counting import LiveBytes, gibibytes
 from largerespatch.memory.estimate import STAGES, MemoryEstimate
 from largerespatch.memory.shadow import _Alike
 from largerespatch.memory.weightless import WithoutData
@@ -195,7 +195,7 @@ def test_what_is_known_is_not_counted_again(pipe, monkeypatch):
     patch = LargeResPatch(pipe, 64, 64)
     estimator = patch._estimator(patch._on)
     first = estimator.peak("step", 64, 64, patch.options)
-    monkeypatch.setattr(estimator.shadow, "peak", lambda work: 1)
+    monkeypatch.setattr(estimator.shadow, "peak", lambda work, place=None: 1)
     assert estimator.peak("step", 64, 64, LargeResPatch(pipe, 96, 96).options) == first, "equal options"
     assert estimator.peak("step", 64, 96, patch.options) == 1
     assert estimator.peak("decode", 64, 64, patch.options) == 1
@@ -334,3 +334,19 @@ def test_every_stage_has_its_figure(pipe):
     estimator, estimate = patch._estimator(patch._on), patch.estimate()
     told = [estimator.peak(stage, 64, 64, patch.options) for stage in STAGES]
     assert told == [estimate.step, estimate.encode, estimate.decode]
+
+
+def test_what_the_host_holds_is_told_where_something_leaves(pipe):
+    for model in (pipe.unet, pipe.vae):
+        model.to("meta")
+    sizes = {"attn_full_tokens": 256, "attn_slice_x": 8, "attn_slice_y": 8, "ff_chunk_size": 256, "attn_context": 32}
+    held = LargeResPatch(pipe, 4096, 4096, **sizes).estimate()
+    skips = LargeResPatch(pipe, 4096, 4096, **sizes, unet_offload="skips").estimate()
+    maps = LargeResPatch(pipe, 4096, 4096, **sizes, unet_offload="maps").estimate()
+    plane = 16 * 512 * 512 * 4
+    assert held.host == 0 and "on the host" not in str(held)
+    assert skips.host >= 2 * 2 * plane and "on the host" in str(skips) and str(skips).endswith(gibibytes(skips.host))
+    assert LargeResPatch(pipe, 64, 64, unet_offload="maps").estimate().host < 2**20, "small maps stay"
+    assert LargeResPatch(pipe, 4096, 4096, vae_offload=True).estimate().host >= 3 * 4096 * 4096 * 4, "the picture"
+    assert maps.host < skips.host, "but those of 32 MiB"
+    assert LargeResPatch(pipe, 8192, 8192, **sizes, unet_offload="maps").estimate().host >= 8 * 4 * plane

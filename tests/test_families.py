@@ -16,12 +16,16 @@ from largerespatch.core.families import Family, Order, Site, families_in, family
 from largerespatch.core.hosts import Host
 from largerespatch.core.patching import PatchStack
 from largerespatch.denoisers.unet import skip_sites
-from largerespatch.techniques.attention import attention_sites
+from largerespatch.techniques.attention import BlockedAttention
+from largerespatch.techniques.attention_sites import attention_sites
 from largerespatch.techniques.chunks import chunk_sites
+from largerespatch.techniques.cuts import Strips
+from largerespatch.techniques.host_strips import HostStrips, host_sites
+from largerespatch.techniques.host_tokens import token_sites
 from largerespatch.techniques.notes import StepNote, StepNoting
 from largerespatch.techniques.padding import padding_sites, reflection_sites
 from largerespatch.techniques.serial import SerialBatch
-from largerespatch.techniques.strips import Strips, strip_sites
+from largerespatch.techniques.strips import strip_sites
 
 
 @given(st.permutations(list(Order)))
@@ -45,24 +49,30 @@ def test_what_comes_first_in_the_order_runs_outermost(orders):
 OPTIONS = SimpleNamespace(attn_shape="brick", attn_slice_y=2, attn_slice_x=2, attn_full_tokens=4, attn_context=8)
 
 
-def all_sites(unet):
-    note = StepNote()
+def all_sites(unet, maps=False):
+    note, host = StepNote(), Host("cpu:0", band_bytes=1500, least=1500)
+    attention = list(attention_sites(unet, "unet", OPTIONS, note))
+    blocked = {site.module: site.technique for site in attention if isinstance(site.technique, BlockedAttention)}
+    strips = HostStrips(3, True, host)
     yield Site(unet, "unet", Order.STEP_NOTED, StepNoting(note, list))
     yield Site(unet, "unet", Order.BATCH_IN_TURNS, SerialBatch(unet))
-    yield from attention_sites(unet, "unet", OPTIONS, note)
+    yield from attention
     yield from chunk_sites(unet, "unet", 7)
-    yield from strip_sites(unet, "unet", Strips(3, wrap=True))
+    yield from host_sites(unet, "unet", strips) if maps else strip_sites(unet, "unet", Strips(3, wrap=True))
+    yield from token_sites(unet, "unet", strips, blocked) if maps else ()
     yield from padding_sites(unet, "unet", "circular")
     yield from reflection_sites(unet, "unet", "reflect", least=3, scale=8)
-    yield from skip_sites(unet, "unet", Host("cpu:0", band_bytes=1500))
+    yield from skip_sites(unet, "unet", host)
 
 
-def test_shuffled_sites_do_the_same():
+@pytest.mark.parametrize("maps", [False, True])
+def test_shuffled_sites_do_the_same(maps):
     unet, sample, arguments, results = tiny.unet(), noise(2, 4, 9, 7), text(2), []
     plain = unet(sample, **arguments).sample
     for seed in range(4):
-        sites = list(all_sites(unet))
-        assert {site.order for site in sites} == set(Order) - {Order.IN_STAGES}  # that is for autoencoders
+        sites = list(all_sites(unet, maps))
+        others = {Order.IN_STAGES} if maps else {Order.IN_STAGES, Order.IN_TILES}  # for autoencoders, maps on the host
+        assert {site.order for site in sites} == set(Order) - others
         # No order of two sites is left to chance.
         assert len({(site.module, site.attribute, site.order) for site in sites}) == len(sites)
         if seed:

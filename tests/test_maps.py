@@ -234,14 +234,22 @@ def test_only_what_was_passed_on_or_came_for_one_reader_may_be_written_over(pass
     assert torch.equal(whole(waiting), values)
 
 
-def test_a_finished_map_is_a_plain_tensor(monkeypatch):
+def test_a_finished_map_is_a_plain_tensor():
     values, host = plane(), elsewhere()
     for made in (StoredMap.of(values, host), away(values, host)):
-        assert type(made.delivered()) is torch.Tensor
-        assert torch.equal(made.delivered(), values)
-    monkeypatch.setattr(host, "has_room", lambda device, size: False)
-    made = away(values, host)
-    assert torch.equal(made.delivered(), values) and made.delivered().is_contiguous()
+        for stays in (False, True):
+            assert type(made.delivered(stays)) is torch.Tensor
+            assert torch.equal(made.delivered(stays), values)
+            assert made.delivered(stays).is_contiguous()
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_large_one_may_stay_on_the_host(large):
+    host = Host(band_bytes=MAP // 4 if large else MAP)
+    with live.fake():
+        made = StoredMap.empty((1, 16, 64, 64), torch.empty(1, device="meta"), host)
+        assert made.delivered().device.type == "meta"
+        assert made.delivered(stays=True).device.type == ("cpu" if large else "meta")
 
 
 def test_one_that_gradients_pass_through_does_not_leave():
@@ -334,9 +342,9 @@ def test_what_is_under_way_to_the_host_is_waited_for(played, read):
 
 
 def test_what_is_delivered_on_the_host_has_arrived(played, monkeypatch):
-    monkeypatch.setattr(played.host, "has_room", lambda device, size: False)
+    monkeypatch.setattr(played.host, "is_large", lambda made: True)
     values = plane()
-    assert torch.equal(played.away(values.clone()).delivered(), values)
+    assert torch.equal(played.away(values.clone()).delivered(stays=True), values)
 
 
 def test_a_part_written_to_is_the_last_to_write(played):

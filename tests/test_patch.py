@@ -610,7 +610,7 @@ def test_slicing_runs_the_samples_of_a_batch_in_turns(pipe, mode, monkeypatch):
     """Upstream's own would join what is on the device to what found no room there."""
     places = iter(["meta", "cpu"])
     real = halves.delivered
-    monkeypatch.setattr(halves, "delivered", lambda result: _Elsewhere.of(real(result), next(places)))
+    monkeypatch.setattr(halves, "delivered", lambda *result: _Elsewhere.of(real(*result), next(places)))
     monkeypatch.setattr(two_pass, "delivered", halves.delivered)
     pipe.vae.enable_slicing()
     before, latents = fingerprint(pipe), torch.randn(2, 4, 12, 12)

@@ -8,7 +8,7 @@ import torch
 
 from largerespatch import LargeResPatch
 from largerespatch.core.patching import PatchStack
-from largerespatch.memory import planner
+from largerespatch.memory import devices, planner
 from largerespatch.memory.counting import gibibytes
 from largerespatch.memory.estimate import bare
 from largerespatch.memory.planner import Planner, Saver, changing, free_bytes, limit_bytes, margin
@@ -53,7 +53,7 @@ def test_the_first_settings_that_fit_are_picked(pipe, monkeypatch, no_margin):
 class Invented:
     """An estimator whose stages need what `needs` says of how many settings differ from `options`, at any size."""
 
-    device, weights = torch.device("meta"), 100
+    device, weights, host = torch.device("meta"), 100, 0
 
     def __init__(self, needs, options, encodes=False):
         self.needs, self.options, self.encodes, self.tried = needs, options, encodes, []
@@ -64,6 +64,9 @@ class Invented:
         if stage == "step":
             self.tried.append(changed)
         return self.needs[stage](changed)
+
+    def host_peak(self, stage, height, width, options):
+        return self.host if options.unet_offload or options.vae_offload else 0
 
 
 def fewer(settings):
@@ -78,9 +81,10 @@ def test_the_fewest_savers_are_taken_with_which_every_stage_fits(no_margin):
     options = Options()
     estimator = Invented({"step": fewer, "encode": fewer, "decode": least}, options)
     plan = Planner(estimator, 130, options, frozenset()).plan(64, 64)
-    assert plan.settings == {"unet_serial": True, "unet_offload": True}
+    assert plan.settings == {"unet_serial": True, "unet_offload": "skips"}
     tried = [each for i, each in enumerate(estimator.tried) if each not in estimator.tried[:i]]
-    assert tried == [{}, plan.settings, {"unet_serial": True}], "no more than has to be is counted"
+    more = plan.settings | {"unet_strip_rows": 64, "ff_chunk_size": 4096}
+    assert tried == [{}, more, {"unet_serial": True}, plan.settings], "no more than has to be is counted"
     assert (plan.peak, plan.without) == (130, 150)
     assert options == Options(), "settings go into options of their own"
 
@@ -97,8 +101,29 @@ def test_what_was_given_is_kept():
     estimator = Invented({"step": least, "encode": least, "decode": least}, options)
     kept = frozenset({"unet_strip_rows", "ff_chunk_size", "vae_mode", "vae_recompute"})
     found = Planner(estimator, 2**40, options, kept)
-    assert found.denoiser == [{}, {"unet_serial": True}, {"unet_serial": True, "unet_offload": True}]
-    assert found.vae[1] == {"vae_offload": True} and found.vae[-1] == {"vae_offload": True, "vae_chunk_size_y": 16}
+    offloads = [{"unet_serial": True, "unet_offload": each} for each in ("skips", "maps")]
+    assert found.denoiser == [{}, {"unet_serial": True}, *offloads]
+    assert found.vae[1] == {"vae_offload": True} and found.vae[-1] == {"vae_offload": True, "vae_chunk_size_y": 8}
+
+
+def test_what_the_host_has_no_memory_for_is_refused(no_margin, monkeypatch):
+    estimator = Invented({"step": fewer, "encode": least, "decode": least}, Options())
+    estimator.host = 3 * 2**30
+    planning = Planner(estimator, 130, Options(), frozenset())
+    assert planning.plan(64, 64).host == estimator.host
+    assert "3.00 GiB on the host" in str(planning.plan(64, 64))
+    monkeypatch.setattr(planner, "host_bytes", lambda: 2**31)
+    with pytest.raises(
+        planner.DoesNotFitError, match=r"need 3.00 GiB of the host's memory; it has 2.00 GiB"
+    ) as refused:
+        planning.plan(64, 64)
+    assert refused.value.settings == {"unet_serial": True}
+    monkeypatch.setattr(planner, "host_bytes", lambda: None)  # where it does not say
+    assert planning.plan(64, 64).settings["unet_offload"] == "skips"
+
+
+def test_the_host_says_what_it_has():
+    assert devices.host_bytes() > 2**28
 
 
 def test_every_saver_is_an_option():

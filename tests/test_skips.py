@@ -25,7 +25,7 @@ def offloading():
     """Make a model's skip connections travel, in small bands, although they are on the host; returns what left."""
     host, left = elsewhere(), []
     store = host.store
-    host.store = lambda rows, top, values: left.append(values.shape) or store(rows, top, values)
+    host.store = lambda rows, tile, values: left.append(values.shape) or store(rows, tile, values)
     with PatchStack() as stack:
 
         def begin(model, serial=False):

@@ -238,12 +238,27 @@ def test_while_tiles_run_the_map_that_they_are_cut_from_is_all_there_is(monkeypa
 
 
 def test_what_cannot_run_in_strips_stays_on_the_device(monkeypatch):
-    vae, x = tiny.vae(), latent(1, 17, 9)
+    vae, x, shapes, empty = tiny.vae(), latent(1, 17, 9), [], HostRows.empty
     vae.decoder.mid_block.resnets[0].norm1 = nn.BatchNorm2d(16).eval()
-    monkeypatch.setattr(HostRows, "empty", None)  # cannot be called
+    monkeypatch.setattr(
+        HostRows, "empty", lambda host, shape, *others: shapes.append(shape) or empty(host, shape, *others)
+    )
     with PatchStack() as stack:
         install_two_pass(stack, vae, (5, 4), host=ELSEWHERE)
         assert vae.decode(x).sample.shape == (1, 3, 136, 72)
+    assert set(shapes) == {(1, 3, 136, 72)}  # but for the picture
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_large_picture_is_made_on_the_host_and_what_is_encoded_is_not(large):
+    """Played by fake tensors on ``meta`` and on ``cpu``: nothing is computed."""
+    with fake(), torch.device("meta"):
+        vae, x, image = tiny.vae(), torch.empty(1, 4, 17, 9), torch.empty(1, 3, 136, 72)
+    host = Host(band_bytes=image.nbytes // 4 if large else image.nbytes)
+    with fake(), PatchStack() as stack:
+        install_two_pass(stack, vae, (5, 4), host=host)
+        assert vae.decoder(x).device.type == ("cpu" if large else "meta")
+        assert vae.encoder(image).device.type == "meta"
 
 
 @pytest.mark.parametrize("half", ["encoder", "decoder"])

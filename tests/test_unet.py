@@ -52,11 +52,25 @@ def test_a_pipeline_run_serially_gives_the_picture_of_whole_batches(case):
     torch.testing.assert_close(latents[True], latents[False], rtol=1e-3, atol=1e-4)  # three steps, guidance
 
 
-@pytest.mark.parametrize("option", ["unet_serial", "unet_offload"])
 @pytest.mark.parametrize("value", [1, "yes", None])
-def test_switches_are_true_or_false(pipe, option, value):
-    with pytest.raises(TypeError, match=f"{option} must be one of True, False; got {value!r}"):
-        LargeResPatch(pipe, 64, 64, **{option: value})
+def test_switches_are_true_or_false(pipe, value):
+    with pytest.raises(TypeError, match=f"unet_serial must be one of True, False; got {value!r}"):
+        LargeResPatch(pipe, 64, 64, unet_serial=value)
+
+
+@pytest.mark.parametrize(("value", "error"), [("map", ValueError), ("", ValueError), (1, TypeError), (None, TypeError)])
+def test_what_is_offloaded_is_one_of_the_words_for_it(pipe, value, error):
+    before = fingerprint(pipe)
+    accepted = f"unet_offload must be one of False, 'skips', 'maps', or True for 'skips'; got {value!r}"
+    with pytest.raises(error, match=accepted):
+        LargeResPatch(pipe, 64, 64, unet_offload=value)
+    assert fingerprint(pipe) == before
+
+
+def test_true_means_skip_connections(pipe):
+    assert LargeResPatch(pipe, 64, 64, unet_offload=True).options.unet_offload == "skips"
+    assert LargeResPatch(pipe, 64, 64, unet_offload=False).options.unet_offload is False
+    assert "maps of at least 64 MiB on the host" in repr(LargeResPatch(pipe, 64, 64, unet_offload="maps"))
 
 
 def peaks(build, batch=1, size=64, **options):

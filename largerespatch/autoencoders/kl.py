@@ -8,7 +8,8 @@ from torch import nn
 
 from ..core.families import Order, Site, register
 from ..core.hosts import Host
-from ..techniques.attention import Blocking, attends_map, blocking_of, in_blocks_or_chunks
+from ..techniques.attention import Blocking, blocking_of, in_blocks_or_chunks
+from ..techniques.attention_sites import attends_map
 from ..techniques.halves import Cutting, Exact
 from ..techniques.padding import padding_sites, reflection_sites
 from ..techniques.stages import Split, decoder_splits, encoder_splits

@@ -57,3 +57,21 @@ def boolean(option: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{option} must be one of True, False; got {value!r}")
     return value
+
+
+def switch_or_one_of(option: str, value: object, accepted: Sequence[str]) -> str | bool:
+    """`value` where it is False or one of the `accepted` words; True means the first one.
+
+    Raises:
+        TypeError: where it is neither a truth value nor a string.
+        ValueError: where it is another string.
+    """
+    if isinstance(value, bool):
+        return value and accepted[0]
+    words = ", ".join(map(repr, accepted))
+    message = f"{option} must be one of False, {words}, or True for {accepted[0]!r}; got {value!r}"
+    if not isinstance(value, str):
+        raise TypeError(message)
+    if value not in accepted:
+        raise ValueError(message)
+    return value

@@ -23,11 +23,12 @@ from .weights import Holding
 class Order(IntEnum):
     """Which replacement of an instance runs outside which, read from the outside in.
 
-    Blocks lie within chunks: a transformer block in chunks answers its self-attention from what that gave for all
-    tokens, so what answers comes before what attends.
+    Chunks lie within tiles, where all of a transformer block runs tile by tile. Blocks lie within chunks: a transformer
+    block in chunks answers its self-attention from what that gave for all tokens, so what answers comes before what
+    attends.
 
-    What is in strips, chunks or blocks calls its module, or what that is made of, once for each piece: all weights
-    that come for it stay for the length of a call (see `largerespatch.core.weights`).
+    What is in strips, tiles, chunks or blocks calls its module, or what that is made of, once for each piece: all
+    weights that come for it stay for the length of a call (see `largerespatch.core.weights`).
     """
 
     CHECKED = auto()
@@ -37,13 +38,14 @@ class Order(IntEnum):
     OFF_DEVICE = auto()
     IN_STAGES = auto()
     IN_STRIPS = auto()
+    IN_TILES = auto()
     IN_CHUNKS = auto()
     IN_BLOCKS = auto()
     PADDED = auto()
 
     @property
     def in_pieces(self) -> bool:
-        return self in (Order.IN_STRIPS, Order.IN_CHUNKS, Order.IN_BLOCKS)
+        return self in (Order.IN_STRIPS, Order.IN_TILES, Order.IN_CHUNKS, Order.IN_BLOCKS)
 
 
 @dataclass(frozen=True)

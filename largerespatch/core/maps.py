@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from .hosts import Host, HostRows
+from .hosts import Host, HostRows, by_samples
 from .pieces import assemble
 from .planes import OPERATIONS, Map, copy, fetch, whole
 from .tilings import Run, Tile
@@ -65,26 +65,24 @@ class StoredMap(Map):
         return taken
 
     def fetch(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
-        memory = self.memory
+        memory, width = self.memory, self.shape[-1]
         if isinstance(memory, HostRows):
-            yield from memory.host.fetch(memory, runs)
+            yield from memory.host.fetch(memory, (Tile(top, 0, bottom, width) for top, bottom in runs), _by_channels)
         else:
             yield from (memory[:, :, top:bottom] for top, bottom in runs)
 
     def part(self, tile: Tile) -> torch.Tensor:
         memory = self.memory
-        if isinstance(memory, HostRows) and tile.width < self.shape[-1]:
-            return memory.gather(tile).to(self.device)  # the device does not get more than it asked for
+        if isinstance(memory, HostRows):  # the device does not get more than it asked for
+            return next(memory.host.fetch(memory, [tile], _by_channels))
         return super().part(tile)
 
     def write(self, tile: Tile, values: torch.Tensor) -> None:
         memory = self.memory
-        if not isinstance(memory, HostRows):
-            memory[:, :, tile.rows, tile.columns] = values
-        elif tile.width == self.shape[-1]:
-            memory.host.store(memory, tile.top, values)
+        if isinstance(memory, HostRows):
+            memory.host.store(memory, tile, values)
         else:
-            memory.scatter(tile, values)
+            memory[:, :, tile.rows, tile.columns] = values
 
     def leave(self) -> None:
         if self.host is not None and self.host.serves(self.device) and not self.away:
@@ -105,14 +103,14 @@ class StoredMap(Map):
         shape = (len(range(*which.indices(len(self)))), *self.shape[1:])
         return StoredMap(shape, self, self.host, memory.samples(which))
 
-    def delivered(self) -> torch.Tensor:
-        """A finished map as a plain tensor: on its device, or on the host where the device has no room for it."""
+    def delivered(self, stays: bool = False) -> torch.Tensor:
+        """A finished map as a plain tensor: on its device, or on the host where it is, is large, and `stays` there."""
         memory = self.memory
         if not isinstance(memory, HostRows):
             return memory.contiguous()
-        if memory.host.has_room(self.device, self.numel() * self.element_size()):
-            return self.copied().contiguous()
-        return memory.gather(Tile(0, 0, *self.shape[2:])).contiguous()
+        if stays and memory.host.is_large(self):
+            return memory.gather(Tile(0, 0, *self.shape[2:])).contiguous()
+        return self.copied().contiguous()
 
 
 class JoinedMap(Map):
@@ -221,12 +219,17 @@ class TurnedMap(Map):
     def __torch_function__(
         cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is _TENSOR.movedim and args[1:] == (-1, 1):
+        if func is _TENSOR.movedim and args[1:] == (-1, 1) and args[0].ndim == 4:
             return args[0].turned
         if func in OPERATIONS:  # they know channels where they are first
             args, kwargs = tree_map_only(TurnedMap, whole, (args, kwargs or {}))
             return func(*args, **kwargs)
         return super().__torch_function__(func, types, args, kwargs)
+
+
+def _by_channels(cells: torch.Tensor) -> torch.Tensor:
+    """``[B, C, h, w]`` as convolutions want it, of cells as they come from the host."""
+    return by_samples(cells).contiguous()
 
 
 def taken(plane: torch.Tensor) -> tuple[torch.Tensor, bool]:
@@ -280,13 +283,24 @@ def _combine(func: Callable[..., torch.Tensor], *terms: Any, **others: object) -
     if others or first is None or (passed is None and first.host is None) or not _alike(first, planes):
         return NotImplemented
     into = None if passed is None else passed.claim()
-    planes = [into if plane is passed and into is not None else plane for plane in planes]
+    return _combined(func, [into if term is passed and into is not None else term for term in terms], first, into)
 
+
+def _combine_there(func: Callable[..., torch.Tensor], plane: Any, *terms: Any, **others: object) -> Any:
+    """The same in the memory of a map that is away, for all who hold it."""
+    there = isinstance(plane, StoredMap) and plane.away
+    if others or not there or not _alike(plane, [term for term in terms if isinstance(term, torch.Tensor)]):
+        return NotImplemented
+    return _combined(_COPYING[func], [plane, *terms], plane, plane)
+
+
+def _combined(func: Callable[..., torch.Tensor], terms: Sequence[Any], first: Map, into: Map | None) -> Any:
     def combined(run: Run, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         given = iter(rows)
         return func(*(next(given) if isinstance(term, torch.Tensor) and term.ndim else term for term in terms))
 
     host = first.host or Host()
+    planes = [term for term in terms if isinstance(term, torch.Tensor) and term.ndim]
     return assemble(
         host.cuts(first),
         combined,
@@ -295,6 +309,11 @@ def _combine(func: Callable[..., torch.Tensor], *terms: Any, **others: object) -
         into=into,
         read=lambda runs: zip(*(fetch(plane, runs) for plane in planes), strict=True),
     )
+
+
+# What makes a new map of what the other writes to its first term.
+_COPYING = dict.fromkeys((_TENSOR.add_, _TENSOR.__iadd__), torch.add)
+_COPYING |= dict.fromkeys((_TENSOR.mul_, _TENSOR.__imul__), torch.mul)
 
 
 def _alike(plane: Map, others: Sequence[torch.Tensor]) -> bool:
@@ -329,5 +348,6 @@ OPERATIONS |= {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenate),
     **dict.fromkeys((_TENSOR.new_empty, _TENSOR.new_zeros, _TENSOR.new_full, _TENSOR.new_ones), _make_like),
     **dict.fromkeys((torch.add, _TENSOR.add, _TENSOR.__add__, _TENSOR.__radd__), _combine),
+    **dict.fromkeys(_COPYING, _combine_there),
     **dict.fromkeys((torch.mul, _TENSOR.mul, _TENSOR.__mul__, _TENSOR.__rmul__), _combine),
 }

@@ -20,12 +20,13 @@ from ..core.calls import (
     sees_image,
 )
 from ..core.families import Family, Order, Site, factor_of, register, unknown_call
-from ..techniques.attention import attends_cells, attends_map, attention_sites
+from ..techniques.attention_sites import attends_cells, attends_map, attention_sites
 from ..techniques.chunks import chunk_sites
+from ..techniques.cuts import Strips
 from ..techniques.notes import StepNote, StepNoting
 from ..techniques.padding import padding_sites, reflection_sites
 from ..techniques.serial import SerialBatch
-from ..techniques.strips import Strips, strip_sites
+from ..techniques.strips import strip_sites
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Stable Diffusion's U-Nets (1, 2, XL) and those built like them, with ControlNets, T2I-Adapters, IP-Adapters."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import nn
 from ..core.calls import PROMPT_TOKENS, taken, takes
 from ..core.families import Order, Site, register
 from ..core.hosts import Host
+from ..techniques.attention import BlockedAttention
+from ..techniques.host_strips import LEAST_BYTES, HostStrips, host_sites
+from ..techniques.host_tokens import token_sites
 from ..techniques.skips import OffDevice
 from .any import AnyDenoiser, Call, seen_picture
 
@@ -18,14 +22,24 @@ TIMESTEP = 500
 
 
 class WithSkips(AnyDenoiser):
-    """Those that make or read skip connections, which may wait off the device."""
+    """Those that make or read skip connections, which may wait off the device, as may all of their large maps."""
 
     rank = 0
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
-        yield from super().sites(model, name, options, pipe)
-        if options.unet_offload:
-            yield from skip_sites(model, name, Host())
+        if options.unet_offload != "maps":
+            yield from super().sites(model, name, options, pipe)
+            if options.unet_offload:
+                yield from skip_sites(model, name, Host(), "skip connections off the device")
+            return
+        own = list(super().sites(model, name, replace(options, unet_strip_rows=None), pipe))
+        blocked = {site.module: site.technique for site in own if isinstance(site.technique, BlockedAttention)}
+        host = Host(least=LEAST_BYTES)
+        strips = HostStrips(options.unet_strip_rows, options.padding_mode == "circular", host)
+        yield from own
+        yield from host_sites(model, name, strips)
+        yield from token_sites(model, name, strips, blocked)
+        yield from skip_sites(model, name, host)  # of what runs whole
 
 
 @register
@@ -124,7 +138,7 @@ class ControlNets(WithSkips):
         return "controlnet_cond" in takes(type(model).forward) and super().matches(model)
 
 
-def skip_sites(model: nn.Module, name: str, host: Host) -> Iterator[Site]:
+def skip_sites(model: nn.Module, name: str, host: Host, says: str = "") -> Iterator[Site]:
     """All that makes or reads a skip connection in a U-Net or a ControlNet."""
     from diffusers import UNet2DConditionModel  # here, not above: it brings transformers along
     from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, DownBlock2D
@@ -139,8 +153,9 @@ def skip_sites(model: nn.Module, name: str, host: Host) -> Iterator[Site]:
                 last = owner.resnets if isinstance(owner, DownBlock2D) else owner.attentions
                 makers |= dict.fromkeys([*last, *(owner.downsamplers or ())], OffDevice(host, makes=True))
             case _ if hasattr(owner, "controlnet_down_blocks"):
-                makers |= dict.fromkeys(owner.controlnet_down_blocks, OffDevice(host, makes=True, at_once=True))
-    says = "skip connections off the device"
+                makers |= dict.fromkeys(
+                    owner.controlnet_down_blocks, OffDevice(host, makes=True, at_once=not host.least)
+                )
     for path, module in model.named_modules(prefix=name):
         if module in makers:
             yield Site(module, path, Order.OFF_DEVICE, makers[module], says=says)

@@ -1,5 +1,6 @@
 """Where the models of a pipeline run, and which weights are on a device at once."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -11,6 +12,14 @@ from ..core.families import families_in, models_of
 from ..core.weights import offload_hooks
 
 HOST = "cpu"
+
+
+def host_bytes() -> int | None:
+    """The memory that the machine has; None where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
 
 
 def _device_of_hook(hook: Any) -> torch.device | None:

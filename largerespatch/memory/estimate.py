@@ -9,7 +9,7 @@ from ..core.calls import encodes, held
 from ..core.families import Family
 from ..core.patching import PatchStack
 from .counting import gibibytes
-from .devices import execution_device, weights_on
+from .devices import HOST, execution_device, weights_on
 from .shadow import Shadow
 
 # Puts a patch with some options on a pipeline's shadow.
@@ -23,7 +23,8 @@ class MemoryEstimate:
     """Bytes on the pipeline's device for one image with guidance on.
 
     `weights` are those that are on the device at once; `step` (of denoising), `encode` and `decode` are what the
-    stages hold beside them. `encodes` says whether the pipeline encodes images at all.
+    stages hold beside them. `encodes` says whether the pipeline encodes images at all. `host` is what the largest stage
+    holds in the host's memory, of maps that wait or live there, if the pipeline runs elsewhere.
     """
 
     weights: int
@@ -31,6 +32,7 @@ class MemoryEstimate:
     encode: int
     decode: int
     encodes: bool = False
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -44,6 +46,8 @@ class MemoryEstimate:
         rows = [f"{name:<14}  {amount:>{width}}" for name, amount in zip(names, amounts, strict=True)]
         if not self.encodes:
             rows[2] += "  (this pipeline does not encode)"
+        if self.host:
+            rows.append(f"{'on the host':<14}  {gibibytes(self.host):>{width}}")
         return "\n".join(rows)
 
 
@@ -65,7 +69,9 @@ class Estimator:
     def estimate(self, height: int, width: int, options: Any) -> MemoryEstimate:
         """Of the patched pipeline, for an image of ``height x width`` sample pixels."""
         step, encode, decode = (self.peak(stage, height, width, options) for stage in STAGES)
-        return MemoryEstimate(self.weights, step, encode, decode, self.encodes)
+        stages = STAGES if self.encodes else ("step", "decode")
+        host = max(self.host_peak(stage, height, width, options) for stage in stages)
+        return MemoryEstimate(self.weights, step, encode, decode, self.encodes, host)
 
     def peak(self, stage: str, height: int, width: int, options: Any) -> int:
         """Bytes of one of `STAGES`, beside the weights.
@@ -78,10 +84,20 @@ class Estimator:
             self._known[key] = self._count(stage, height, width, options)
         return self._known[key]
 
-    def _count(self, stage: str, height: int, width: int, options: Any) -> int:
+    def host_peak(self, stage: str, height: int, width: int, options: Any) -> int:
+        """Bytes of one of `STAGES` in the host's memory, where the pipeline runs elsewhere; 0 where nothing leaves."""
+        if self.device.type == HOST or not (options.unet_offload or options.vae_offload):
+            return 0
+        key = (stage, height, width, options, HOST)
+        if key not in self._known:
+            self._known[key] = self._count(stage, height, width, options, HOST)
+        return self._known[key]
+
+    def _count(self, stage: str, height: int, width: int, options: Any, place: str | None = None) -> int:
         pipe, models = self.shadow.pipe, list(self.shadow.models.values())
         with self.patched(self.shadow.calling(stage), options), as_called(stage, models, pipe) as grown:
-            return grown + self.shadow.peak(lambda: play(stage, models, pipe, height, width))
+            grown = grown if place is None else 0
+            return grown + self.shadow.peak(lambda: play(stage, models, pipe, height, width), place)
 
 
 def play(stage: str, models: Sequence[tuple[Any, Family]], pipe: Any, height: int, width: int) -> None:

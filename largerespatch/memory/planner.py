@@ -11,7 +11,7 @@ import torch
 
 from ..core.families import factor_of
 from .counting import gibibytes, parse_bytes
-from .devices import HOST, execution_device, weights_now, weights_on
+from .devices import HOST, execution_device, host_bytes, weights_now, weights_on
 from .estimate import Estimator
 
 Settings = dict[str, Any]
@@ -29,9 +29,10 @@ class Saver(NamedTuple):
 # elsewhere, and strips get the statistics of the whole map.
 DENOISER_SAVERS: tuple[Saver, ...] = (
     Saver({"unet_serial": True}),
-    Saver({"unet_offload": True}),
+    Saver({"unet_offload": "skips"}),
     Saver({"unet_strip_rows": 64, "ff_chunk_size": 4096}),
     Saver({"unet_strip_rows": 16}),
+    Saver({"unet_offload": "maps"}),  # in strips of as many rows
 )
 VAE_SAVERS: Mapping[str, tuple[Saver, ...]] = {
     "two-pass": (
@@ -44,6 +45,7 @@ VAE_SAVERS: Mapping[str, tuple[Saver, ...]] = {
         Saver({"vae_offload": True}),
         Saver({"vae_chunk_size_y": 32}),
         Saver({"vae_chunk_size_y": 16}),
+        Saver({"vae_chunk_size_y": 8}),
     ),
 }
 MARGIN, LEAST_MARGIN = 0.1, 2**29  # of a limit, for kernels' workspace and fragmentation
@@ -104,6 +106,11 @@ def changing(settings: Settings, vae_mode: str) -> Settings:
     return {name: settings[name] for saver in savers for name in saver.settings if name in settings}
 
 
+def _staying(settings: Settings) -> Settings:
+    """Those that put nothing on the host."""
+    return {name: value for name, value in settings.items() if not name.endswith("_offload")}
+
+
 def told(settings: Settings) -> str:
     """As a call gives them."""
     return ", ".join(f"{name}={value!r}" for name, value in settings.items())
@@ -111,18 +118,23 @@ def told(settings: Settings) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings that fit a limit, what they need at most, and what would be needed without them, in bytes."""
+    """Settings that fit a limit, what they need at most, and what would be needed without them, in bytes.
+
+    `host` is what they need of the host's memory.
+    """
 
     settings: Settings
     limit: int
     peak: int
     without: int
+    host: int = 0
 
     def __str__(self) -> str:
         kept = f"memory_limit of {gibibytes(self.limit)}, of which {gibibytes(margin(self.limit))} stay free"
         if not self.settings:
             return f"{kept}: no saver needed; estimated peak {gibibytes(self.peak)}"
         peaks = f"estimated peak {gibibytes(self.peak)}, without them {gibibytes(self.without)}"
+        peaks += f"; {gibibytes(self.host)} on the host" if self.host else ""
         return f"{kept}: {told(self.settings)}; {peaks}"
 
 
@@ -160,7 +172,7 @@ class Planner:
             ValueError: it is not known how pipelines call one of the models.
         """
         settings: Settings = {}
-        peak = without = 0
+        peak = without = host = 0
         for stages, ladder in self._ladders:
             needed = [partial(self._needs, stages, height, width, tried) for tried in ladder]
             enough = self._first_that_fits(needed)
@@ -168,8 +180,11 @@ class Planner:
                 raise DoesNotFitError(self._refusal(height, width), self.denoiser[-1] | self.vae[-1])
             settings |= ladder[enough]
             peak, without = max(peak, needed[enough]()), max(without, needed[0]())
+            host = max(host, self._needs_of_host(stages, height, width, ladder[enough]))
+        if host > (there := host_bytes() or host):
+            raise DoesNotFitError(self._host_refusal(height, width, settings, host, there), _staying(settings))
         weights = self.estimator.weights
-        return Plan(settings, self.limit, weights + peak, weights + without)
+        return Plan(settings, self.limit, weights + peak, weights + without, host)
 
     def _first_that_fits(self, needed: Sequence[Callable[[], int]]) -> int:
         """The place of the first of some counts that fits, or their number: each is less than the one before."""
@@ -185,6 +200,16 @@ class Planner:
         """Bytes that the largest of some stages needs, beside the weights."""
         options = replace(self.options, **settings)
         return max(self.estimator.peak(stage, height, width, options) for stage in stages)
+
+    def _needs_of_host(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> int:
+        options = replace(self.options, **settings)
+        return max(self.estimator.host_peak(stage, height, width, options) for stage in stages)
+
+    def _host_refusal(self, height: int, width: int, settings: Settings, needed: int, there: int) -> str:
+        return (
+            f"memory_limit of {gibibytes(self.limit)} needs {told(settings)} for {width}x{height} sample pixels, and "
+            f"they need {gibibytes(needed)} of the host's memory; it has {gibibytes(there)}"
+        )
 
     def _refusal(self, height: int, width: int) -> str:
         least = {stages: self._needs(stages, height, width, ladder[-1]) for stages, ladder in self._ladders}

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..core.families import Family, families_in
 from ..core.patching import PatchStack
 from ..core.pieces import rehearsal
+from ..core.planes import Map
 from ..core.tilings import PHASES
+from ..core.tokens import TokenMap
 from ..core.weights import offload_hooks
 from .counting import KernelsInOne, LiveBytes
 from .devices import HOST, device_of, execution_device
@@ -122,7 +124,8 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 class _Alike:
     """Runs one of several pieces of work that are alike and counts the others as that one: all need the same memory.
 
-    Work that gives back a part of what it was given, or something else than new tensors, is run each time.
+    Work that gives back a part of what it was given, or something else than new tensors, is run each time; but tokens
+    that it writes over, and passes on, are passed on again.
     """
 
     def __init__(self, count: LiveBytes) -> None:
@@ -142,15 +145,18 @@ class _Alike:
         if look in known:
             needed, results, structure = known[look]
             self.count.rise(needed)
-            return tree_unflatten([each.again() if isinstance(each, _New) else each for each in results], structure)
-        before = self.count.alive
+            return tree_unflatten([_again(each, (given, named)) for each in results], structure)
+        before, leaves = self.count.alive, tree_leaves((given, named))
+        memories = {id(_memory(leaf)): i for i, leaf in enumerate(leaves) if _memory(leaf)}
         result, during = self.count.peak_of(lambda: work(*given, **named))
         leaves, structure = tree_flatten(result)
-        results = [_New.of(leaf) if type(leaf) in (torch.Tensor, Weightless) else leaf for leaf in leaves]
+        results = [_made(leaf, memories) for leaf in leaves]
         new = sum(
             each.size for each in results if isinstance(each, _New) and each.look.device.type == self.count.device
         )
-        if self.count.alive - before >= new and all(isinstance(each, _New | int | NoneType) for each in results):
+        if self.count.alive - before >= new and all(
+            isinstance(each, _New | _Passed | int | NoneType) for each in results
+        ):
             known[look] = (during - before, results, structure)
         return result
 
@@ -177,8 +183,36 @@ class _New(NamedTuple):
         return memory.as_strided(size, stride, self.offset)
 
 
+class _Passed(NamedTuple):
+    """The tokens that were given in some place, written over."""
+
+    place: int
+
+
+def _memory(leaf: object) -> Any:
+    """Of tokens on the host."""
+    return leaf.turned.memory if isinstance(leaf, TokenMap) and leaf.away else None
+
+
+def _made(leaf: Any, memories: dict[int, int]) -> Any:
+    """A result as something that it can be made of again; `memories` are those of arguments, with their places."""
+    if type(leaf) in (torch.Tensor, Weightless):
+        return _New.of(leaf)
+    place = memories.get(id(_memory(leaf)))
+    return leaf if place is None else _Passed(place)
+
+
+def _again(made: Any, given: Any) -> Any:
+    """The inverse, where something else is given."""
+    if isinstance(made, _Passed):
+        return tree_leaves(given)[made.place].claim()
+    return made.again() if isinstance(made, _New) else made
+
+
 def _look(given: Any) -> Any:
     """All that memory may depend on, of what is given to some work."""
+    if isinstance(given, Map):
+        return type(given), given.shape, given.dtype, given.device, given.away, given.passing
     if isinstance(given, torch.Tensor):
         return Look.of(given)
     if isinstance(given, tuple | list):
@@ -241,9 +275,10 @@ class Shadow:
             vars(pipe)["components"] = pipe.components | others
         return pipe
 
-    def peak(self, work: Callable[[], object]) -> int:
-        """The most bytes alive at once on the pipeline's device while `work` calls the copies."""
-        count = WithoutData(self.place)
+    def peak(self, work: Callable[[], object], place: str | None = None) -> int:
+        """The most bytes alive at once while `work` calls the copies: on the pipeline's device, or in another place."""
+        place = self.place if place is None else place
+        count = WithoutData(place)
         alike = _Alike(count)
 
         def forward(make: Hashable, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -253,4 +288,4 @@ class Shadow:
             for block, make in self._makes:
                 stack.wrap(block, "forward", partial(forward, make), "forward")
             work()
-        return count.peak + (0 if self.place == HOST else LIBRARIES)
+        return count.peak + (0 if place == HOST else LIBRARIES)

@@ -8,14 +8,14 @@ A VAE's attention to its whole map runs in chunks of its queries: the exact case
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
@@ -23,16 +23,16 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
-from torch import nn
 
-from ..core.families import Order, Site
-from ..core.maps import taken
+from ..core.maps import StoredMap, taken
 from ..core.pieces import assemble, rehearsing
 from ..core.statistics import sharing_statistics
 from ..core.tilings import COVERS, PHASES, Tile, Tiling, even_cuts
+from ..core.tokens import TokenMap, tile_by_tile
 from .context import Context
+from .key_runs import KeysInRuns
 from .log_weights import WeightedKeys
-from .notes import MapNote, MapNoting, StepNote
+from .notes import MapNote, StepNote
 
 # Queries of a chunk: enough to keep a device busy, and to make the projection of the keys for each chunk a small part.
 # An H200 takes 1.6 microseconds a query of 512 channels in chunks of 2^12, 0.96 in those of 2^13, 1.0 to 1.1 in larger.
@@ -91,6 +91,8 @@ class BlockedAttention:
             is not so is attended whole.
     """
 
+    sees_tiles = True  # once its context is known, it sees no token of the map but those of the tile
+
     def __init__(
         self, attention: Attention, blocking: Blocking, step_note: StepNote, layer: int, map_note: MapNote | None = None
     ) -> None:
@@ -99,6 +101,16 @@ class BlockedAttention:
         self.step_note = step_note
         self.layer = layer
         self.map_note = map_note
+        self.tile: tuple[Tile, Context | None] | None = None
+
+    @contextmanager
+    def seeing(self, tile: Tile, context: Context | None) -> Iterator[None]:
+        """Inside, hidden states are the tokens of that tile alone, which attends to that context as well."""
+        self.tile = tile, context
+        try:
+            yield
+        finally:
+            self.tile = None
 
     def applies(
         self,
@@ -109,11 +121,16 @@ class BlockedAttention:
     ) -> bool:
         """To self-attention, text beside it or not, without a mask, on a large map."""
         attends_itself = encoder_hidden_states is None or self.attention.added_kv_proj_dim is not None
-        return attends_itself and attention_mask is None and self._is_large(hidden_states)
+        large = self.tile is not None or self._is_large(hidden_states)
+        return attends_itself and attention_mask is None and large
 
     def _is_large(self, hidden_states: torch.Tensor) -> bool:
         size = self._size(hidden_states)
-        return size is not None and size[0] * size[1] > self.blocking.full_tokens
+        return size is not None and self.blocks(*size)
+
+    def blocks(self, height: int, width: int) -> bool:
+        """Whether a map of so many tokens is attended in blocks."""
+        return height * width > self.blocking.full_tokens
 
     # A graph would write every tile out, and which tokens are sampled is for Python to say.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -127,6 +144,10 @@ class BlockedAttention:
     ) -> torch.Tensor:
         others["encoder_hidden_states"] = encoder_hidden_states
         kwargs = {name: value for name, value in others.items() if value is not None}
+        if self.tile is not None:
+            return self._attended(original, hidden_states, *self.tile, kwargs)
+        if isinstance(hidden_states, StoredMap) and self._comes_in_tiles(hidden_states):
+            return self._tile_by_tile(original, hidden_states, kwargs)
         plane, overwritable = taken(hidden_states)
         size = self._size(plane)
         assert size is not None  # since it applies
@@ -139,9 +160,8 @@ class BlockedAttention:
                 return torch.empty_like(plane).permute(0, 2, 3, 1)
             return result.new_empty(*cells.shape[:3], result.shape[-1])
 
-        norm = self.attention.group_norm
-        with sharing_statistics(norm, cells.permute(0, 3, 1, 2)) if norm is not None else nullcontext():
-            attend = self._attending(original, cells, kwargs)
+        with self._normalizing(cells.permute(0, 3, 1, 2)):
+            attend = self._attending(original, cells.flatten(1, 2), size, kwargs)
 
             def attended(tile: Tile) -> torch.Tensor:
                 block = cells[:, tile.rows, tile.columns].flatten(1, 2)
@@ -152,6 +172,24 @@ class BlockedAttention:
             )
         return result.permute(0, 3, 1, 2) if plane.ndim == 4 else result.flatten(1, 2)  # type: ignore[no-any-return]
 
+    def _normalizing(self, plane: torch.Tensor) -> AbstractContextManager[None]:
+        """Inside, whatever part of the map the attention sees is normalized as all of it is."""
+        norm = self.attention.group_norm
+        return nullcontext() if norm is None else sharing_statistics(norm, plane)
+
+    def _comes_in_tiles(self, plane: StoredMap) -> bool:
+        """Whether a map is on the host and stays there."""
+        away = plane.away and plane.host is not None and plane.host.is_large(plane)
+        return away and not torch.is_grad_enabled()
+
+    def _tile_by_tile(self, original: Forward, plane: StoredMap, kwargs: dict[str, Any]) -> torch.Tensor:
+        plane = plane.claim() if plane.passing else plane
+        tokens = TokenMap.of(plane)
+        with self._normalizing(plane):
+            attend = self._attending(original, tokens, tokens.map_size, kwargs)
+            over = plane.passing and self.sees_tiles
+            return tile_by_tile(tokens, self._cut(*tokens.map_size), lambda tile, block: attend(block, tile), over)
+
     def _size(self, hidden_states: torch.Tensor) -> tuple[int, int] | None:
         """(height, width) of the map that hidden states are, or are the cells of; None where they are neither."""
         if self.map_note is None:
@@ -159,21 +197,37 @@ class BlockedAttention:
         size = self.map_note.size
         return size if size and hidden_states.ndim == 3 and hidden_states.shape[1] == size[0] * size[1] else None
 
+    def cover(self, height: int, width: int) -> Tiling:
+        """The tiles of a map of so many tokens, at this step."""
+        return self._cut(height, width)
+
     def _cut(self, height: int, width: int) -> Tiling:
         return self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES)
 
     def _attending(
-        self, original: Forward, cells: torch.Tensor, kwargs: dict[str, Any]
+        self, original: Forward, tokens: torch.Tensor, size: tuple[int, int], kwargs: dict[str, Any]
     ) -> Callable[[torch.Tensor, Tile], torch.Tensor]:
-        """What gives the attention of the tokens of a tile, ``[B, tile.area, C]``."""
+        """What gives the attention of the tokens of a tile, ``[B, tile.area, C]``, to those of the map."""
+        context = self.context_of(tokens, size, self._prepared)
+        return lambda block, tile: self._attended(original, block, tile, context, kwargs)
+
+    def context_of(
+        self, tokens: torch.Tensor, size: Sequence[int], prepare: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Context | None:
+        """The context that each tile of a map's tokens ``[B, N, C]`` attends to; `prepare`: see `Context`."""
         if not self.blocking.context:
-            return lambda block, tile: self._among_themselves(original, block, kwargs)
+            return None
+        height, width = size
         seed = f"layer {self.layer} step {self.step_note.step}"
         heavy = self.blocking.context // 2
-        sampled = self.blocking.context - heavy
-        size = (cells.shape[1], cells.shape[2])
-        context = Context(self.attention, cells.flatten(1, 2), size, heavy, sampled, seed, self._prepared)
-        return lambda block, tile: self._with_context(original, block, tile, context, kwargs)
+        return Context(self.attention, tokens, (height, width), heavy, self.blocking.context - heavy, seed, prepare)
+
+    def _attended(
+        self, original: Forward, block: torch.Tensor, tile: Tile, context: Context | None, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        if context is None:
+            return self._among_themselves(original, block, kwargs)
+        return self._with_context(original, block, tile, context, kwargs)
 
     def _prepared(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the attention makes of tokens ``[B, N, C]`` before it projects them."""
@@ -226,8 +280,10 @@ class ChunkedAttention(BlockedAttention):
 
     Keys are the same for all chunks; they are projected anew for each chunk rather than kept, which is little work
     beside the attention to them. Smaller maps and calls that are differentiated or that bring something else along go
-    through the original.
+    through the original. Of a map that is on the host, and stays there, keys come in runs.
     """
+
+    sees_tiles = False
 
     def __init__(self, attention: Attention) -> None:
         super().__init__(attention, Blocking("tile", 1, 1, QUERIES), StepNote(), 0)
@@ -240,11 +296,34 @@ class ChunkedAttention(BlockedAttention):
     def _cut(self, height: int, width: int) -> Tiling:
         return Tiling(even_cuts(height, max(QUERIES // width, 1)), even_cuts(width, QUERIES))
 
+    def _comes_in_tiles(self, plane: StoredMap) -> bool:
+        # Others compute their scores themselves.
+        return super()._comes_in_tiles(plane) and type(self.attention.processor) is AttnProcessor2_0
+
     def _attending(
-        self, original: Forward, cells: torch.Tensor, kwargs: dict[str, Any]
+        self, original: Forward, tokens: torch.Tensor, size: tuple[int, int], kwargs: dict[str, Any]
     ) -> Callable[[torch.Tensor, Tile], torch.Tensor]:
-        keys = self._prepared(cells.flatten(1, 2)).contiguous()
+        if isinstance(tokens, TokenMap):
+            return partial(self._attend_in_runs, original, tokens)
+        keys = self._prepared(tokens).contiguous()
         return lambda block, tile: original(block, encoder_hidden_states=keys)
+
+    def _attend_in_runs(self, original: Forward, tokens: TokenMap, block: torch.Tensor, tile: Tile) -> torch.Tensor:
+        with KeysInRuns(tokens, self._keys_and_values):
+            return original(block)
+
+    def _keys_and_values(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of tokens ``[B, n, C]``, as ``[B, heads, n, C]``."""
+        key, value = (
+            each.view(*each.shape[:2], self.attention.heads, -1).transpose(1, 2)
+            for each in self._projected(self._prepared(tokens))
+        )
+        norm = self.attention.norm_k
+        return key if norm is None else norm(key), value
+
+    def _projected(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Keys and values of normalized tokens."""
+        return self.attention.to_k(tokens), self.attention.to_v(tokens)
 
 
 def in_blocks_or_chunks(attention: Any, blocking: Blocking | None, layer: int) -> BlockedAttention:
@@ -259,43 +338,3 @@ def blocking_of(options: Any) -> Blocking:
     return Blocking(
         options.attn_shape, options.attn_slice_y, options.attn_slice_x, options.attn_full_tokens, options.attn_context
     )
-
-
-def attends_cells(module: nn.Module) -> bool:
-    """Whether a module is a transformer whose tokens are the cells of a map that it is given.
-
-    Those have a patch size in their config (None for 1). Temporal ones, whose tokens are frames, and priors have none.
-    """
-    blocks = getattr(module, "transformer_blocks", None)
-    return (
-        isinstance(blocks, nn.ModuleList)
-        and any(isinstance(block, BasicTransformerBlock) for block in blocks)
-        and "patch_size" in getattr(module, "config", ())
-        and not getattr(module, "is_input_vectorized", False)
-    )
-
-
-def attends_map(module: nn.Module) -> bool:
-    """Whether a module is a self-attention that is given a map rather than tokens: one that normalizes it by groups."""
-    return isinstance(module, Attention) and module.group_norm is not None and not module.only_cross_attention
-
-
-def attention_sites(model: nn.Module, name: str, options: Any, step_note: StepNote) -> Iterator[Site]:
-    """All self-attentions of `model` to the cells of maps, and the transformers that note the size of these."""
-    blocking = blocking_of(options)
-    says = f"{{count}} self-attentions in {blocking}"
-    layer = 0
-    for place, transformer in model.named_modules(prefix=name):
-        if attends_cells(transformer):
-            note = MapNote()
-            noting = MapNoting(note, getattr(transformer.config, "patch_size", None) or 1)
-            yield Site(transformer, place, Order.MAP_NOTED, noting)
-            for path, module in transformer.named_modules(prefix=place):
-                if isinstance(module, Attention) and not module.is_cross_attention:
-                    blocked = BlockedAttention(module, blocking, step_note, layer, note)
-                    yield Site(module, path, Order.IN_BLOCKS, blocked, says=says)
-                    layer += 1
-    for path, module in model.named_modules(prefix=name):
-        if attends_map(module):
-            yield Site(module, path, Order.IN_BLOCKS, BlockedAttention(module, blocking, step_note, layer), says=says)
-            layer += 1

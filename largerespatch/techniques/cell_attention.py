@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..core.pieces import assemble
 from ..core.tilings import Tile
+from ..core.tokens import TokenMap
 from .attention import BlockedAttention, Blocking, ChunkedAttention, Forward
 from .notes import StepNote
 
@@ -53,8 +54,12 @@ class ChunkedCells(ChunkedAttention):
     """
 
     def _attending(
-        self, original: Forward, cells: torch.Tensor, kwargs: dict[str, Any]
+        self, original: Forward, tokens: torch.Tensor, size: tuple[int, int], kwargs: dict[str, Any]
     ) -> Callable[[torch.Tensor, Tile], torch.Tensor]:
+        if isinstance(tokens, TokenMap):
+            return super()._attending(original, tokens, size, kwargs)
+        cells = tokens.view(len(tokens), *size, -1)
+
         def projected(tile: Tile) -> tuple[torch.Tensor, ...]:
             block = self._prepared(cells[:, tile.rows, tile.columns].flatten(1, 2))
             return tuple(each.unflatten(1, tile.size()) for each in self.attention.to_others(block))
@@ -67,6 +72,9 @@ class ChunkedCells(ChunkedAttention):
         )
         keys_and_values = [each.flatten(1, 2) for each in kept]
         return lambda block, tile: original(block, keys_and_values=keys_and_values)
+
+    def _projected(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
+        return self.attention.to_others(tokens)  # type: ignore[no-any-return]
 
 
 class CellAttention:

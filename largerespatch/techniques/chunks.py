@@ -74,6 +74,22 @@ def can_be_chunked(block: BasicTransformerBlock) -> bool:
     return block.norm_type == "layer_norm" and block.pos_embed is None and not block.only_cross_attention and crosses
 
 
+def sees_single_tokens(block: Any, arguments: dict[str, Any]) -> bool:
+    """Whether all that follows self-attention in a call of such a block, with these arguments, does."""
+    mask = arguments.get("encoder_attention_mask")
+    return (
+        arguments.get("attention_mask") is None
+        and (mask is None or (mask.ndim == 3 and mask.shape[1] == 1))
+        and not {"gligen", "ip_adapter_masks"} & set(arguments.get("cross_attention_kwargs") or ())
+        and (block.attn2 is None or arguments.get("encoder_hidden_states") is not None)
+        and (block.attn2 is None or type(block.attn2.processor).__module__.startswith("diffusers.models."))
+        and block._chunk_size is None
+        and not any(hasattr(each, "_diffusers_hook") for each in (block, block.attn1, block.attn2))
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # which would write every chunk out
+    )
+
+
 class ChunkedBlock:
     """Takes the place of ``BasicTransformerBlock.forward`` for hidden states ``[B, N, C]``: exact, to rounding.
 
@@ -89,7 +105,9 @@ class ChunkedBlock:
         self.chunk_size = chunk_size
 
     def applies(self, hidden_states: torch.Tensor, *args: object, **kwargs: Any) -> bool:
-        return hidden_states.shape[1] > self._length(hidden_states) and not args and self._sees_single_tokens(kwargs)
+        return (
+            hidden_states.shape[1] > self._length(hidden_states) and not args and sees_single_tokens(self.block, kwargs)
+        )
 
     def _length(self, hidden_states: torch.Tensor) -> int:
         """Tokens of each sample that make a chunk."""
@@ -120,20 +138,6 @@ class ChunkedBlock:
             rest,
             place=lambda chunk: (slice(None), chunk),
             make=output,
-        )
-
-    def _sees_single_tokens(self, arguments: dict[str, Any]) -> bool:
-        block, mask = self.block, arguments.get("encoder_attention_mask")
-        return (
-            arguments.get("attention_mask") is None
-            and (mask is None or (mask.ndim == 3 and mask.shape[1] == 1))
-            and not {"gligen", "ip_adapter_masks"} & set(arguments.get("cross_attention_kwargs") or ())
-            and (block.attn2 is None or arguments.get("encoder_hidden_states") is not None)
-            and (block.attn2 is None or type(block.attn2.processor).__module__.startswith("diffusers.models."))
-            and block._chunk_size is None
-            and not any(hasattr(each, "_diffusers_hook") for each in (block, block.attn1, block.attn2))
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()  # which would write every chunk out
         )
 
 

@@ -7,6 +7,7 @@ Approximate; with all tokens as context a block attends as dense attention does.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 
 from ..core.pieces import assemble
 from ..core.tilings import Runs, Tile, sampled_cells
+from ..core.tokens import picked, runs_of
 
 # Queries that say which tokens are heavy, and keys that say how much attention there is to get.
 JUDGES = 128
@@ -40,8 +42,9 @@ def heavy_tokens(
     crowd: torch.Tensor,
     prepare: Prepare = lambda tokens: tokens,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices ``[B, count]`` of those of the `tokens` ``[B, N, C]`` that get the most attention, and which are heavy.
+    """Indices ``[B, count]`` of those of the `tokens` that get the most attention, and which are heavy.
 
+    Tokens are a tensor ``[B, N, C]``, or a map of so many on the host, which is read in runs.
     Measured for the queries of the tokens `judges`; a token counts by the head that wants it most. What all tokens
     together get is estimated from those of the `crowd`, a sample of them. `prepare` is what the attention does to
     tokens first. Memory does not grow with N but for one number per token.
@@ -51,18 +54,22 @@ def heavy_tokens(
         split = projected.view(len(tokens), -1, attention.heads, projected.shape[-1] // attention.heads).transpose(1, 2)
         return (split if norm is None else norm(split)).float()  # the scores of some checkpoints overflow halves
 
-    query = heads(attention.to_q(prepare(tokens[:, judges])), attention.norm_q) * attention.scale
+    def some(places: torch.Tensor) -> torch.Tensor:
+        return picked(tokens, places.expand(len(tokens), -1))
 
-    def scores(some: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(query, heads(attention.to_k(prepare(some)), attention.norm_k).transpose(-1, -2))
+    query = heads(attention.to_q(prepare(some(judges))), attention.norm_q) * attention.scale
 
-    total = scores(tokens[:, crowd]).logsumexp(dim=-1, keepdim=True) + math.log(tokens.shape[1] / len(crowd))
+    def scores(keys: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(query, heads(attention.to_k(prepare(keys)), attention.norm_k).transpose(-1, -2))
+
+    total = scores(some(crowd)).logsumexp(dim=-1, keepdim=True) + math.log(tokens.shape[1] / len(crowd))
     length = max(SCORES // query[..., 0].numel(), 1)
     received = assemble(
         Runs(tokens.shape[1], length),
-        lambda run: scores(tokens[:, slice(*run)]).sub_(total).clamp_(max=0).exp_().sum(dim=-2).amax(dim=1),
+        lambda run, keys: scores(keys).sub_(total).clamp_(max=0).exp_().sum(dim=-2).amax(dim=1),
         place=lambda run: (slice(None), slice(*run)),
         into=torch.zeros(tokens.shape[:2], device=tokens.device),
+        read=partial(runs_of, tokens),
     )
     most = received.topk(count)
     return most.indices, most.values > HEAVY * len(judges) / tokens.shape[1]
@@ -98,7 +105,7 @@ class Context:
         prepare: Prepare = lambda tokens: tokens,
     ) -> None:
         height, width = size
-        batch, self.total, channels = tokens.shape
+        batch, self.total, _ = tokens.shape
         most = min(heavy, self.total)
 
         def cells(count: int, purpose: str) -> torch.Tensor:
@@ -116,7 +123,7 @@ class Context:
         self.counts = (places >= 0) & ~again
         places = places.clamp(min=0)
         self.rows, self.columns = places // width, places % width
-        self.tokens = tokens.gather(1, places[:, :, None].expand(-1, -1, channels))
+        self.tokens = picked(tokens, places)
 
     def log_weights(self, tile: Tile) -> torch.Tensor:
         """What to add to the attention scores of the context's tokens in a tile, ``[B, 1, S]``.

@@ -49,7 +49,7 @@ class InPieces(ABC):
         model: the encoder or decoder, and `path` its name in messages.
         cutting: the size of a tile, and the rest.
         host: where maps that are not in tiles live, if that is not where the model runs, while parts of them visit the
-            device. None: they stay on the device. Attention has its whole map on the device in any case.
+            device. None: they stay on the device. Attention to a map takes it in pieces where it is large.
     """
 
     def __init__(self, model: nn.Module, path: str, cutting: Cutting, host: Host | None = None) -> None:
@@ -82,6 +82,11 @@ class InPieces(ABC):
         """Whether an input ``[..., H, W]`` is of at most one tile."""
         height, width = self._size(sample)
         return height <= self.cutting.tile_height and width <= self.cutting.tile_width
+
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether it is a decoder."""
+        return self.cutting.latent_scale == 1
 
     def _size(self, sample: torch.Tensor) -> tuple[int, int]:
         """In latent pixels."""
@@ -173,10 +178,12 @@ class Exact(InPieces):
         finest = sample.shape[-2] * 2**self.doublings if passing else None
         walk = Walk(self.cutting.tile_height, self.cutting.wrap, self.host, passing, finest, self.recompute)
         late = self.late if passing else []
+        last = list(self.steps)[-1] if self.makes_pictures else ""
         with weights_held(late), PatchStack() as stack, self._progress(len(self.steps)) as bar:
 
-            def counted(technique: Forward) -> Forward:
+            def counted(technique: Forward, path: str) -> Forward:
                 def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+                    walk.delivers = path == last
                     result = technique(*args, **kwargs)
                     bar.update()
                     return result
@@ -184,9 +191,9 @@ class Exact(InPieces):
                 return forward
 
             for path, module in self.steps.items():
-                Site(module, path, Order.IN_STRIPS, counted(walked(module, path, walk))).install(stack)
+                Site(module, path, Order.IN_STRIPS, counted(walked(module, path, walk), path)).install(stack)
             self._silence(stack, inner_modules(self.model, self.path))
-            return delivered(original(sample))
+            return delivered(original(sample), self.makes_pictures)
 
 
 def _is_of_user(hook: object) -> bool:
@@ -205,5 +212,9 @@ def _together(results: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(results))
 
 
-def delivered(result: torch.Tensor) -> torch.Tensor:
-    return result.delivered() if isinstance(result, StoredMap) else result
+def delivered(result: torch.Tensor, picture: bool = False) -> torch.Tensor:
+    """What an encoder or decoder gives: on its device, but a large picture that is on the host stays there.
+
+    A pipeline turns it to numbers from 0 to 1, which takes three times its memory.
+    """
+    return result.delivered(stays=picture) if isinstance(result, StoredMap) else result

@@ -14,7 +14,8 @@ from ..core.maps import StoredMap
 from ..core.patching import PatchStack
 from ..core.pieces import assemble, collect
 from ..core.tilings import Tile
-from .strips import Block, Forward, rows_of
+from .cuts import Block, rows_of
+from .strips import Forward
 from .walk import Walk
 
 # What pooled sums must know the inside of: that a map is attended by one of two methods, which give the same to

@@ -9,7 +9,6 @@ strip goes through the original forward.
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import cache, partial
-from itertools import pairwise
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -19,14 +18,12 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from ..core.families import Order, Site
-from ..core.maps import ComputedMap
 from ..core.pieces import assemble
-from ..core.planes import fetch, part
-from ..core.statistics import GivenStatistics, GroupStatistics, pool, record, record_by_rows
-from ..core.tilings import Tile, even_cuts, window
+from ..core.statistics import GivenStatistics, GroupStatistics, pool, record
+from ..core.tilings import Tile
+from .cuts import Block, Strips, rows_of
 
 Forward = Callable[..., torch.Tensor]
-Block = tuple[int, torch.Tensor]  # how many rows of the halo are above a strip; the strip with its halo, [B, C, h, W]
 
 
 # What strips must know the inside of: the order of a residual block's layers, and that a resampler is one convolution
@@ -37,67 +34,6 @@ LEANS_ON = (
     "diffusers.models.downsampling.Downsample2D.forward",
     "diffusers.models.controlnets.controlnet.ControlNetConditioningEmbedding.forward",
 )
-
-
-def rows_of(strip: Tile) -> tuple[slice, slice, slice]:
-    """The index of a strip's rows in a map ``[B, C, H, W]``."""
-    return slice(None), slice(None), strip.rows
-
-
-class Strips:
-    """How maps are cut: into strips of at most `rows` rows; `wrap` where top and bottom are neighbours.
-
-    Inputs are left as they are, for whoever else may read them: in a U-Net its skip connections.
-    """
-
-    def __init__(self, rows: int, wrap: bool) -> None:
-        self.rows = rows
-        self.wrap = wrap
-
-    def cut(self, plane: torch.Tensor, scale: Fraction = Fraction(1)) -> list[Tile]:
-        """Strips of ``[B, C, H, W]``, for a module that scales them: no more rows than allowed before and after."""
-        height, width = plane.shape[-2:]
-        step = 2 if isinstance(plane, ComputedMap) else scale.denominator
-        cuts = even_cuts(height // step, max(self.rows // max(scale.numerator, step), 1))
-        return [Tile(top * step, 0, bottom * step, width) for top, bottom in pairwise(cuts)]
-
-    def is_one(self, plane: torch.Tensor) -> bool:
-        return plane.shape[-2] <= self.rows
-
-    def read(self, plane: torch.Tensor, halo: int, strips: Sequence[Tile]) -> Iterator[Block]:
-        """Each strip with its halo, on the device.
-
-        A strip's own rows may be overwritten before the next one is asked for: what later strips need of them is kept
-        aside. The block may be the very memory of the map.
-        """
-        height, width = plane.shape[-2:]
-        outers = [window(strip, halo, height, width, self.wrap).outer for strip in strips]
-        around = self.wrap and halo > 0
-        first = part(plane, Tile(0, 0, halo, width)).clone() if around else None
-        above = part(plane, Tile(height - halo, 0, height, width)).clone() if around else None
-        adjacent = [True, *(upper.bottom == lower.top for upper, lower in pairwise(strips))]
-        runs = [
-            (strip.top if follows and strip.top else max(outer.top, 0), min(outer.bottom, height))
-            for strip, outer, follows in zip(strips, outers, adjacent, strict=True)
-        ]
-        for strip, outer, (top, _), rows in zip(strips, outers, runs, fetch(plane, runs), strict=True):
-            parts = [rows]
-            if above is not None and top > outer.top:
-                parts.insert(0, above[:, :, outer.top - top :])
-            if first is not None and outer.bottom > height:
-                parts.append(first[:, :, : outer.bottom - height])
-            block = torch.cat(parts, dim=2) if len(parts) > 1 else rows
-            if halo:
-                end = strip.bottom - outer.top
-                above = block[:, :, max(end - halo, 0) : end].clone()
-            yield strip.top - outer.top, block
-
-    def statistics(self, plane: torch.Tensor, groups: int) -> GroupStatistics:
-        return record_by_rows(plane, groups, [(strip.top, strip.bottom) for strip in self.cut(plane)])
-
-    def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        """Memory for a whole map, of the dtype of `like`."""
-        return like.new_empty(tuple(shape))
 
 
 def bare(convolution: Any) -> Any:
@@ -149,7 +85,7 @@ class StripResnet:
         **kwargs: object,
     ) -> torch.Tensor:
         if (
-            self.strips.is_one(input_tensor)
+            self.strips.is_one(input_tensor, self.output_shape(input_tensor))
             or (temb is None) != (self.module.time_emb_proj is None)  # the original knows what to say or do
             or is_differentiated(self.module, input_tensor, temb)
         ):
@@ -263,16 +199,25 @@ class StripResample:
 
     def run(self, original: Forward, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         size = [int(length * self.scale) for length in source.shape[-2:]]
+        return self.assembled(source, size, lambda block, top: original(block, *args, **kwargs))
+
+    def assembled(
+        self, source: torch.Tensor, size: Sequence[int], work: Callable[[torch.Tensor, int], torch.Tensor]
+    ) -> torch.Tensor:
+        """A map of that size, of what `work` makes of strips with their halos that begin in some row of the source."""
+
+        def rows(strip: Tile) -> slice:
+            return slice(int(strip.top * self.scale), min(ceil(strip.bottom * self.scale), size[0]))
 
         def compute(strip: Tile, given: Block) -> torch.Tensor:
             above, block = given
-            top = int(above * self.scale)
-            return original(block, *args, **kwargs)[:, :, top : top + strip.scaled(self.scale).height]
+            own, first = rows(strip), int(above * self.scale)
+            return work(block, strip.top - above)[:, :, first : first + own.stop - own.start]
 
         return assemble(  # type: ignore[no-any-return]
             self.strips.cut(source, self.scale),
             compute,
-            place=lambda strip: rows_of(strip.scaled(self.scale)),
+            place=lambda strip: (slice(None), slice(None), rows(strip)),
             make=lambda result: self.output(source, result, (*result.shape[:2], *size)),
             read=partial(self.strips.read, source, self.halo),
         )
@@ -285,8 +230,8 @@ class StripResample:
 class StripUpsample(StripResample):
     """Takes the place of the ``forward`` of an ``Upsample2D``.
 
-    A map that is not just doubled, since the skip connection to come is odd, and a call that is differentiated go
-    through the original.
+    A map that is not just doubled, since the skip connection to come is odd, has its last row or column once. Where
+    rows of that are neighbours of the first ones, and where a call is differentiated, all goes through the original.
     """
 
     def __init__(self, module: Upsample2D, strips: Strips) -> None:
@@ -297,9 +242,24 @@ class StripUpsample(StripResample):
         self, original: Forward, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         doubled = [2 * length for length in hidden_states.shape[-2:]]
-        if (output_size is not None and list(output_size) != doubled) or is_differentiated(self.module, hidden_states):
+        odd = [length - wanted for length, wanted in zip(doubled, output_size or doubled, strict=True)]
+        shape = (len(hidden_states), self.module.out_channels, *doubled)
+        if (
+            not {0, 1}.issuperset(odd)
+            or (odd[0] and self.strips.wrap)
+            or self.strips.is_one(hidden_states, shape)
+            or is_differentiated(self.module, hidden_states)
+        ):
             return original(hidden_states, output_size, *args, **kwargs)
-        return super().__call__(original, hidden_states, None, *args, **kwargs)
+        if any(odd):
+            return self._run_odd(original, hidden_states, output_size)
+        return self.run(original, hidden_states, None, *args, **kwargs)
+
+    def _run_odd(self, original: Forward, source: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        def sized(block: torch.Tensor, top: int) -> torch.Tensor:
+            return original(block, (min(2 * block.shape[2], size[0] - 2 * top), size[1]))
+
+        return self.assembled(source, size, sized)
 
 
 def can_be_resnet(module: nn.Module) -> bool:
@@ -318,7 +278,7 @@ def can_be_upsampler(module: nn.Module) -> bool:
     return False
 
 
-def _strip_embedding(module: nn.Module, strips: Strips) -> StripResample:
+def strip_embedding(module: nn.Module, strips: Strips) -> StripResample:
     """For a ControlNet's embedding of its picture: centred convolutions, some with a stride, and no norm between."""
     span, step = 0, 1
     for convolution in module.modules():
@@ -338,6 +298,6 @@ def strip_sites(model: nn.Module, name: str, strips: Strips) -> Iterator[Site]:
         elif can_be_upsampler(module):
             technique = StripUpsample(module, strips)
         elif type(module).__name__ == "ControlNetConditioningEmbedding":  # its class brings transformers along
-            technique = _strip_embedding(module, strips)
+            technique = strip_embedding(module, strips)
         if technique is not None:
             yield Site(module, path, Order.IN_STRIPS, technique, says=says)

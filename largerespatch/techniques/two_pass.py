@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..core.hosts import Host
+from ..core.maps import StoredMap
 from ..core.patching import PatchStack
 from ..core.pieces import assemble, collect
 from ..core.planes import part
@@ -21,6 +22,7 @@ from ..core.tilings import Each, Run, Tile, Window, scatter, tiles, window
 from ..core.weights import weights_held
 from .alike import piece
 from .halves import Cutting, InPieces, delivered
+from .images import wanted
 from .parts import Parts
 from .shared_norms import SharedGroupNorm
 from .stages import Split, scale_of
@@ -74,7 +76,7 @@ class TwoPass(InPieces):
             self._silence(stack, parts.in_pieces())
             plane = run(sample, parts.before) if parts.before else sample
             plane = self._run_tiled(lambda tile: run(tile, parts.split.tiled), plane, parts, walk)
-            return delivered(run(plane, parts.after) if parts.after else plane)
+            return delivered(run(plane, parts.after) if parts.after else plane, self.makes_pictures)
 
     def choose(self, shape: torch.Size, itemsize: int) -> Parts:
         """For an input ``[B, C, H, W]`` of values of so many bytes."""
@@ -148,7 +150,12 @@ class TwoPass(InPieces):
 
             def empty(result: torch.Tensor) -> torch.Tensor:
                 shape = (*result.shape[:2], int(split.scale * height), int(split.scale * width))
-                return walk.empty(result, shape) if parts.after else result.new_empty(shape)
+                if parts.after:
+                    return walk.empty(result, shape)
+                if self.makes_pictures and (image := wanted(result, shape)) is not None:
+                    return image
+                stays = self.host is not None and self.makes_pictures and self.host.is_large(result, shape)
+                return StoredMap.empty(shape, result, self.host) if stays else result.new_empty(shape)
 
             if norms:
                 run_sample()

@@ -28,18 +28,17 @@ from ..core.planes import Map, fetch
 from ..core.statistics import GivenStatistics, pool, record
 from ..core.tilings import Tile
 from .alike import piece
+from .cuts import Block, Strips, rows_of
+from .images import wanted
 from .strips import (
-    Block,
     Forward,
     StripResample,
     StripResnet,
-    Strips,
     StripUpsample,
     Time,
     can_be_resnet,
     can_be_upsampler,
     reach,
-    rows_of,
 )
 
 # What a walk must know the inside of: that containers call their children in turn, each with what the last one gave.
@@ -81,9 +80,11 @@ class Walk(Strips):
         self.finest = finest
         self.recompute = recompute
         self.spare: StoredMap | None = None
+        self.delivers = False  # whether what is made now is the result
 
     def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        return StoredMap.empty(shape, like, self.host, self.passing)
+        image = wanted(like, shape) if self.delivers else None
+        return StoredMap.empty(shape, like, self.host, self.passing) if image is None else image
 
     def reuse(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The same, or the memory that the last residual block has no more use for, where it fits."""
@@ -247,7 +248,7 @@ class WalkedPointwise:
 class WalkedWhole:
     """Takes the place of the ``forward`` of a module that needs all of a map (attention).
 
-    Where maps live on a host, this one is on the device for the length of the call.
+    Where maps live on a host, this one is on the device for the call, unless attention takes it in pieces.
     """
 
     def __init__(self, walk: Walk) -> None:

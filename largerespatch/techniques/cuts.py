@@ -1,0 +1,80 @@
+"""How maps are cut into strips, and how these are read with what lies around them. Exact."""
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
+
+import torch
+
+from ..core.maps import ComputedMap
+from ..core.planes import fetch, part
+from ..core.statistics import GroupStatistics, record_by_rows
+from ..core.tilings import Tile, even_cuts, window
+
+Block = tuple[int, torch.Tensor]  # how many rows of the halo are above a strip; the strip with its halo, [B, C, h, W]
+
+
+def rows_of(strip: Tile) -> tuple[slice, slice, slice]:
+    """The index of a strip's rows in a map ``[B, C, H, W]``."""
+    return slice(None), slice(None), strip.rows
+
+
+class Strips:
+    """How maps are cut: into strips of at most `rows` rows; `wrap` where top and bottom are neighbours.
+
+    Inputs are left as they are, for whoever else may read them: in a U-Net its skip connections.
+    """
+
+    def __init__(self, rows: int, wrap: bool) -> None:
+        self.rows = rows
+        self.wrap = wrap
+
+    def cut(self, plane: torch.Tensor, scale: Fraction = Fraction(1)) -> list[Tile]:
+        """Strips of ``[B, C, H, W]``, for a module that scales them: no more rows than allowed before and after.
+
+        A row that is no whole step of the scale is the last strip's.
+        """
+        height, width = plane.shape[-2:]
+        step = 2 if isinstance(plane, ComputedMap) else scale.denominator
+        cuts = even_cuts(height // step, max(self.rows // max(scale.numerator, step), 1))
+        edges = [*(step * cut for cut in cuts[:-1]), height]
+        return [Tile(top, 0, bottom, width) for top, bottom in pairwise(edges)]
+
+    def is_one(self, plane: torch.Tensor, made: Sequence[int] = ()) -> bool:
+        """Whether the original takes a map at once; `made` is the shape of what it makes of it, if another one."""
+        return plane.shape[-2] <= self.rows
+
+    def read(self, plane: torch.Tensor, halo: int, strips: Sequence[Tile]) -> Iterator[Block]:
+        """Each strip with its halo, on the device.
+
+        A strip's own rows may be overwritten before the next one is asked for: what later strips need of them is kept
+        aside. The block may be the very memory of the map.
+        """
+        height, width = plane.shape[-2:]
+        outers = [window(strip, halo, height, width, self.wrap).outer for strip in strips]
+        around = self.wrap and halo > 0
+        first = part(plane, Tile(0, 0, halo, width)).clone() if around else None
+        above = part(plane, Tile(height - halo, 0, height, width)).clone() if around else None
+        adjacent = [True, *(upper.bottom == lower.top for upper, lower in pairwise(strips))]
+        runs = [
+            (strip.top if follows and strip.top else max(outer.top, 0), min(outer.bottom, height))
+            for strip, outer, follows in zip(strips, outers, adjacent, strict=True)
+        ]
+        for strip, outer, (top, _), rows in zip(strips, outers, runs, fetch(plane, runs), strict=True):
+            parts = [rows]
+            if above is not None and top > outer.top:
+                parts.insert(0, above[:, :, outer.top - top :])
+            if first is not None and outer.bottom > height:
+                parts.append(first[:, :, : outer.bottom - height])
+            block = torch.cat(parts, dim=2) if len(parts) > 1 else rows
+            if halo:
+                end = strip.bottom - outer.top
+                above = block[:, :, max(end - halo, 0) : end].clone()
+            yield strip.top - outer.top, block
+
+    def statistics(self, plane: torch.Tensor, groups: int) -> GroupStatistics:
+        return record_by_rows(plane, groups, [(strip.top, strip.bottom) for strip in self.cut(plane)])
+
+    def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Memory for a whole map, of the dtype of `like`."""
+        return like.new_empty(tuple(shape))
