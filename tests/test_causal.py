@@ -576,8 +576,8 @@ def test_a_pipeline_paints_the_untiled_picture(mode):
     ("options", "says"),
     [
         ({"vae_mode": "exact", "vae_recompute": True}, "exactly, in strips of 5 rows"),  # there is nothing to recompute
-        ({}, "exactly, in one pass over tiles of 7x5 latent pixels"),
-        ({"vae_passes": 3}, "exactly, in one pass over tiles of 7x5 latent pixels"),
+        ({}, "exactly, in one pass over tiles of at most 7x5 latent pixels"),
+        ({"vae_passes": 3}, "exactly, in one pass over tiles of at most 7x5 latent pixels"),
     ],
 )
 def test_repr_says_how_and_that_films_are_left_alone(options, says):

@@ -50,6 +50,7 @@ class KL(AnyAutoencoder):
             progress_bar=pipe.progress_bar,
             title=f"VAE {which}",
             in_turns=in_turns,
+            factor=self.factor(model),
         )
         host = Host() if options.vae_offload else None
         in_pieces = self.in_pieces(half, path, encodes, cutting, host, options)
@@ -97,10 +98,10 @@ class KL(AnyAutoencoder):
 
 def _way(options: Any, in_pieces: Exact | TwoPass) -> str:
     if isinstance(in_pieces, Exact):
-        way = f"exactly, in strips of {options.vae_chunk_size_y} rows"
+        way = f"exactly, in strips of {in_pieces.cutting.strip_height} rows"
         way += ", largest maps recomputed" if in_pieces.recompute else ""
     else:
-        size = f"tiles of {options.vae_chunk_size_x}x{options.vae_chunk_size_y} latent pixels"
+        size = f"tiles of at most {options.vae_chunk_size_x}x{options.vae_chunk_size_y} latent pixels"
         passes = {1: "exactly, in one pass", 2: "in two passes"}.get(in_pieces.passes, f"in {in_pieces.passes} passes")
         way = f"{passes} over {size}"
     return f"encoder and decoder {way}" + (", whole maps on the host" if options.vae_offload else "")
