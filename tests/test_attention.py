@@ -485,6 +485,18 @@ def test_no_chunk_has_more_queries_than_allowed(monkeypatch, queries, chunks):
     assert seen == chunks
 
 
+@pytest.mark.parametrize(
+    ("processor", "keys"), [(AttnProcessor2_0(), [7] * 9 + [1] * 9), (SlicedAttnProcessor(1), [63] * 9)]
+)
+def test_keys_are_projected_once_for_all_chunks_where_they_can_be_given(monkeypatch, processor, keys):
+    module, x, seen = map_attention(processor), torch.randn(1, 16, 9, 7), []
+    module.to_k.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    with PatchStack() as stack:
+        chunked_map(monkeypatch, stack, module)
+        module(x)
+    assert seen == keys
+
+
 def test_chunks_of_a_map_that_was_passed_on_are_written_over_it(monkeypatch):
     module, x = map_attention(), torch.randn(2, 16, 9, 7)
     expected = module(x)

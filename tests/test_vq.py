@@ -132,8 +132,8 @@ def test_attention_in_chunks_of_queries_is_exact(monkeypatch, kind):
     with patched(model, vae_mode="exact"):
         assert error(HALVES["decode"](model, z), expected) < 1e-4
     attentions = sum(isinstance(module, Attention) for module in model.decoder.modules())
-    assert len(chunks) == attentions > 2
-    assert all(len(each) == 12 for each in chunks[:3])  # two rows of 20 each
+    assert len(chunks) == 2 * attentions > 4  # of keys, and then of queries
+    assert all(len(each) == 12 for each in chunks[:6])  # two rows of 20 each
 
 
 def test_attention_in_blocks_sees_more_by_its_context():

@@ -11,6 +11,7 @@ from diffusers.models.resnet import ResnetBlockCondNorm2D
 from torch import nn
 
 from ..core.families import Order, Site, register
+from ..core.maps import StoredMap
 from ..core.patching import PatchStack
 from ..core.planes import whole
 from ..core.statistics import GivenStatistics, GroupStatistics
@@ -137,7 +138,7 @@ class LookingAttention:
         with PatchStack() as stack:
             for name, value in (("spatial_norm", None), ("residual_connection", False)):
                 stack.set(self.module, name, value, name)
-            result: torch.Tensor = self.technique(original, normalized)
+            result: torch.Tensor = self.technique(original, StoredMap.of(normalized, passing=True))
         return result + plane / self.module.rescale_output_factor if self.module.residual_connection else result
 
 

@@ -8,7 +8,7 @@ A VAE's attention to its whole map runs in chunks of its queries: the exact case
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..core.families import Order, Site
 from ..core.maps import taken
@@ -224,9 +225,9 @@ class BlockedAttention:
 class ChunkedAttention(BlockedAttention):
     """Attention to a whole map in chunks of `QUERIES`: exact, to rounding. In the mid blocks of VAEs.
 
-    Keys are the same for all chunks; they are projected anew for each chunk rather than kept, which is little work
-    beside the attention to them. Smaller maps and calls that are differentiated or that bring something else along go
-    through the original.
+    Keys and values are the same for all chunks. They come chunk by chunk as well, once, and are kept; where the
+    processor cannot be given them they are projected anew for each chunk. Smaller maps and calls that are
+    differentiated or that bring something else along go through the original.
     """
 
     def __init__(self, attention: Attention) -> None:
@@ -243,8 +244,55 @@ class ChunkedAttention(BlockedAttention):
     def _attending(
         self, original: Forward, cells: torch.Tensor, kwargs: dict[str, Any]
     ) -> Callable[[torch.Tensor, Tile], torch.Tensor]:
-        keys = self._prepared(cells.flatten(1, 2)).contiguous()
-        return lambda block, tile: original(block, encoder_hidden_states=keys)
+        if type(self.attention.processor) is not AttnProcessor2_0 or self.attention.norm_k is not None:
+            tokens = self._prepared(cells.flatten(1, 2)).contiguous()
+            return lambda block, tile: original(block, encoder_hidden_states=tokens)
+
+        def projected(tile: Tile) -> tuple[torch.Tensor, ...]:
+            block = self._prepared(cells[:, tile.rows, tile.columns].flatten(1, 2))
+            return tuple(each.reshape(len(each), *tile.size(), -1) for each in self._others(block))
+
+        kept = assemble(
+            self._cut(*cells.shape[1:3]),
+            projected,
+            place=lambda tile: (slice(None), tile.rows, tile.columns),
+            make=lambda some: tuple(each.new_empty(*cells.shape[:3], each.shape[-1]) for each in some),
+        )
+        others = [each.flatten(1, 2) for each in kept]
+        return lambda block, tile: self._attend(original, block, others)
+
+    def _others(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Keys and values of normalized tokens ``[B, N, C]``."""
+        return self.attention.to_k(tokens), self.attention.to_v(tokens)
+
+    def _attend(self, original: Forward, tokens: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
+        with OtherKeys(*others):
+            return original(tokens, encoder_hidden_states=tokens[:, :1])  # which the others take the place of
+
+
+class OtherKeys(TorchFunctionMode):
+    """Gives ``F.scaled_dot_product_attention`` other keys and values ``[B, N, C]``, and heads if need be.
+
+    torch's kernels want heads. Where queries ``[B, N, C]`` come without they get one, and without other keys, too.
+    """
+
+    def __init__(self, *others: torch.Tensor) -> None:
+        super().__init__()
+        self.others = others
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, *given = args
+        heads = query.shape[1] if query.ndim == 4 else 1
+        result = func(*(_with_heads(each, heads) for each in (query, *(self.others or given))), **(kwargs or {}))
+        return result if query.ndim == 4 else result[:, 0]
+
+
+def _with_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
+    return tokens if tokens.ndim == 4 else tokens.reshape(*tokens.shape[:2], heads, -1).transpose(1, 2)
 
 
 def in_blocks_or_chunks(attention: Any, blocking: Blocking | None, layer: int) -> BlockedAttention:
