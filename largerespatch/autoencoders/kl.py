@@ -42,22 +42,22 @@ class KL(AnyAutoencoder):
     def _half(self, model: Any, which: str, name: str, in_turns: bool, options: Any, pipe: Any) -> Iterator[Site]:
         half, path = self.half(model, which, name)
         encodes = which == "encoder"
+        factor, scale = self.factor(model), self.latent_scale(model) if encodes else 1
         cutting = Cutting(
             tile_height=options.vae_chunk_size_y,
             tile_width=options.vae_chunk_size_x,
-            latent_scale=self.factor(model) if encodes else 1,
+            latent_scale=scale,
             wrap=options.padding_mode == "circular",
             progress_bar=pipe.progress_bar,
             title=f"VAE {which}",
             in_turns=in_turns,
-            factor=self.factor(model),
+            factor=factor,
         )
         host = Host() if options.vae_offload else None
         in_pieces = self.in_pieces(half, path, encodes, cutting, host, options)
         yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options, in_pieces))
-        scale = 1 if encodes else self.factor(model)
-        least = self.reflected * self.factor(model) // scale
-        yield from reflection_sites(half, path, options.padding_mode, least, scale, self.reflected)
+        least = self.reflected * scale
+        yield from reflection_sites(half, path, options.padding_mode, least, factor // scale, self.reflected)
         yield from self.attention(half, path, options)
 
     def in_pieces(
@@ -94,6 +94,10 @@ class KL(AnyAutoencoder):
 
     def factor(self, model: Any) -> int:
         return int(2 ** (len(model.config.block_out_channels) - 1))
+
+    def latent_scale(self, model: Any) -> int:
+        """Cells of what the encoder is given to a latent pixel: sample pixels, unless these are packed before."""
+        return self.factor(model)
 
 
 def _way(options: Any, in_pieces: Exact | TwoPass) -> str:
