@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import accelerate
@@ -16,13 +17,15 @@ import test_tiny
 import test_vq
 import torch
 from diffusers.hooks.group_offloading import GroupOffloadingType
+from diffusers.image_processor import VaeImageProcessor
 from test_weights import cpu_as_accelerator, offload_on_a_stream  # noqa: F401  fixtures
 
 import halves
 from conftest import quiet
-from halves import HALVES, MODES, cut_up, error, in_pieces, latent, live, patched, picture
+from halves import HALVES, MODES, Bar, cut_up, error, in_pieces, latent, live, patched, picture
 from largerespatch import LargeResPatch
 from largerespatch.core import calls
+from largerespatch.memory import planner
 
 EVERY_WAY = (halves.model_offload, halves.sequential_offload, halves.leaf_group_offload)
 
@@ -115,6 +118,39 @@ def test_the_estimate_is_what_a_real_run_holds(name, mode, half):
         held = live(run) + pictures
     assert getattr(patch.estimate(), half) == pytest.approx(held, rel=0.1)
     assert getattr(patch.estimate(patched=False), half) == pytest.approx(bare, rel=0.1)
+
+
+BUILT = {name: (case.build, 8) for name, case in CASES.items()} | {
+    "VQ": (test_vq.vae, 4),
+    "Wan": (partial(test_causal.autoencoder, "Wan"), 8),
+    "Wan 2.2": (partial(test_causal.autoencoder, "Wan 2.2"), 16),
+    "tiny": (test_tiny.autoencoder, 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, mode) for name in BUILT for mode in ("exact", "two-pass") if (name, mode) != ("Wan 2.2", "exact")],
+)  # of which only the picture itself counts at this width
+def test_a_limit_picks_savers_that_fit_and_refuses_what_does_not(name, mode, monkeypatch):
+    monkeypatch.setattr(planner, "margin", lambda limit: 0)  # larger than these models
+    build, factor = BUILT[name]
+    vae = build()
+    pipe = SimpleNamespace(components={"vae": vae}, vae=vae, progress_bar=Bar, image_processor=VaeImageProcessor())
+    width, height = 160 * factor, 128 * factor
+    plan = partial(LargeResPatch, pipe, width, height, vae_mode=mode)
+    savers = planner.VAE_SAVERS[mode]
+    least = {key: value for saver in savers for key, value in saver.settings.items() if key != "vae_offload"}
+    most, needed = plan(memory_limit=None).estimate().peak, plan(memory_limit=None, **least).estimate().peak
+    assert needed < most
+    limit = (needed + most) // 2
+    patch = plan(memory_limit=limit)
+    picked = {key: getattr(patch.options, key) for key in least if getattr(patch.options, key) == least[key]}
+    assert picked and patch.estimate().peak <= limit
+    with pytest.raises(ValueError, match=f"does not fit {width}x{height} .* the largest image of this") as refused:
+        plan(memory_limit=needed - 1)
+    smaller = map(int, str(refused.value).split()[-1].split("x"))
+    assert LargeResPatch(pipe, *smaller, vae_mode=mode, memory_limit=needed - 1).estimate().peak < needed
 
 
 HOOKED = {"Wan": (partial(test_causal.autoencoder, "Wan"), test_causal.inputs, HALVES)}

@@ -51,7 +51,13 @@ NARROW = {
     "latents_mean": [0.1, 0.2, -0.1, 0.0],
     "latents_std": [1.5, 2.0, 0.7, 1.0],
 }
-RESIDUAL = {"is_residual": True, "dim_mult": [1, 1, 2, 4], "patch_size": 2, "in_channels": 12, "out_channels": 12}
+RESIDUAL = {
+    "is_residual": True,
+    "temperal_downsample": [True, True, False],
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+}
 KINDS = {
     "Qwen-Image": (AutoencoderKLQwenImage, {}),
     "Wan": (AutoencoderKLWan, {}),
