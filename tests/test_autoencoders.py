@@ -1,5 +1,6 @@
 """What holds of families of autoencoders, on one of each: a new one is a line here, and what is its own elsewhere."""
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -176,10 +177,15 @@ def test_groups_that_come_ahead_on_a_stream_are_there_for_every_piece(name, mode
                 assert torch.equal(result, runs[run](unhooked, inputs(run, 1, 9, 7)))
 
 
-@pytest.mark.parametrize("name", HOOKED)
+EACH = {name: (case.build, case.inputs, case.runs) for name, case in CASES.items()} | HOOKED
+SMALL = {"vae_chunk_size_x": 4, "vae_chunk_size_y": 5}
+IN_ALL = pytest.mark.parametrize(("name", "run"), [(name, run) for name, (*_, runs) in EACH.items() for run in runs])
+
+
+@IN_ALL
 @MODES
-def test_the_hook_of_model_offload_is_called_for_encode_and_decode(name, mode):
-    (build, inputs, runs), calls = HOOKED[name], []
+def test_the_hook_of_model_offload_is_called_for_encode_and_decode(name, run, mode):
+    (build, inputs, runs), calls = EACH[name], []
 
     class Noting(accelerate.hooks.ModelHook):
         def pre_forward(self, module, *args, **kwargs):
@@ -188,7 +194,32 @@ def test_the_hook_of_model_offload_is_called_for_encode_and_decode(name, mode):
 
     vae = build()
     accelerate.hooks.add_hook_to_module(vae, Noting())
-    with in_pieces(vae, 5, 4, vae_mode=mode):
-        for run in runs:
-            runs[run](vae, inputs(run, 1, 9, 7))
-    assert calls == [vae, vae]
+    with patched(vae, vae_mode=mode, **SMALL):
+        cut_up(lambda: runs[run](vae, inputs(run, 1, 9, 7)))
+    assert calls == [vae]
+
+
+@IN_ALL
+def test_upstreams_tiling_and_slicing_are_off_meanwhile(name, run):
+    build, inputs, runs = EACH[name]
+    vae, x = build(), inputs(run, 2, 9, 7)
+    expected = runs[run](vae, x)
+    own = [each for each in ("tiling", "slicing") if hasattr(vae, f"use_{each}")]
+    for each in own:
+        getattr(vae, f"enable_{each}")()
+    with patched(vae, vae_mode="exact", **SMALL):
+        assert not any(getattr(vae, f"use_{each}") for each in own)
+        assert error(cut_up(lambda: runs[run](vae, x)), expected) < 1e-4
+    assert all(getattr(vae, f"use_{each}") for each in own)
+
+
+@IN_ALL
+def test_weights_may_be_cast_meanwhile_as_pipelines_do_that_upcast(name, run):
+    build, inputs, runs = EACH[name]
+    vae, x = build().half(), inputs(run, 1, 9, 7)
+    expected = runs[run](copy.deepcopy(vae).float(), x)
+    with patched(vae, vae_mode="exact", **SMALL):
+        result = cut_up(lambda: runs[run](vae.float(), x))
+        vae.half()
+    assert result.dtype == torch.float32 and error(result, expected) < 1e-4
+    assert vae.dtype == torch.float16

@@ -5,7 +5,7 @@ from test_kl import flux_2
 
 import tiny
 from conftest import quiet
-from halves import MODES, cut_up, error, latent, live, patched
+from halves import MODES, cut_up, latent, live, patched
 
 
 @MODES
@@ -14,16 +14,6 @@ def test_half_of_the_untiled_memory_is_enough(mode):
     untiled = live(lambda: model.decode(z))
     with patched(model, vae_mode=mode, vae_chunk_size_x=16, vae_chunk_size_y=16):
         assert live(lambda: cut_up(lambda: model.decode(z))) <= 0.5 * untiled
-
-
-def test_upstreams_slicing_is_off_meanwhile():
-    model, z = flux_2(), latent(2, 24, 20)
-    expected = model.decode(z).sample
-    model.enable_slicing()
-    with patched(model, vae_mode="exact"):
-        assert not model.use_slicing
-        assert error(model.decode(z).sample, expected) < 1e-4
-    assert model.use_slicing
 
 
 def pipeline(transformer=None):

@@ -55,7 +55,7 @@ class KL(AnyAutoencoder):
         )
         host = Host() if options.vae_offload else None
         in_pieces = self.in_pieces(half, path, encodes, cutting, host, options)
-        yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options, in_pieces))
+        yield Site(half, path, Order.IN_STAGES, in_pieces, says=self.way(options, in_pieces))
         least = self.reflected * scale
         yield from reflection_sites(half, path, options.padding_mode, least, factor // scale, self.reflected)
         yield from self.attention(half, path, options)
@@ -88,6 +88,17 @@ class KL(AnyAutoencoder):
         """What goes there, the `layer`-th one; `blocking` is None where that is to run in chunks."""
         return in_blocks_or_chunks(module, blocking, layer)
 
+    def way(self, options: Any, in_pieces: Exact | TwoPass) -> str:
+        """What `repr` says of both halves."""
+        if isinstance(in_pieces, Exact):
+            way = f"exactly, in strips of {in_pieces.cutting.strip_height} rows"
+            way += ", largest maps recomputed" if in_pieces.recompute else ""
+        else:
+            size = f"tiles of at most {options.vae_chunk_size_x}x{options.vae_chunk_size_y} latent pixels"
+            passes = {1: "exactly, in one pass", 2: "in two passes"}
+            way = f"{passes.get(in_pieces.passes, f'in {in_pieces.passes} passes')} over {size}"
+        return f"encoder and decoder {way}" + (", whole maps on the host" if options.vae_offload else "")
+
     def half(self, model: Any, which: str, name: str) -> tuple[Any, str]:
         """The encoder or decoder, or what of it runs in pieces, and its path."""
         return getattr(model, which), f"{name}.{which}"
@@ -98,17 +109,6 @@ class KL(AnyAutoencoder):
     def latent_scale(self, model: Any) -> int:
         """Cells of what the encoder is given to a latent pixel: sample pixels, unless these are packed before."""
         return self.factor(model)
-
-
-def _way(options: Any, in_pieces: Exact | TwoPass) -> str:
-    if isinstance(in_pieces, Exact):
-        way = f"exactly, in strips of {in_pieces.cutting.strip_height} rows"
-        way += ", largest maps recomputed" if in_pieces.recompute else ""
-    else:
-        size = f"tiles of at most {options.vae_chunk_size_x}x{options.vae_chunk_size_y} latent pixels"
-        passes = {1: "exactly, in one pass", 2: "in two passes"}.get(in_pieces.passes, f"in {in_pieces.passes} passes")
-        way = f"{passes} over {size}"
-    return f"encoder and decoder {way}" + (", whole maps on the host" if options.vae_offload else "")
 
 
 def _is_known(model: Any) -> bool:

@@ -57,7 +57,7 @@ class Strips:
     def cut(self, plane: torch.Tensor, scale: Fraction = Fraction(1)) -> list[Tile]:
         """Strips of ``[B, C, H, W]``, for a module that scales them: no more rows than allowed before and after."""
         height, width = plane.shape[-2:]
-        step = 2 if isinstance(plane, ComputedMap) else scale.denominator
+        step = 2 if isinstance(plane, ComputedMap) and height % 2 == 0 else scale.denominator
         cuts = even_cuts(height // step, max(self.rows // max(scale.numerator, step), 1))
         return [Tile(top * step, 0, bottom * step, width) for top, bottom in pairwise(cuts)]
 
