@@ -1,7 +1,6 @@
 """Kandinsky's `VQModel`: as `AutoencoderKL`, but for attention in blocks, too, and norms that look at the latent."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,16 +93,8 @@ class LookingResnet(WalkedResnet):
     ) -> torch.Tensor:
         if self.strips.is_one(input_tensor):
             return original(input_tensor, temb)
-        with self._looking_at(temb):
-            return self.run(input_tensor, TimeTerms)
-
-    @contextmanager
-    def _looking_at(self, latent: torch.Tensor) -> Iterator[None]:
-        self.latent = latent
-        try:
-            yield
-        finally:
-            self.latent = None
+        self.latent = temb
+        return self.run(input_tensor, TimeTerms)
 
     def groups(self, norm: Any) -> int:
         return int(norm.norm_layer.num_groups)
