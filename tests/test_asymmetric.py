@@ -16,18 +16,17 @@ from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
 
 
-def vae():
-    return tiny.frozen(
-        AsymmetricAutoencoderKL,
-        51,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        down_block_out_channels=(8, 8, 16, 16),
-        up_block_out_channels=(8, 16, 32, 32),
-        layers_per_up_block=2,
-        norm_num_groups=4,
-        sample_size=64,
-    )
+def vae(**changes):
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "down_block_out_channels": (8, 8, 16, 16),
+        "up_block_out_channels": (8, 16, 32, 32),
+        "layers_per_up_block": 2,
+        "norm_num_groups": 4,
+        "sample_size": 64,
+    }
+    return tiny.frozen(AsymmetricAutoencoderKL, 51, **config | changes)
 
 
 def mask(batch, height, width):
@@ -94,16 +93,19 @@ def test_all_is_cut_up_and_a_picture_is_seen_exactly_in_either_mode(monkeypatch,
     assert Bar.last.title == ("VAE encoder" if which == "encode" else "VAE decoder")
 
 
-@pytest.mark.parametrize(("which", "most"), [("plain", 0.5), ("shown", 0.65)])
-def test_it_takes_less_memory(which, most):
-    model, z = vae(), latent(1, 64, 64)
+@pytest.mark.parametrize("which", ["plain", "shown"])
+def test_half_of_the_untiled_memory_is_enough(which):
+    """The picture and the mask themselves are little beside maps of more channels."""
+    model, z = vae(up_block_out_channels=(24, 48, 96, 96), layers_per_up_block=3), latent(1, 64, 64)
     untiled = live(lambda: RUNS[which](model, z))
     with patched(model, vae_mode="exact", vae_chunk_size_x=16, vae_chunk_size_y=16):
-        assert live(lambda: cut_up(lambda: RUNS[which](model, z))) <= most * untiled
+        assert live(lambda: cut_up(lambda: RUNS[which](model, z))) <= 0.5 * untiled
 
 
 def test_it_is_told():
     assert told(vae(), vae_mode="exact") == {"encoder and decoder exactly, in strips of 10 rows"}
+    tiles = "encoder and decoder in two passes over tiles of at most 10x10 latent pixels"
+    assert told(vae()) == {f"{tiles} (a decoder that is shown a picture exactly, in strips of 10 rows)"}
 
 
 def pipeline():

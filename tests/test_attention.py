@@ -27,8 +27,9 @@ from largerespatch.core.maps import StoredMap
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.statistics import GivenStatistics, record
 from largerespatch.core.tilings import COVERS
-from largerespatch.techniques import attention as attention_room
-from largerespatch.techniques.attention import BlockedAttention, Blocking, ChunkedAttention
+from largerespatch.techniques import chunked_attention as attention_room
+from largerespatch.techniques.attention import BlockedAttention, Blocking
+from largerespatch.techniques.chunked_attention import ChunkedAttention
 from largerespatch.techniques.context import Context, heavy_tokens
 from largerespatch.techniques.notes import MapNote, MapNoting, StepNote
 
@@ -483,6 +484,18 @@ def test_no_chunk_has_more_queries_than_allowed(monkeypatch, queries, chunks):
         seen = chunked_map(monkeypatch, stack, module, queries)
         torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
     assert seen == chunks
+
+
+@pytest.mark.parametrize(
+    ("processor", "keys"), [(AttnProcessor2_0(), [7] * 9 + [1] * 9), (SlicedAttnProcessor(1), [63] * 9)]
+)
+def test_keys_are_projected_once_for_all_chunks_where_they_can_be_given(monkeypatch, processor, keys):
+    module, x, seen = map_attention(processor), torch.randn(1, 16, 9, 7), []
+    module.to_k.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    with PatchStack() as stack:
+        chunked_map(monkeypatch, stack, module)
+        module(x)
+    assert seen == keys
 
 
 def test_chunks_of_a_map_that_was_passed_on_are_written_over_it(monkeypatch):

@@ -1,8 +1,10 @@
 """What holds of families of autoencoders, on one of each: a new one is a line here, and what is its own elsewhere."""
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import accelerate
@@ -16,13 +18,15 @@ import test_tiny
 import test_vq
 import torch
 from diffusers.hooks.group_offloading import GroupOffloadingType
+from diffusers.image_processor import VaeImageProcessor
 from test_weights import cpu_as_accelerator, offload_on_a_stream  # noqa: F401  fixtures
 
 import halves
 from conftest import quiet
-from halves import HALVES, MODES, cut_up, error, in_pieces, latent, live, patched, picture
+from halves import HALVES, MODES, Bar, cut_up, error, in_pieces, latent, live, patched, picture
 from largerespatch import LargeResPatch
 from largerespatch.core import calls
+from largerespatch.memory import planner
 
 EVERY_WAY = (halves.model_offload, halves.sequential_offload, halves.leaf_group_offload)
 
@@ -117,6 +121,39 @@ def test_the_estimate_is_what_a_real_run_holds(name, mode, half):
     assert getattr(patch.estimate(patched=False), half) == pytest.approx(bare, rel=0.1)
 
 
+BUILT = {name: (case.build, 8) for name, case in CASES.items()} | {
+    "VQ": (test_vq.vae, 4),
+    "Wan": (partial(test_causal.autoencoder, "Wan"), 8),
+    "Wan 2.2": (partial(test_causal.autoencoder, "Wan 2.2"), 16),
+    "tiny": (test_tiny.autoencoder, 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, mode) for name in BUILT for mode in ("exact", "two-pass") if (name, mode) != ("Wan 2.2", "exact")],
+)  # of which only the picture itself counts at this width
+def test_a_limit_picks_savers_that_fit_and_refuses_what_does_not(name, mode, monkeypatch):
+    monkeypatch.setattr(planner, "margin", lambda limit: 0)  # larger than these models
+    build, factor = BUILT[name]
+    vae = build()
+    pipe = SimpleNamespace(components={"vae": vae}, vae=vae, progress_bar=Bar, image_processor=VaeImageProcessor())
+    width, height = 160 * factor, 128 * factor
+    plan = partial(LargeResPatch, pipe, width, height, vae_mode=mode)
+    savers = planner.VAE_SAVERS[mode]
+    least = {key: value for saver in savers for key, value in saver.settings.items() if key != "vae_offload"}
+    most, needed = plan(memory_limit=None).estimate().peak, plan(memory_limit=None, **least).estimate().peak
+    assert needed < most
+    limit = (needed + most) // 2
+    patch = plan(memory_limit=limit)
+    picked = {key: getattr(patch.options, key) for key in least if getattr(patch.options, key) == least[key]}
+    assert picked and patch.estimate().peak <= limit
+    with pytest.raises(ValueError, match=f"does not fit {width}x{height} .* the largest image of this") as refused:
+        plan(memory_limit=needed - 1)
+    smaller = map(int, str(refused.value).split()[-1].split("x"))
+    assert LargeResPatch(pipe, *smaller, vae_mode=mode, memory_limit=needed - 1).estimate().peak < needed
+
+
 HOOKED = {"Wan": (partial(test_causal.autoencoder, "Wan"), test_causal.inputs, HALVES)}
 HOOKED |= {"tiny": (test_tiny.autoencoder, lambda run, *size: halves.INPUTS[run](*size), test_tiny.HALVES)}
 
@@ -140,10 +177,15 @@ def test_groups_that_come_ahead_on_a_stream_are_there_for_every_piece(name, mode
                 assert torch.equal(result, runs[run](unhooked, inputs(run, 1, 9, 7)))
 
 
-@pytest.mark.parametrize("name", HOOKED)
+EACH = {name: (case.build, case.inputs, case.runs) for name, case in CASES.items()} | HOOKED
+SMALL = {"vae_chunk_size_x": 4, "vae_chunk_size_y": 5}
+IN_ALL = pytest.mark.parametrize(("name", "run"), [(name, run) for name, (*_, runs) in EACH.items() for run in runs])
+
+
+@IN_ALL
 @MODES
-def test_the_hook_of_model_offload_is_called_for_encode_and_decode(name, mode):
-    (build, inputs, runs), calls = HOOKED[name], []
+def test_the_hook_of_model_offload_is_called_for_encode_and_decode(name, run, mode):
+    (build, inputs, runs), calls = EACH[name], []
 
     class Noting(accelerate.hooks.ModelHook):
         def pre_forward(self, module, *args, **kwargs):
@@ -152,7 +194,32 @@ def test_the_hook_of_model_offload_is_called_for_encode_and_decode(name, mode):
 
     vae = build()
     accelerate.hooks.add_hook_to_module(vae, Noting())
-    with in_pieces(vae, 5, 4, vae_mode=mode):
-        for run in runs:
-            runs[run](vae, inputs(run, 1, 9, 7))
-    assert calls == [vae, vae]
+    with patched(vae, vae_mode=mode, **SMALL):
+        cut_up(lambda: runs[run](vae, inputs(run, 1, 9, 7)))
+    assert calls == [vae]
+
+
+@IN_ALL
+def test_upstreams_tiling_and_slicing_are_off_meanwhile(name, run):
+    build, inputs, runs = EACH[name]
+    vae, x = build(), inputs(run, 2, 9, 7)
+    expected = runs[run](vae, x)
+    own = [each for each in ("tiling", "slicing") if hasattr(vae, f"use_{each}")]
+    for each in own:
+        getattr(vae, f"enable_{each}")()
+    with patched(vae, vae_mode="exact", **SMALL):
+        assert not any(getattr(vae, f"use_{each}") for each in own)
+        assert error(cut_up(lambda: runs[run](vae, x)), expected) < 1e-4
+    assert all(getattr(vae, f"use_{each}") for each in own)
+
+
+@IN_ALL
+def test_weights_may_be_cast_meanwhile_as_pipelines_do_that_upcast(name, run):
+    build, inputs, runs = EACH[name]
+    vae, x = build().half(), inputs(run, 1, 9, 7)
+    expected = runs[run](copy.deepcopy(vae).float(), x)
+    with patched(vae, vae_mode="exact", **SMALL):
+        result = cut_up(lambda: runs[run](vae.float(), x))
+        vae.half()
+    assert result.dtype == torch.float32 and error(result, expected) < 1e-4
+    assert vae.dtype == torch.float16

@@ -186,8 +186,18 @@ def test_a_hook_that_keeps_what_it_is_given_keeps_what_is_right():
 
 def test_it_is_told():
     assert told(vae(), vae_mode="exact", vae_recompute=True) == {"encoder and decoder exactly, in strips of 10 rows"}
+    deep = vae(
+        SHAPE
+        | {
+            "block_types": "ResBlock",
+            "block_out_channels": (4,) * 6,
+            "layers_per_block": (1,) * 6,
+            "qkv_multiscales": ((),) * 6,
+        }
+    )
+    assert told(deep, vae_mode="exact") == {"encoder and decoder exactly, in strips of 32 rows"}
     assert told(vae(), vae_attn="blocked", vae_offload=True) == {
-        "encoder and decoder exactly, in one pass over tiles of 10x10 latent pixels, whole maps on the host"
+        "encoder and decoder exactly, in one pass over tiles of at most 10x10 latent pixels, whole maps on the host"
     }
 
 

@@ -22,7 +22,7 @@ from largerespatch.autoencoders import kl
 from largerespatch.core.hosts import Host, HostRows
 from largerespatch.core.planes import Map
 from largerespatch.denoisers import unet as unets
-from largerespatch.techniques import attention, context, key_runs
+from largerespatch.techniques import chunked_attention, context, key_runs
 from test_patch import SMALL, fingerprint
 
 FLAT = SMALL | {"unet_offload": "maps", "unet_strip_rows": 3, "vae_offload": True}
@@ -185,7 +185,7 @@ def test_only_the_host_holds_more_for_a_larger_image(monkeypatch):
 @pytest.mark.parametrize("mode", ["exact", "two-pass"])
 def test_a_decode_holds_less_than_one_map_of_the_latents_size(mode, monkeypatch):
     """Attention to all of it included."""
-    monkeypatch.setattr(attention, "QUERIES", 256)
+    monkeypatch.setattr(chunked_attention, "QUERIES", 256)
     monkeypatch.setattr(key_runs, "KEYS", 256)
     vae, latent, bar = (
         tiny.vae(block_out_channels=(4, 4, 32, 32), norm_num_groups=4),

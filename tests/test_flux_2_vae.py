@@ -1,10 +1,11 @@
 """Flux 2's autoencoder: `AutoencoderKL`'s encoder and decoder. The batch norm over packed latents is outside of it."""
 
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
 from test_kl import flux_2
 
+import tiny
 from conftest import quiet
-from halves import MODES, cut_up, error, latent, live, patched
+from halves import MODES, cut_up, latent, live, patched
 
 
 @MODES
@@ -15,16 +16,23 @@ def test_half_of_the_untiled_memory_is_enough(mode):
         assert live(lambda: cut_up(lambda: model.decode(z))) <= 0.5 * untiled
 
 
-def test_upstreams_slicing_is_off_meanwhile():
-    model, z = flux_2(), latent(2, 24, 20)
-    expected = model.decode(z).sample
-    model.enable_slicing()
-    with patched(model, vae_mode="exact"):
-        assert not model.use_slicing
-        assert error(model.decode(z).sample, expected) < 1e-4
-    assert model.use_slicing
-
-
-def pipeline():
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "transformer"))
+def pipeline(transformer=None):
+    parts = {"transformer": transformer, "text_encoder": None, "tokenizer": None}
     return quiet(Flux2Pipeline(vae=flux_2(), scheduler=FlowMatchEulerDiscreteScheduler(), **parts))
+
+
+def whole_pipeline():
+    """With a denoiser for its packed latents."""
+    return pipeline(
+        tiny.frozen(
+            Flux2Transformer2DModel,
+            23,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 4, 4, 4),
+        )
+    )

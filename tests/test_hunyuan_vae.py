@@ -27,7 +27,7 @@ from largerespatch import LargeResPatch
 from largerespatch.autoencoders.hunyuan_image import HunyuanImage
 from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
-from largerespatch.techniques import attention
+from largerespatch.techniques import chunked_attention
 
 
 def vae(**changes):
@@ -116,7 +116,8 @@ def test_half_of_the_untiled_memory_is_enough(half):
     untiled = live(lambda: HALVES[half](model, x))
     for mode in ("exact", "two-pass"):
         with patched(model, vae_mode=mode, vae_chunk_size_x=8, vae_chunk_size_y=8):
-            most = 0.55 if half == "encode" else 0.5
+            # A halved map and the one that it is made of are half of what there is untiled; strips come on top.
+            most = 0.58 if half == "encode" and mode == "exact" else 0.5
             assert live(lambda: HALVES[half](model, x)) <= most * untiled, mode
 
 
@@ -124,10 +125,10 @@ def test_half_of_the_untiled_memory_is_enough(half):
 def test_attention_in_chunks_of_queries_is_exact(monkeypatch, half):
     model, x, run = vae(), INPUTS[half](2, 24, 20), HALVES[half]
     expected, chunks = run(model, x), []
-    monkeypatch.setattr(attention, "QUERIES", 50)
-    cut = attention.ChunkedAttention._cut
+    monkeypatch.setattr(chunked_attention, "QUERIES", 50)
+    cut = chunked_attention.ChunkedAttention._cut
     monkeypatch.setattr(
-        attention.ChunkedAttention, "_cut", lambda self, *size: chunks.append(cut(self, *size)) or chunks[-1]
+        chunked_attention.ChunkedAttention, "_cut", lambda self, *size: chunks.append(cut(self, *size)) or chunks[-1]
     )
     with patched(model, vae_mode="exact"):
         assert error(run(model, x), expected) < 1e-4
@@ -184,7 +185,7 @@ def test_a_hook_that_keeps_what_it_is_given_keeps_what_is_right():
 def test_it_is_told():
     assert told(vae(), vae_mode="exact", vae_recompute=True) == {"encoder and decoder exactly, in strips of 10 rows"}
     expected = {
-        "encoder and decoder in two passes over tiles of 10x10 latent pixels, whole maps on the host",
+        "encoder and decoder in two passes over tiles of at most 10x10 latent pixels, whole maps on the host",
         "its attention in blocks",
     }
     assert told(vae(), vae_attn="blocked", vae_offload=True) == expected

@@ -12,6 +12,7 @@ from largerespatch.core.maps import ComputedMap, JoinedMap, StoredMap, taken
 from largerespatch.core.pieces import assemble
 from largerespatch.core.planes import Map, fetch, part, whole
 from largerespatch.core.tilings import Tile
+from largerespatch.techniques.strips import Strips
 
 MAP = 16 * 64 * 64 * 4  # bytes
 
@@ -424,3 +425,17 @@ def test_sums_and_products_are_formed_in_the_memory_of_a_map_that_was_passed_on(
     assert torch.equal(kept * mask, plane * mask) and torch.equal(kept + 0, plane)
     wider = torch.rand(2, 3, 4, 1)  # not cut as the map is
     assert torch.equal(StoredMap.of(plane.clone(), passing=True) * wider, plane * wider)
+
+
+@pytest.mark.parametrize("height", [6, 7])
+@pytest.mark.parametrize("relu", [torch.relu, torch.Tensor.relu])
+def test_what_relu_makes_of_a_map_is_computed_where_it_is_read(height, relu):
+    x = torch.randn(2, 3, height, 5)
+    plane = StoredMap.of(x, passing=True)
+    seen = relu(plane)
+    assert isinstance(seen, ComputedMap) and torch.equal(whole(plane), x)
+    assert torch.equal(whole(seen), x.relu())
+    assert Strips(2, False).cut(seen)[-1].bottom == height
+    plane.claim()
+    with pytest.raises(RuntimeError, match="was passed on"):
+        whole(seen)

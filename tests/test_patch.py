@@ -346,7 +346,7 @@ def test_the_patch_keeps_no_pipeline_alive():
 
 REPR = """\
 LargeResPatch on StableDiffusionPipeline, 96x64 sample pixels, not active
-  vae (AutoencoderKL): encoder and decoder in two passes over tiles of 64x64 latent pixels
+  vae (AutoencoderKL): encoder and decoder in two passes over tiles of at most 64x64 latent pixels
   unet (UNet2DConditionModel): 4 self-attentions in bricks of 128x64 and 64x128 tokens with 512 of context on \
 maps of over 16384, 4 feed-forwards in chunks of 32768 tokens"""
 

@@ -62,14 +62,23 @@ def test_where_nothing_needs_blocking_the_result_is_the_unpatched_one(case, call
     assert not cut(calls)
 
 
+def state(pipe):
+    """All but what autoencoders of films put into themselves in every call: frames of theirs that came before."""
+    own = ("_conv_num", "_conv_idx", "_feat_map")
+    return {
+        place: (kind, [each for each in attributes if not each[0].endswith(own)], *others)
+        for place, (kind, attributes, *others) in fingerprint(pipe).items()
+    }
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_all_is_blocked_and_restored(case, calls):
     pipe, expected = build(case)
-    before = fingerprint(pipe)
+    before = state(pipe)
     with LargeResPatch(pipe, SIZE, SIZE, **SMALL):
         patched = run(pipe, CASES[case].arguments)
-    assert cut(calls) == CASES[case].cuts
-    assert fingerprint(pipe) == before
+    assert cut(calls) & CASES[case].about == CASES[case].cuts
+    assert state(pipe) == before
     assert patched.shape == expected.shape
     assert patched.isfinite().all()
     assert not torch.equal(patched, expected)
@@ -87,7 +96,7 @@ def test_what_is_exact_gives_the_unpatched_result(case, calls):
     pipe, expected = build(case)
     with LargeResPatch(pipe, SIZE, SIZE, **EXACT):
         torch.testing.assert_close(run(pipe, CASES[case].arguments), expected, rtol=0, atol=2e-3)
-    assert cut(calls) == CASES[case].cuts - {"attention"}
+    assert cut(calls) & CASES[case].about == CASES[case].cuts - {"attention"}
 
 
 def test_the_xl_vae_runs_upcast_and_comes_back_in_half_precision(calls):

@@ -46,3 +46,10 @@ def test_what_runs_whole_is_counted_at_its_largest():
     # Before the last: the first convolution and the middle, 32 channels; before the first an upsampler to 4 x 4 cells.
     assert last.whole_bytes(10, 20, batch=2, itemsize=4) == 3 * 32 * 200 * 2 * 4
     assert first.whole_bytes(10, 20, batch=2, itemsize=4) == 3 * 32 * 16 * 200 * 2 * 4
+
+
+def test_what_is_in_tiles_is_counted_with_the_halo():
+    first = decoder_splits(sd_like(block_out_channels=(8, 16, 32, 32)).decoder)[0]
+    # The last two up blocks: 32 channels to 16 on the doubled map, where its upsampler has 16 on one doubled again.
+    assert first.halo == 10
+    assert first.tile_values(20, 30) == 16 * 16 * (20 + 20) * (30 + 20) / 4

@@ -270,7 +270,10 @@ def test_a_pipeline_paints_the_untiled_picture(mode):
 
 @pytest.mark.parametrize(
     ("mode", "says"),
-    [("exact", "exactly, in strips of 5 rows"), ("two-pass", "exactly, in one pass over tiles of 7x5 latent pixels")],
+    [
+        ("exact", "exactly, in strips of 5 rows"),
+        ("two-pass", "exactly, in one pass over tiles of at most 7x5 latent pixels"),
+    ],
 )
 def test_repr_says_how(mode, says):
     text = repr(LargeResPatch(pipeline(), 96, 64, vae_mode=mode, vae_chunk_size_x=7, vae_chunk_size_y=5))

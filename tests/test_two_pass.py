@@ -207,6 +207,14 @@ def test_the_plane_is_split_by_what_fits_whole(monkeypatch):
     assert by_limit == {10**9: 4, 10**6: 3, 1: 2}
 
 
+@pytest.mark.parametrize(("fitting", "grid"), [((32, 32), 2 * 2), ((16, 32), 4 * 2), ((16, 16), 4 * 3)])
+def test_tiles_that_would_be_too_large_are_halved_as_often_as_need_be(monkeypatch, fitting, grid):
+    vae, x = tiny.vae(), latent(1, 64, 48)
+    split = decoder_splits(vae.decoder)[-1]
+    monkeypatch.setattr(room, "TILE_VALUES", split.tile_values(*fitting))
+    assert len(TwoPass(vae.decoder, "decoder", [split], cutting((32, 32)))._windows(x, split)) == grid
+
+
 @BOTH
 @pytest.mark.parametrize("wrap", [False, True])
 @pytest.mark.parametrize("split", range(LEVELS - 1))

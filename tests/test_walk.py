@@ -1,6 +1,7 @@
 """The walk through an encoder or decoder equals the untiled one, and keeps its promise about memory."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -259,3 +260,11 @@ def test_pieces_have_no_gradients_and_say_so(half):
         ):
             run(vae, x)
         assert not run(vae, x.detach()).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("tile", "factor", "rows"),
+    [(5, 8, 5), (64, 8, 64), (5, 4, 5), (3, 32, 12), (8, 32, 32), (24, 16, 32), (64, 32, 64)],
+)
+def test_strips_have_enough_rows_where_a_tile_has_few_latent_pixels(tile, factor, rows):
+    assert replace(cutting((tile, 9)), factor=factor).strip_height == rows

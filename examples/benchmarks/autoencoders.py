@@ -62,6 +62,21 @@ AUTOENCODERS: dict[str, Published] = {
     "AutoencoderKLFlux2": (AutoencoderKLFlux2, {}, 32, 8),
     "AutoencoderKLQwenImage": (AutoencoderKLQwenImage, {}, 16, 8),
     "AutoencoderKLWan": (AutoencoderKLWan, {}, 16, 8),
+    "AutoencoderKLWan (2.2)": (
+        AutoencoderKLWan,
+        {
+            "base_dim": 160,
+            "decoder_base_dim": 256,
+            "z_dim": 48,
+            "in_channels": 12,
+            "out_channels": 12,
+            "is_residual": True,
+            "patch_size": 2,
+            "scale_factor_spatial": 16,
+        },
+        48,
+        16,
+    ),
     "AutoencoderKLHunyuanImage": (
         AutoencoderKLHunyuanImage,
         {

@@ -48,6 +48,12 @@ class Asymmetric(KL):
         unshown.shown = Exact(half, path, cutting, options.vae_recompute, host)
         return unshown
 
+    def way(self, options: Any, in_pieces: Exact | TwoPass) -> str:
+        way = super().way(options, in_pieces)
+        if isinstance(in_pieces, Exact):
+            return way
+        return f"{way} (a decoder that is shown a picture exactly, in strips of {in_pieces.cutting.strip_height} rows)"
+
     def call(self, stage: str, model: Any, pipe: Any, height: int, width: int) -> None:
         if stage == "encode" or "mask_image" not in takes(type(pipe).__call__):
             return super().call(stage, model, pipe, height, width)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import torch
@@ -22,12 +23,19 @@ from ..techniques.frames import (
     is_causal,
 )
 from ..techniques.halves import InPieces
-from ..techniques.stages import Split, decoder_splits, encoder_splits
+from ..techniques.stages import Split, decoder_splits, encoder_splits, measure
 from ..techniques.strips import reach
 from ..techniques.walk import CONTAINERS, Walk, WalkedPointwise, WalkedResample, WalkedWhole, register_way
 from .kl import HALVES, KL
 
 KINDS = ("QwenImage", "Wan")
+
+# What pieces must know the inside of: that such a block is its convolutions, and a shortcut that moves cells within
+# squares of four, of which a frame alone or the first has its own.
+LEANS_ON = tuple(
+    f"diffusers.models.autoencoders.autoencoder_kl_wan.{name}.forward"
+    for name in ("WanResidualDownBlock", "WanResidualUpBlock", "AvgDown3D", "DupUp3D")
+)
 
 CONTAINERS |= {f"{kind}{name}" for kind in KINDS for name in ("Encoder3d", "Decoder3d", "MidBlock", "UpBlock")}
 
@@ -72,14 +80,22 @@ class Causal(KL):
         return FrameAttention(Projections(query, others, scale=module.dim**-0.5), blocking, layer)
 
     def image(self, model: Any, height: int, width: int) -> torch.Tensor:
-        return new_like(model)(1, model.encoder.conv_in.in_channels, 1, height, width)
+        return new_like(model)(1, model.encoder.conv_in.in_channels // _patch(model) ** 2, 1, height, width)
 
     def latent(self, model: Any, pipe: Any, height: int, width: int) -> torch.Tensor:
         size = latent_size(pipe, factor_of(pipe), height, width)
         return new_like(model)(1, model.config.z_dim, 1, *size)
 
     def factor(self, model: Any) -> int:
+        return self.latent_scale(model) * _patch(model)
+
+    def latent_scale(self, model: Any) -> int:
         return int(2 ** (len(model.config.dim_mult) - 1))
+
+
+def _patch(model: Any) -> int:
+    """Sample pixels, along each axis, of which one cell of what is encoded is made (Wan 2.2)."""
+    return getattr(model.config, "patch_size", None) or 1
 
 
 def _is_kind(module: Any, name: str) -> bool:
@@ -91,9 +107,9 @@ def _attends(module: nn.Module) -> bool:
 
 
 def _is_known(half: Any) -> bool:
-    """Whether attention occurs in the mid block only, and no block has a shortcut around its resampler (Wan 2.2's)."""
+    """Whether attention occurs in the mid block only."""
     blocks = getattr(half, "down_blocks", None) or half.up_blocks
-    return not any(_attends(module) or hasattr(module, "avg_shortcut") for module in blocks.modules())
+    return not any(map(_attends, blocks.modules()))
 
 
 def _planes(half: nn.Module, path: str, mode: str) -> dict[str, tuple[nn.Module, Any]]:
@@ -103,7 +119,7 @@ def _planes(half: nn.Module, path: str, mode: str) -> dict[str, tuple[nn.Module,
         name = type(module).__name__
         if is_causal(module):
             found[place] = module, PlaneConvolution(module, mode)
-        elif name.endswith("Resample") or (name.endswith("RMS_norm") and _has_frames(module)):
+        elif name.endswith(("Resample", "AvgDown3D", "DupUp3D")) or (name.endswith("RMS_norm") and _has_frames(module)):
             found[place] = module, as_frame
     return found
 
@@ -127,6 +143,10 @@ def _strip_by_strip(module: Any, walk: Walk) -> Any:
             return WalkedResample(walk, Fraction(2), halo=1)
         case "Resample" if module.mode.startswith("down"):
             return WalkedResample(walk, Fraction(1, 2), halo=2)
+        case "ResidualDownBlock" | "ResidualUpBlock":  # a shortcut around all that they do: as one
+            measured = measure(module)
+            step = measured.scale.denominator
+            return WalkedResample(walk, measured.scale, halo=step * ceil(measured.reach / step))
         case "AttentionBlock":
             return WalkedWhole(walk)
     return None

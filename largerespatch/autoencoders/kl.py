@@ -8,8 +8,9 @@ from torch import nn
 
 from ..core.families import Order, Site, register
 from ..core.hosts import Host
-from ..techniques.attention import Blocking, blocking_of, in_blocks_or_chunks
+from ..techniques.attention import Blocking, blocking_of
 from ..techniques.attention_sites import attends_map
+from ..techniques.chunked_attention import in_blocks_or_chunks
 from ..techniques.halves import Cutting, Exact
 from ..techniques.padding import padding_sites, reflection_sites
 from ..techniques.stages import Split, decoder_splits, encoder_splits
@@ -43,21 +44,22 @@ class KL(AnyAutoencoder):
     def _half(self, model: Any, which: str, name: str, in_turns: bool, options: Any, pipe: Any) -> Iterator[Site]:
         half, path = self.half(model, which, name)
         encodes = which == "encoder"
+        factor, scale = self.factor(model), self.latent_scale(model) if encodes else 1
         cutting = Cutting(
             tile_height=options.vae_chunk_size_y,
             tile_width=options.vae_chunk_size_x,
-            latent_scale=self.factor(model) if encodes else 1,
+            latent_scale=scale,
             wrap=options.padding_mode == "circular",
             progress_bar=pipe.progress_bar,
             title=f"VAE {which}",
             in_turns=in_turns,
+            factor=factor,
         )
         host = Host() if options.vae_offload else None
         in_pieces = self.in_pieces(half, path, encodes, cutting, host, options)
-        yield Site(half, path, Order.IN_STAGES, in_pieces, says=_way(options, in_pieces))
-        scale = 1 if encodes else self.factor(model)
-        least = self.reflected * self.factor(model) // scale
-        yield from reflection_sites(half, path, options.padding_mode, least, scale, self.reflected)
+        yield Site(half, path, Order.IN_STAGES, in_pieces, says=self.way(options, in_pieces))
+        least = self.reflected * scale
+        yield from reflection_sites(half, path, options.padding_mode, least, factor // scale, self.reflected)
         yield from self.attention(half, path, options)
 
     def in_pieces(
@@ -88,6 +90,17 @@ class KL(AnyAutoencoder):
         """What goes there, the `layer`-th one; `blocking` is None where that is to run in chunks."""
         return in_blocks_or_chunks(module, blocking, layer)
 
+    def way(self, options: Any, in_pieces: Exact | TwoPass) -> str:
+        """What `repr` says of both halves."""
+        if isinstance(in_pieces, Exact):
+            way = f"exactly, in strips of {in_pieces.cutting.strip_height} rows"
+            way += ", largest maps recomputed" if in_pieces.recompute else ""
+        else:
+            size = f"tiles of at most {options.vae_chunk_size_x}x{options.vae_chunk_size_y} latent pixels"
+            passes = {1: "exactly, in one pass", 2: "in two passes"}
+            way = f"{passes.get(in_pieces.passes, f'in {in_pieces.passes} passes')} over {size}"
+        return f"encoder and decoder {way}" + (", whole maps on the host" if options.vae_offload else "")
+
     def half(self, model: Any, which: str, name: str) -> tuple[Any, str]:
         """The encoder or decoder, or what of it runs in pieces, and its path."""
         return getattr(model, which), f"{name}.{which}"
@@ -95,16 +108,9 @@ class KL(AnyAutoencoder):
     def factor(self, model: Any) -> int:
         return int(2 ** (len(model.config.block_out_channels) - 1))
 
-
-def _way(options: Any, in_pieces: Exact | TwoPass) -> str:
-    if isinstance(in_pieces, Exact):
-        way = f"exactly, in strips of {options.vae_chunk_size_y} rows"
-        way += ", largest maps recomputed" if in_pieces.recompute else ""
-    else:
-        size = f"tiles of {options.vae_chunk_size_x}x{options.vae_chunk_size_y} latent pixels"
-        passes = {1: "exactly, in one pass", 2: "in two passes"}.get(in_pieces.passes, f"in {in_pieces.passes} passes")
-        way = f"{passes} over {size}"
-    return f"encoder and decoder {way}" + (", whole maps on the host" if options.vae_offload else "")
+    def latent_scale(self, model: Any) -> int:
+        """Cells of what the encoder is given to a latent pixel: sample pixels, unless these are packed before."""
+        return self.factor(model)
 
 
 def _is_known(model: Any) -> bool:

@@ -1,7 +1,6 @@
 """Kandinsky's `VQModel`: as `AutoencoderKL`, but for attention in blocks, too, and norms that look at the latent."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +10,14 @@ from diffusers.models.resnet import ResnetBlockCondNorm2D
 from torch import nn
 
 from ..core.families import Order, Site, register
+from ..core.maps import StoredMap
 from ..core.patching import PatchStack
 from ..core.planes import whole
 from ..core.statistics import GivenStatistics, GroupStatistics
 from ..core.tilings import Tile
 from ..techniques.alike import looking_there, piece
-from ..techniques.attention import BlockedAttention, Blocking, in_blocks_or_chunks
+from ..techniques.attention import BlockedAttention, Blocking
+from ..techniques.chunked_attention import in_blocks_or_chunks
 from ..techniques.stages import Split, decoder_splits, encoder_splits
 from ..techniques.strips import Forward, TimeTerms, bare
 from ..techniques.walk import CONTAINERS, Walk, WalkedPointwise, WalkedResnet, register_way
@@ -93,16 +94,8 @@ class LookingResnet(WalkedResnet):
     ) -> torch.Tensor:
         if self.strips.is_one(input_tensor):
             return original(input_tensor, temb)
-        with self._looking_at(temb):
-            return self.run(input_tensor, TimeTerms)
-
-    @contextmanager
-    def _looking_at(self, latent: torch.Tensor) -> Iterator[None]:
-        self.latent = latent
-        try:
-            yield
-        finally:
-            self.latent = None
+        self.latent = temb
+        return self.run(input_tensor, TimeTerms)
 
     def groups(self, norm: Any) -> int:
         return int(norm.norm_layer.num_groups)
@@ -137,7 +130,7 @@ class LookingAttention:
         with PatchStack() as stack:
             for name, value in (("spatial_norm", None), ("residual_connection", False)):
                 stack.set(self.module, name, value, name)
-            result: torch.Tensor = self.technique(original, normalized)
+            result: torch.Tensor = self.technique(original, StoredMap.of(normalized, passing=True))
         return result + plane / self.module.rescale_output_factor if self.module.residual_connection else result
 
 

@@ -328,6 +328,13 @@ def _turn(func: object, plane: Map, *axes: Any, **named: Any) -> Any:
     return TurnedMap.of(plane) if axes == (1, -1) and not named else NotImplemented
 
 
+def _activate(func: Callable[..., torch.Tensor], plane: Map, *more: Any, **named: Any) -> Any:
+    """``relu(map)``, of rows when they are read: the map itself may be wanted, too."""
+    return (
+        NotImplemented if more or named else ComputedMap(plane.shape, plane, lambda runs: map(func, plane.fetch(runs)))
+    )
+
+
 def _make_like(func: Callable[..., torch.Tensor], plane: Map, *args: Any, **kwargs: Any) -> torch.Tensor:
     return func(torch.empty(0, dtype=plane.dtype, device=plane.device), *args, **kwargs)
 
@@ -345,6 +352,7 @@ OPERATIONS |= {
     _TENSOR.__setitem__: _put,
     _TENSOR.to: _move,
     _TENSOR.movedim: _turn,
+    **dict.fromkeys((torch.relu, _TENSOR.relu), _activate),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenate),
     **dict.fromkeys((_TENSOR.new_empty, _TENSOR.new_zeros, _TENSOR.new_full, _TENSOR.new_ones), _make_like),
     **dict.fromkeys((torch.add, _TENSOR.add, _TENSOR.__add__, _TENSOR.__radd__), _combine),

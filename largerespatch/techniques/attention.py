@@ -3,15 +3,12 @@
 Approximate. Without context it equals dense attention under a block mask, to rounding, because projections act on
 single tokens. What one step separates another one joins (see `largerespatch.core.tilings`), so information crosses the
 whole map. The context makes up for most of what a block cannot see.
-
-A VAE's attention to its whole map runs in chunks of its queries: the exact case, where every tile sees all.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,16 +24,11 @@ from diffusers.models.attention_processor import (
 from ..core.maps import StoredMap, taken
 from ..core.pieces import assemble, rehearsing
 from ..core.statistics import sharing_statistics
-from ..core.tilings import COVERS, PHASES, Tile, Tiling, even_cuts
+from ..core.tilings import COVERS, PHASES, Tile, Tiling
 from ..core.tokens import TokenMap, tile_by_tile
 from .context import Context
-from .key_runs import KeysInRuns
 from .log_weights import WeightedKeys
 from .notes import MapNote, StepNote
-
-# Queries of a chunk: enough to keep a device busy, and to make the projection of the keys for each chunk a small part.
-# An H200 takes 1.6 microseconds a query of 512 channels in chunks of 2^12, 0.96 in those of 2^13, 1.0 to 1.1 in larger.
-QUERIES = 2**13
 
 # Processors that take the keys of self-attention from ``encoder_hidden_states`` too, where these are given. Others
 # (fused projections, perturbed-attention guidance, what users write) need not.
@@ -273,64 +265,6 @@ class BlockedAttention:
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-class ChunkedAttention(BlockedAttention):
-    """Attention to a whole map in chunks of `QUERIES`: exact, to rounding. In the mid blocks of VAEs.
-
-    Keys are the same for all chunks; they are projected anew for each chunk rather than kept, which is little work
-    beside the attention to them. Smaller maps and calls that are differentiated or that bring something else along go
-    through the original. Of a map that is on the host, and stays there, keys come in runs.
-    """
-
-    sees_tiles = False
-
-    def __init__(self, attention: Attention) -> None:
-        super().__init__(attention, Blocking("tile", 1, 1, QUERIES), StepNote(), 0)
-
-    def applies(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> bool:
-        alone = all(value is None for value in (*others, *named.values()))
-        known = type(self.attention.processor) in TAKES_OTHER_KEYS
-        return alone and known and self._is_large(hidden_states) and not torch.is_grad_enabled()
-
-    def _cut(self, height: int, width: int) -> Tiling:
-        return Tiling(even_cuts(height, max(QUERIES // width, 1)), even_cuts(width, QUERIES))
-
-    def _comes_in_tiles(self, plane: StoredMap) -> bool:
-        # Others compute their scores themselves.
-        return super()._comes_in_tiles(plane) and type(self.attention.processor) is AttnProcessor2_0
-
-    def _attending(
-        self, original: Forward, tokens: torch.Tensor, size: tuple[int, int], kwargs: dict[str, Any]
-    ) -> Callable[[torch.Tensor, Tile], torch.Tensor]:
-        if isinstance(tokens, TokenMap):
-            return partial(self._attend_in_runs, original, tokens)
-        keys = self._prepared(tokens).contiguous()
-        return lambda block, tile: original(block, encoder_hidden_states=keys)
-
-    def _attend_in_runs(self, original: Forward, tokens: TokenMap, block: torch.Tensor, tile: Tile) -> torch.Tensor:
-        with KeysInRuns(tokens, self._keys_and_values):
-            return original(block)
-
-    def _keys_and_values(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of tokens ``[B, n, C]``, as ``[B, heads, n, C]``."""
-        key, value = (
-            each.view(*each.shape[:2], self.attention.heads, -1).transpose(1, 2)
-            for each in self._projected(self._prepared(tokens))
-        )
-        norm = self.attention.norm_k
-        return key if norm is None else norm(key), value
-
-    def _projected(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Keys and values of normalized tokens."""
-        return self.attention.to_k(tokens), self.attention.to_v(tokens)
-
-
-def in_blocks_or_chunks(attention: Any, blocking: Blocking | None, layer: int) -> BlockedAttention:
-    """For an attention to a map, the `layer`-th of its model: in chunks where it is not said how it is blocked."""
-    if blocking is None:
-        return ChunkedAttention(attention)
-    return BlockedAttention(attention, blocking, StepNote(), layer)
 
 
 def blocking_of(options: Any) -> Blocking:

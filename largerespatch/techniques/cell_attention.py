@@ -10,15 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from ..core.pieces import assemble
-from ..core.tilings import Tile
-from ..core.tokens import TokenMap
-from .attention import BlockedAttention, Blocking, ChunkedAttention, Forward
+from .attention import BlockedAttention, Blocking, Forward
+from .chunked_attention import ChunkedAttention, OtherKeys
 from .notes import StepNote
 
 
@@ -48,33 +44,13 @@ class Projections:
 
 
 class ChunkedCells(ChunkedAttention):
-    """In chunks of queries, whose keys and values come chunk by chunk as well, once, and are kept: exact, to rounding.
-
-    What is projected jointly would be large for a whole map.
-    """
-
-    def _attending(
-        self, original: Forward, tokens: torch.Tensor, size: tuple[int, int], kwargs: dict[str, Any]
-    ) -> Callable[[torch.Tensor, Tile], torch.Tensor]:
-        if isinstance(tokens, TokenMap):
-            return super()._attending(original, tokens, size, kwargs)
-        cells = tokens.view(len(tokens), *size, -1)
-
-        def projected(tile: Tile) -> tuple[torch.Tensor, ...]:
-            block = self._prepared(cells[:, tile.rows, tile.columns].flatten(1, 2))
-            return tuple(each.unflatten(1, tile.size()) for each in self.attention.to_others(block))
-
-        kept = assemble(
-            self._cut(*cells.shape[1:3]),
-            projected,
-            place=lambda tile: (slice(None), tile.rows, tile.columns),
-            make=lambda some: tuple(each.new_empty(*cells.shape[:3], each.shape[-1]) for each in some),
-        )
-        keys_and_values = [each.flatten(1, 2) for each in kept]
-        return lambda block, tile: original(block, keys_and_values=keys_and_values)
+    """In chunks of queries. What is projected jointly would be large for a whole map."""
 
     def _projected(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
         return self.attention.to_others(tokens)  # type: ignore[no-any-return]
+
+    def _attend(self, original: Forward, tokens: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
+        return original(tokens, keys_and_values=others)
 
 
 class CellAttention:
@@ -104,7 +80,7 @@ class CellAttention:
         if self.technique.applies(hidden_states):
             result: torch.Tensor = self.technique(partial(self._attend, original), hidden_states)
             return result
-        with OneHead():
+        with OtherKeys():
             return original(hidden_states)
 
     def _attend(
@@ -117,29 +93,8 @@ class CellAttention:
         """What the original makes of `tokens`, with given keys and values, or those of other tokens, normalized."""
         if encoder_hidden_states is not None:
             keys_and_values = self.projections.to_others(encoder_hidden_states)
-        with OneHead(*keys_and_values):
+        with OtherKeys(*keys_and_values):
             return _tokens(original(_column(tokens)))
-
-
-class OneHead(TorchFunctionMode):
-    """Gives ``F.scaled_dot_product_attention`` of tokens ``[B, N, C]`` a head, and other keys and values if given."""
-
-    def __init__(self, *others: torch.Tensor) -> None:
-        super().__init__()
-        self.others = others
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, *given = args
-        result = func(*map(_with_head, (query, *(self.others or given))), **(kwargs or {}))
-        return result if query.ndim == 4 else result[:, 0]
-
-
-def _with_head(tokens: torch.Tensor) -> torch.Tensor:
-    return tokens if tokens.ndim == 4 else tokens[:, None]
 
 
 def _column(tokens: torch.Tensor) -> torch.Tensor:

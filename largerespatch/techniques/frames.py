@@ -97,7 +97,7 @@ class OneFrame:
         with PatchStack() as stack:
             for path, (module, plane) in self.planes.items():
                 stack.wrap(module, "forward", plane, f"{path}.forward")
-            return self.in_pieces(original, sample[:, :, 0])[:, :, None]
+            return self.in_pieces(original, sample[:, :, 0], *args, **kwargs)[:, :, None]
 
     def _is_all(self, sample: torch.Tensor, feat_cache: Any) -> bool:
         """Whether there is this one frame and no other; of a call by itself only an empty cache says so."""

@@ -21,6 +21,10 @@ from .walk import Walk, WalkedUpsample, inner_modules, listen_everywhere, listen
 
 ProgressBar = Callable[..., AbstractContextManager[Any]]
 
+# Rows of a strip whose halo is so small a share of the work that larger ones save no time.
+ENOUGH_ROWS = 32
+COMMON_FACTOR = 8  # sample pixels of a latent pixel
+
 
 @dataclass(frozen=True)
 class Cutting:
@@ -28,7 +32,8 @@ class Cutting:
 
     `latent_scale` is the size of its input relative to the latent (1 for a decoder, 8 for SD's encoder), `wrap` says
     whether the plane's opposite edges are neighbours (circular padding), `progress_bar` is the pipeline's, called with
-    ``total``, and `title` goes with it. `in_turns` says whether the samples of a batch run one after another.
+    ``total``, and `title` goes with it. `in_turns` says whether the samples of a batch run one after another, `factor`
+    how many sample pixels a latent pixel measures.
     """
 
     tile_height: int
@@ -38,6 +43,16 @@ class Cutting:
     progress_bar: ProgressBar
     title: str
     in_turns: bool = False
+    factor: int = COMMON_FACTOR
+
+    @property
+    def strip_height(self) -> int:
+        """The rows of a strip, whatever the map: as many as a tile has latent pixels, if these were of common size.
+
+        Where they are larger a tile has few, and the halos of strips of few rows would be most of the work. But never
+        more than enough for that reason.
+        """
+        return max(self.tile_height, min(self.tile_height * self.factor // COMMON_FACTOR, ENOUGH_ROWS))
 
 
 class InPieces(ABC):
@@ -135,7 +150,7 @@ class Exact(InPieces):
     passes: whole maps are alive, about half as many as in the original.
 
     Args:
-        model, path, cutting, host: see above; strips have as many rows, on every map, as a tile has in latent pixels.
+        model, path, cutting, host: see above.
         recompute: at the finest level, where maps are largest, no map exists but the outputs of residual blocks: an
             upsampler's is computed three times and the one between two convolutions twice, strip by strip. Not so
             where a user's hook may keep what it is given. Weights that come to the device for that upsampler, or the
@@ -176,7 +191,7 @@ class Exact(InPieces):
         passing = not listeners(self.model)
         # What a hook may keep has to have memory of its own.
         finest = sample.shape[-2] * 2**self.doublings if passing else None
-        walk = Walk(self.cutting.tile_height, self.cutting.wrap, self.host, passing, finest, self.recompute)
+        walk = Walk(self.cutting.strip_height, self.cutting.wrap, self.host, passing, finest, self.recompute)
         late = self.late if passing else []
         last = list(self.steps)[-1] if self.makes_pictures else ""
         with weights_held(late), PatchStack() as stack, self._progress(len(self.steps)) as bar:

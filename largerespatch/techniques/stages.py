@@ -127,12 +127,24 @@ class Split:
 
     def whole_bytes(self, height: int, width: int, batch: int, itemsize: int) -> int:
         """About what the whole part holds for an input of ``height x width`` cells: three times its largest map."""
-        cells, largest = Fraction(height * width), Fraction(0)
-        for i, stage in enumerate(self.stages):
-            if i not in self.tiled:
-                largest = max(largest, cells * stage.values)
-            cells *= stage.scale**2
+        before, after = self.stages[: self.tiled.start], self.stages[self.tiled.stop :]
+        end = scale_of(self.stages[: self.tiled.stop])
+        largest = max(_largest(before, height * width), _largest(after, height * width * end**2))
         return int(3 * largest) * batch * itemsize
+
+    def tile_values(self, height: int, width: int) -> int:
+        """Those of the largest map that the tiled part makes of a tile of ``height x width`` cells, with its halo."""
+        cells = (height + 2 * self.halo) * (width + 2 * self.halo)
+        return int(_largest(self.stages[self.tiled.start : self.tiled.stop], cells))
+
+
+def _largest(stages: Iterable[Stage], cells: int | Fraction) -> Fraction:
+    """Values of the largest map that some stages, one after another, make of so many cells."""
+    largest = Fraction(0)
+    for stage in stages:
+        largest = max(largest, cells * stage.values)
+        cells *= stage.scale**2
+    return largest
 
 
 def decoder_splits(decoder: Any, last: Sequence[str] = LAST) -> list[Split]:

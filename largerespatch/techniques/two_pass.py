@@ -33,6 +33,10 @@ from .walk import Walk, can_be_walked, listeners
 # the whole part rather than the tiles would decide how much memory a decode takes.
 WHOLE_BYTES = 2 * 2**30
 
+# Values of a tile's largest map: larger tiles are halved. Of 64 x 64 latent pixels Stable Diffusion's decoder makes
+# fewer. Where one measures 32 sample pixels a side, so many would decide how much memory all takes.
+TILE_VALUES = 2**27
+
 # Sides of what is sampled before each pass, in those of a tile's window. All of it would cost more than it gains.
 SAMPLE = Fraction(2, 3)
 
@@ -88,16 +92,23 @@ class TwoPass(InPieces):
         """How the stages run that are not in tiles. A module that is not known has to find its map on the device."""
         host = self.host if all(map(can_be_walked, whole)) else None
         passing = not any(map(listeners, whole))
-        return Walk(self.cutting.tile_height, self.cutting.wrap, host, passing)
+        return Walk(self.cutting.strip_height, self.cutting.wrap, host, passing)
 
     def _windows(self, plane: torch.Tensor, split: Split) -> Sequence[Window]:
         """The tiled part's windows on its input plane, their edges on the grid of its coarser side."""
         height, width = plane.shape[-2:]
         step = ceil(1 / split.scale)
-        per_latent = self.cutting.latent_scale * scale_of(split.stages[: split.tiled.start]) / step
-        slice_y, slice_x = (int(per_latent * size) for size in (self.cutting.tile_height, self.cutting.tile_width))
-        cover = tiles(height // step, width // step, 0, slice_y, slice_x)
+        cover = tiles(height // step, width // step, 0, *self._tile(split, step))
         return Each(lambda tile: window(tile.scaled(step), split.halo, height, width, self.cutting.wrap), cover)
+
+    def _tile(self, split: Split, step: int) -> list[int]:
+        """Height and width of a tile, in so many cells of the plane that is cut: as asked for, or halved as may be."""
+        per_latent = self.cutting.latent_scale * scale_of(split.stages[: split.tiled.start]) / step
+        sides = [int(per_latent * size) for size in (self.cutting.tile_height, self.cutting.tile_width)]
+        while max(sides) * step > split.halo and split.tile_values(*(step * side for side in sides)) > TILE_VALUES:
+            longer = sides.index(max(sides))
+            sides[longer] = ceil(sides[longer] / 2)
+        return sides
 
     def _sample(self, plane: torch.Tensor, split: Split, outer: Tile) -> list[Tile]:
         """Small parts of the plane, evenly over it, in all smaller than a tile's window, `outer`.
