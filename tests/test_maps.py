@@ -376,9 +376,9 @@ def test_copies_between_host_and_device_are_of_single_runs_of_memory(played, til
     made = played.away(values.clone())[which]
     cells = torch.zeros(tile.height, len(made), tile.width, 3)
     made.host.settle(made.device)
-    for target, part in made.memory.copies(tile, cells):
-        assert target.is_contiguous() and part.is_contiguous()
-        target[:] = part
+    for target, own in made.memory.copies(tile, cells):
+        assert target.is_contiguous() and own.is_contiguous()
+        target[:] = own
     assert torch.equal(cells.permute(1, 3, 0, 2), values[which, :, tile.rows, tile.columns])
 
 
