@@ -17,10 +17,10 @@ from PIL import Image
 from torch import nn
 
 from . import autoencoders, denoisers  # noqa: F401  the families register themselves
+from .autoencoders.decoding import decoded
 from .core.checks import whole_number
 from .core.families import Family, Site, factor_of, families_in, install, models_of, parts_of, told
 from .core.patching import PatchStack, beneath_hooks
-from .memory.decoding import decoded
 from .memory.estimate import Estimator, MemoryEstimate, bare
 from .memory.planner import DoesNotFitError, Plan, Planner, changing, limit_bytes
 from .memory.planner import told as told_settings

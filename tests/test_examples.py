@@ -396,7 +396,7 @@ def test_the_table_of_pipelines_is_made_of_test_results(run, tmp_path):
 
 def test_memory(run, tmp_path, capsys):
     out = tmp_path / "memory.json"
-    sizes = ["--sizes", 128, "--proof-size", 160, "--growth-sizes", 64, 128]
+    sizes = ["--sizes", 128, "--proof-size", 160, "--growth-sizes", 64, 128, "--picture-size", 1024]
     run(BENCHMARKS / "memory.py", "--models", "tiny", *sizes, "--threads", 1, "--out", out)
     report = json.loads(out.read_text())
     check_environment(report)
@@ -404,7 +404,7 @@ def test_memory(run, tmp_path, capsys):
     assert {row["kind"] for row in report["rows"]} == {"simulated"}
     assert list(peaks) == list(report["ways"])
     assert peaks["every saver"] <= peaks["unpatched"]
-    assert {row["way"] for row in report["rows"] if row["host"]} == {"every saver", "every saver, exact VAE"}
+    assert {row["way"] for row in report["rows"] if row["host"]} == {"every saver, exact VAE"}  # small maps stay
     proof = {row["way"]: row for row in report["proof"]}
     assert proof["unet_serial"]["step"] < proof["patched"]["step"]
     assert proof["vae_mode exact"]["decode"] < proof["unpatched"]["decode"]
@@ -414,6 +414,12 @@ def test_memory(run, tmp_path, capsys):
     counted, timed = report["growth"]
     assert 4 < counted["ratio"] < 16  # between linear and quadratic: so small a map is attended whole
     assert timed["ratio"] == timed["seconds"]["large"][0] / timed["seconds"]["small"][0]
+    assert [case["way"] for case in report["travel"]] == ["skips", "maps"]
+    assert all(case["arithmetic seconds"] > 0 for case in report["travel"])
+    skips, maps = report["travel"]
+    assert skips["to the device"] >= skips["to the host"] > 0 and maps["to the device"] == 0  # all are small
+    usual, written = (case["bytes"] for case in report["picture"])
+    assert written < usual / 3
     assert "tiny, 64² to 128², arithmetic" in capsys.readouterr().out
 
 

@@ -176,6 +176,19 @@ def test_what_is_added_in_place_is_seen_by_all_who_hold_the_map():
     assert held.away and torch.equal(whole(held), values + 1)
 
 
+def test_what_is_added_in_place_to_a_map_that_is_away_is_added_there():
+    values, other = plane(), plane(seed=1)
+    for change, expected in (
+        (lambda made: made.add_(other), values + other),
+        (lambda made: made.__iadd__(away(other)), values + other),
+        (lambda made: made.mul_(0.5), values * 0.5),
+        (lambda made: made.__imul__(other[:, :1]), values * other[:, :1]),
+    ):
+        made = away(values)
+        assert change(made) is made and made.away
+        assert torch.equal(made.copied(), expected)
+
+
 def test_concatenated_maps_stay_where_they_are():
     values, other = plane(), plane(seed=1)
     waiting = away(values)
@@ -354,6 +367,20 @@ def test_a_part_written_to_is_the_last_to_write(played):
     made[:, :, 3:6, 2:4] = torch.zeros(2, 3, 3, 2)
     values[:, :, 3:6, 2:4] = 0
     assert torch.equal(made[:, :, :], values)
+
+
+@pytest.mark.parametrize("tile", [Tile(2, 0, 9, 7), Tile(2, 1, 9, 4), Tile(0, 3, 11, 7)])
+@pytest.mark.parametrize("which", [slice(0, 2), slice(1, 2)])
+def test_copies_between_host_and_device_are_of_single_runs_of_memory(played, tile, which):
+    """Others would be gathered by the host first, who would wait for them."""
+    values = plane()
+    made = played.away(values.clone())[which]
+    cells = torch.zeros(tile.height, len(made), tile.width, 3)
+    made.host.settle(made.device)
+    for target, own in made.memory.copies(tile, cells):
+        assert target.is_contiguous() and own.is_contiguous()
+        target[:] = own
+    assert torch.equal(cells.permute(1, 3, 0, 2), values[which, :, tile.rows, tile.columns])
 
 
 def test_rows_may_be_written_over_while_the_next_ones_come(played):

@@ -1,10 +1,10 @@
-"""What whole pipelines need in memory, from 1024 to 16384 sample pixels, told beforehand.
+"""What whole pipelines need in memory, from 1024 to 32768 sample pixels, told beforehand: on the device, on the host.
 
 Simulated rows come from the library's own estimate on models that have no data: real architectures, half precision,
 guidance on, text encoders off the device (they are needed before the first step only; what they add is told, too).
 `gpu.py` says how near that is to what a GPU allocates. On a CPU the estimate and the savers are proved on small models,
 by counting live bytes. How a patched step grows with the image is counted from the shapes of real calls, and timed on a
-U-Net narrow enough for a CPU.
+U-Net narrow enough for a CPU. What a step moves between host and device is counted on models without data, too.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from on_host.costs import TRAVEL, goals, picture, travel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from _common import (
@@ -38,13 +39,13 @@ from _common import (
 )
 from largerespatch import LargeResPatch
 from largerespatch.core.families import families_in
-from largerespatch.memory.devices import HOST
 from largerespatch.memory.estimate import Estimator, bare, play
 from largerespatch.memory.planner import DENOISER_SAVERS, VAE_SAVERS
 from largerespatch.options import Options
 
 GIB = 2**30
 STAGES = ("step", "decode")
+MOST_TILED = 16384  # beyond which diffusers' loop over its tiles takes minutes
 SPARE = 0.05  # of a limit, that the headline cases should leave
 HEADLINES = (("sd15", 8192, 8), ("sdxl", 8192, 12), ("sdxl", 4096, 8))  # model, side, GiB
 
@@ -92,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
         "--sizes",
         type=positive,
         nargs="+",
-        default=[1024, 2048, 4096, 8192, 16384],
+        default=[1024, 2048, 4096, 8192, 16384, 32768],
         metavar="N",
         help="sides of square images in sample pixels (%(default)s)",
     )
@@ -111,6 +112,13 @@ def parse_arguments() -> argparse.Namespace:
         default=512,
         metavar="N",
         help="side of the real runs on the CPU, whose live bytes are counted (%(default)s)",
+    )
+    parser.add_argument(
+        "--picture-size",
+        type=positive,
+        default=4096,
+        metavar="N",
+        help="side of the picture that is made on the host, in a process of its own (%(default)s)",
     )
     add_clock_options(parser)
     add_common_options(parser, "memory")
@@ -168,16 +176,16 @@ def simulate(model: str, sizes: list[int]) -> Iterator[dict[str, Any]]:
     """A row for each size and way."""
     pipe = build_pipeline(model, "meta", torch.float16)
     unpatched = Estimator(pipe, [], bare)
-    patched, on_host = (Estimator(pipe, [], LargeResPatch(pipe, 512, 512)._on) for _ in range(2))
-    on_host.shadow.place = HOST  # counts there, though the models are not
+    patched = Estimator(pipe, [], LargeResPatch(pipe, 512, 512)._on)
     tiled = Estimator(tiled_by_diffusers(pipe), [], bare)
     for size in sizes:
         for way, settings in WAYS.items():
+            if way == "diffusers' tiling" and size > MOST_TILED:
+                continue
             options = Options(**settings or {})
             estimator = unpatched if settings is None else patched
             step = estimator.peak("step", size, size, options)
             decode = (tiled if way == "diffusers' tiling" else estimator).peak("decode", size, size, options)
-            leaves = any(name.endswith("_offload") for name in settings or ())
             yield {
                 "kind": "simulated",
                 "model": model,
@@ -188,7 +196,7 @@ def simulate(model: str, sizes: list[int]) -> Iterator[dict[str, Any]]:
                 "step": step,
                 "decode": decode,
                 "peak": estimator.weights + max(step, decode),
-                "host": max(on_host.peak(stage, size, size, options) for stage in STAGES) if leaves else 0,
+                "host": max(patched.host_peak(stage, size, size, options) for stage in STAGES),
             }
 
 
@@ -221,9 +229,9 @@ def prove(size: int) -> Iterator[dict[str, Any]]:
     small = {"attn_slice_x": 16, "attn_slice_y": 16, "attn_full_tokens": 512, "attn_context": 64, "ff_chunk_size": 512}
     small |= {"vae_chunk_size_x": 16, "vae_chunk_size_y": 16}
     for way, settings in PROVED.items():
-        patch = LargeResPatch(pipe, size, size, **small | (settings or {}))
-        estimate = patch.estimate(patched=settings is not None)
-        with nullcontext() if settings is None else patch:
+        block = LargeResPatch(pipe, size, size, **small | (settings or {}))
+        estimate = block.estimate(patched=settings is not None)
+        with nullcontext() if settings is None else block:
             lived = {stage: peak_live_bytes(stage_of(pipe, stage, size)) for stage in STAGES}
         row = {"kind": "measured on the CPU", "model": "tiny", "size": size, "way": way, **lived}
         yield row | {"step_estimated": estimate.step, "decode_estimated": estimate.decode}
@@ -263,10 +271,10 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         return mebibytes(row[key]) if row.get(key) is not None else "-"
 
     print_table(
-        ("model", "image", "way", "kind", "weights", "step", "decode", "peak"),
+        ("model", "image", "way", "kind", "weights", "step", "decode", "peak", "host"),
         [
             [row["model"], f"{row['size']}²", row["way"], row["kind"]]
-            + [cell(row, key) for key in ("weights", "step", "decode", "peak")]
+            + [cell(row, key) for key in ("weights", "step", "decode", "peak", "host")]
             for row in rows
         ],
     )
@@ -282,6 +290,9 @@ def main() -> None:
         "rows": [],
         "proof": [],
         "headlines": [],
+        "goals": [],
+        "travel": [],
+        "picture": [],
         "growth": [],
     }
     report["proof"] = list(prove(options.proof_size))
@@ -298,6 +309,25 @@ def main() -> None:
             f"{case['model']} {case['size']}² in {case['limit'] // GIB} GiB, {case['way']}: {verdict}, "
             f"with text encoders on the device {text}"
         )
+    report["goals"] = list(goals(report["rows"]))
+    for case in report["goals"]:
+        found = f"{case['ratio']:.2f}" if "ratio" in case else f"{case['peak'] / GIB:.2f} of {case['most'] / GIB:g} GiB"
+        print(f"{case['model']} {case['size']}², {case['way']}: {found}, {'met' if case['met'] else 'missed'}")
+    for model in options.models:
+        size = options.growth_sizes[0]
+        pipe = build_pipeline(model, "meta", torch.float16)
+        step = stage_of(pipe, "step", size, partial(LargeResPatch, pipe, size, size, **TRAVEL))
+        for case in travel(pipe, size, cost_on_paper(step).flops):
+            report["travel"].append({"model": model} | case)
+            print(
+                f"{model} {case['size']}², {case['way']} on the host: {mebibytes(case['to the device'])} come and "
+                f"{mebibytes(case['to the host'])} go in a step: {case['seconds']:.2f} s at 25 GB/s. "
+                f"Its arithmetic takes {case['arithmetic seconds']:.2f} s at 100 TFLOP/s"
+            )
+    report["picture"] = list(picture(options.picture_size))
+    for case in report["picture"]:
+        print(f"a picture of {case['size']}², {case['way']}: {mebibytes(case['bytes'])} of the host's memory")
+    write_json(options.out, report)
     for case in grow(options.models, *options.growth_sizes, options.clock):
         report["growth"].append(case)
         write_json(options.out, report)

@@ -9,7 +9,6 @@ from PIL import Image
 
 from ..core.families import families_in
 from ..techniques.images import CHANNELS, writing, written
-from .devices import device_of
 
 
 @torch.no_grad()
@@ -25,7 +24,7 @@ def decoded(pipe: Any, latents: torch.Tensor) -> Image.Image:
     height, width = (factor * length for length in latents.shape[2:])
     with writing(width, height) as image, _as_pipelines_decode(pipe, vae):
         # As they were before they were scaled for the denoiser.
-        given = _unscaled(latents.to(device_of(vae)), vae.config).to(_dtype(vae))
+        given = _unscaled(latents, vae.config).to(next(vae.parameters()).device, _dtype(vae))
         written(vae.decode(given, return_dict=False)[0], image)
     if hasattr(pipe, "maybe_free_model_hooks"):
         pipe.maybe_free_model_hooks()

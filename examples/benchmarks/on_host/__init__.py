@@ -1,0 +1,1 @@
+"""What maps and pictures on the host cost."""
