@@ -28,7 +28,7 @@ class Saver(NamedTuple):
 # A denoiser's are all exact: samples do not look at each other, nor tokens in chunks, skip connections only wait
 # elsewhere, and strips get the statistics of the whole map. Counted for a step of SD 1.5 at 4096 x 4096, both samples:
 # skip connections bring 4.8 GiB to the device and 2.6 back (0.21 s at 25 GB/s, on streams of their own), maps 30 and 13
-# (1.3 s), where arithmetic takes 1.5 s at 100 TFLOP/s; strips of 64 and 16 rows compute 3 and 13 % of convolutions twice.
+# (1.3 s), where arithmetic takes 1.5 s at 100 TFLOP/s; strips of 64 and 16 rows do 3 and 13 % of convolutions twice.
 DENOISER_SAVERS: tuple[Saver, ...] = (
     Saver({"unet_serial": True}),
     Saver({"unet_offload": "skips"}),
