@@ -13,6 +13,8 @@ from largerespatch.core.hosts import Host
 from largerespatch.core.maps import StoredMap
 from largerespatch.core.planes import fetch
 from largerespatch.core.tilings import Runs, Tile
+from largerespatch.denoisers import unet as unet_room
+from largerespatch.techniques.key_runs import _attend, _attend_plainly
 from test_patch import SMALL, image
 
 pytestmark = [
@@ -134,6 +136,45 @@ def test_auto_plans_when_the_first_call_starts(caplog):
         told = repr(patch)
     assert "no saver needed" in told
     assert "no saver needed" in caplog.text
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("queries", [1, 777, 2048])
+def test_the_kernel_that_tells_masses_tells_the_right_ones(dtype, bound, queries):
+    """Of a run of keys: the mean of their values, and the mass that means are added up by."""
+    query, key, value = (torch.randn(1, 1, n, 512, device="cuda", dtype=dtype) for n in (queries, 3001, 3001))
+    mean, mass = _attend(query, key, value, 512**-0.5)
+    expected_mean, expected_mass = _attend_plainly(query.double(), key.double(), value.double(), 512**-0.5)
+    assert mass.shape == expected_mass.shape
+    assert (mean - expected_mean).abs().max() < bound
+    assert (mass - expected_mass).abs().max() < bound
+
+
+@pytest.mark.parametrize("options", [{}, {"unet_serial": True, "unet_strip_rows": 16}])
+def test_a_unet_with_its_maps_on_the_host_is_that_of_the_device(options, monkeypatch):
+    monkeypatch.setattr(unet_room, "LEAST_BYTES", 0)
+    unet = tiny.unet(block_out_channels=(32, 64), cross_attention_dim=32).cuda()
+    pipe = quiet(tiny.text_to_image())
+    pipe.unet = unet
+    source, words = torch.randn(2, 4, 97, 61, device="cuda"), torch.randn(2, 7, 32, device="cuda")
+
+    def step(**more):
+        with torch.no_grad(), LargeResPatch(pipe, 512, 512, memory_limit=None, **SMALL | options | more):
+            return unet(source, 500, words).sample
+
+    expected = step()
+    for _ in range(3):
+        assert (step(unet_offload="maps") - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["two-pass", "exact"])
+def test_an_image_is_decoded_as_its_strips_come(mode):
+    pipe = quiet(tiny.text_to_image()).to("cuda")
+    latents = torch.randn(1, 4, 64, 48, device="cuda")
+    with LargeResPatch(pipe, 384, 512, memory_limit=None, vae_mode=mode, vae_offload=True, **SMALL) as patch:
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+        expected = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
+        assert patch.decode(latents).tobytes() == expected.tobytes()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

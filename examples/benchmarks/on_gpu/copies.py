@@ -17,6 +17,7 @@ CASES: tuple[tuple[str, str, int, Settings], ...] = (
     ("sd15", "step", -2, {"unet_offload": True, "unet_serial": True, "unet_strip_rows": 64}),
     ("sd15", "decode", 1, {"vae_mode": "exact", "vae_offload": True}),
     ("sd15", "decode", 1, {"vae_offload": True}),
+    ("sd15", "step", -2, {"unet_offload": "maps", "unet_serial": True, "unet_strip_rows": 64}),
 )
 AHEAD = (1, 2, 3)  # pieces under way at once
 

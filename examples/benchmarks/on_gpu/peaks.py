@@ -25,6 +25,8 @@ CASES: tuple[tuple[str, int, int | None], ...] = (
     ("sd15", 8192, 8),
     ("sdxl", 8192, 12),
     ("sdxl", 8192, 24),
+    ("sd15", 16384, 8),
+    ("sdxl", 16384, 12),
     ("sd15", 8192, None),
     *((model, size, limit) for model in ("sd15", "sdxl") for size in (1024, 2048, 4096) for limit in (8, 12, 24)),
     ("sd15", 8192, 12),
