@@ -30,6 +30,9 @@ from .notes import StepNote
 from .pooled import Keys, PooledMap
 from .tokens import Maps, Piece, Tokens
 
+# Tokens of context where nothing else is asked for: with rotary positions attention is sharp, and wants them fine.
+CONTEXT = 2048
+
 # Queries of a tile that say what it attends to.
 JUDGES = 256
 
@@ -250,7 +253,7 @@ def joint_sites(
     maps: Callable[[Mapping[str, Any]], Sequence[tuple[int, int]]],
 ) -> Iterator[Site]:
     """The blocks of `model`, in the lists of them that `kinds` names, and the model that notes their maps."""
-    blocking, note, layer = blocking_of(options), MapsNote(), 0
+    blocking, note, layer = blocking_of(options, CONTEXT), MapsNote(), 0
     yield Site(model, name, Order.MAP_NOTED, MapsNoting(note, maps))
     says = f"{{count}} transformer blocks in {blocking}"
     for path, tokens in kinds.items():
