@@ -203,7 +203,12 @@ def test_kernels_that_take_no_weights_are_not_asked_meanwhile():
 def test_a_model_that_several_processes_share_is_left_alone():
     pipe = flux()
     pipe.transformer._parallel_config = object()
-    assert repr(patch(pipe)).endswith("transformer (FluxTransformer2DModel): left as it is")
+    with pytest.warns(RuntimeWarning, match="^FluxTransformer2DModel is run by several processes") as warned:
+        shared = patch(pipe)
+    assert len(warned) == 1
+    assert repr(shared).endswith("transformer (FluxTransformer2DModel): left as it is")
+    with shared:
+        assert not any("forward" in vars(module) for module in pipe.transformer.modules())
 
 
 # --- a family that nobody knows ---

@@ -368,7 +368,10 @@ def test_an_unknown_transformer_is_left_alone_and_named():
     )
     pipe.components |= {"unet": tiny.unet(), "transformer": transformer}
     before = [(type(module), dict(vars(module))) for module in transformer.modules()]
-    with LargeResPatch(pipe, 64, 64, **SMALL) as patch:
+    with pytest.warns(RuntimeWarning, match="^CogVideoXTransformer3DModel is a denoiser of no known kind") as warned:
+        patch = LargeResPatch(pipe, 64, 64, **SMALL)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    with patch:
         assert before == [(type(module), dict(vars(module))) for module in transformer.modules()]
         assert "forward" in vars(pipe.components["unet"])
         assert repr(patch).endswith("\n  transformer (CogVideoXTransformer3DModel): left as it is")

@@ -57,7 +57,7 @@ class JointAttention(AnyDenoiser):
         return None
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
-        if getattr(model, "_parallel_config", None) is None:
+        if not _is_shared(model):
             note = StepNote()
             noting = StepNoting(note, lambda: schedulers_of(pipe), self.timestep, self.scheduled)
             yield Site(model, name, Order.STEP_NOTED, noting)
@@ -70,6 +70,12 @@ class JointAttention(AnyDenoiser):
             yield from getattr(model, path)
 
     def check(self, model: Any, pipe: Any, height: int, width: int) -> None:
+        if _is_shared(model):
+            warnings.warn(
+                f"{type(model).__name__} is run by several processes together: it is left as it is",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         limit = self.longest(model)
         if limit is None or max(height, width) <= (most := limit[0] * factor_of(pipe)):
             return
@@ -79,7 +85,11 @@ class JointAttention(AnyDenoiser):
         )
         if limit[1]:
             raise ValueError(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _is_shared(model: Any) -> bool:
+    return getattr(model, "_parallel_config", None) is not None
 
 
 _ASKED: ContextVar[Sequence[Size]] = ContextVar("asked", default=())
