@@ -58,6 +58,18 @@ def test_with_room_for_all_each_token_stands_for_itself(case):
     assert torch.equal(all_of_them.log_weights == 0, ~inside.flatten().expand(2, 3, -1))
 
 
+@given(tiled_maps(), st.integers(1, 60), st.sampled_from([2, 3, 9]))
+def test_which_means_are_kept_makes_no_difference(case, count, kept):
+    size, tile = case
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("largerespatch.techniques.pooled.KEPT", 1)
+        every_level = chosen(size, tile, count)[2]
+        monkeypatch.setattr("largerespatch.techniques.pooled.KEPT", kept)
+        few_levels = chosen(size, tile, count)[2]
+    for some, same in zip(few_levels, every_level, strict=True):
+        torch.testing.assert_close(some, same)
+
+
 def test_heads_choose_the_tokens_that_their_own_queries_want():
     keys = torch.zeros(1, 2, 256, 4)
     keys[0, 0, 37, 0] = keys[0, 1, 200, 0] = 9.0
