@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from conftest import quiet
 from family import noise
@@ -116,6 +117,27 @@ class JointTests:
         calls = len(phases) // 4
         steps = [phases[i * calls : (i + 1) * calls] for i in range(4)]
         assert [[(phase + 1) % 4 for phase in step] for step in steps[:-1]] == steps[1:]
+
+    def test_what_others_keep_stays_as_it_was(self, plain):
+        pipe, arguments = plain
+        kept = []
+
+        def keep(block, args, kwargs, result):
+            tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
+            kept.extend((each, each.clone()) for each in tensors)
+
+        def painted():
+            with patch(pipe, attn_context=24):
+                return paint(pipe, arguments)
+
+        alone = painted()
+        blocks = [block for block in pipe.transformer.modules() if type(block).__name__.endswith("Block")]
+        handles = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks]
+        assert torch.equal(painted(), alone)
+        assert kept and all(torch.equal(tensor, as_it_was) for tensor, as_it_was in kept)
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(painted(), alone)
 
     def test_memory_is_told_and_grows_less(self, plain):
         pipe, _ = plain

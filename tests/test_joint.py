@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from joint import ALL, CLOSE, Case, JointTests, error, paint, patch
+from joint import ALL, CLOSE, TILES, Case, JointTests, error, paint, patch
 from torch import nn
 
 from conftest import quiet
 from family import noise
+from largerespatch import LargeResPatch
 from largerespatch.core.families import register, unregister
 from largerespatch.core.tilings import Tile
 from largerespatch.denoisers.joint import JointAttention, maps_of_ids
@@ -159,6 +160,17 @@ def test_text_attends_to_all_even_without_context():
     assert error(images[1], images[0]) > 1e-3
 
 
+def test_a_map_of_tokens_is_there_once(monkeypatch):
+    pipe = flux()
+
+    def needed():
+        return LargeResPatch(pipe, 1024, 1024, **TILES).estimate().step
+
+    once = needed()
+    monkeypatch.setattr("largerespatch.denoisers.flux.Flux.passes_on", False)
+    assert needed() - once == 64 * 64 * pipe.transformer.inner_dim * 4
+
+
 class ByHand:
     """A processor that computes its scores itself."""
 
@@ -262,6 +274,7 @@ class Strangers(JointAttention):
     """All that there is to say."""
 
     timestep = "t"
+    passes_on = True
 
     def matches(self, model):
         return isinstance(model, Stranger)

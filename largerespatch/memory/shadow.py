@@ -120,7 +120,8 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 class _Alike:
     """Runs one of several pieces of work that are alike and counts the others as that one: all need the same memory.
 
-    Work that gives back a part of what it was given, or something else than new tensors, is run each time.
+    Work that gives back a part of what it was given, or something else than tensors that are new or were given to it,
+    is run each time.
     """
 
     def __init__(self, count: LiveBytes) -> None:
@@ -141,17 +142,30 @@ class _Alike:
         if look in known:
             needed, results, structure = known[look]
             self.count.rise(needed)
-            return tree_unflatten([each.again() if isinstance(each, _New) else each for each in results], structure)
+            again = [each.again(leaves) if isinstance(each, _New | _Given) else each for each in results]
+            return tree_unflatten(again, structure)
         before = self.count.alive
         result, during = self.count.peak_of(lambda: work(*given, **named))
-        leaves, structure = tree_flatten(result)
-        results = [_New.of(leaf) if isinstance(leaf, Weightless) else leaf for leaf in leaves]
+        places = {id(leaf): _Given(i) for i, leaf in enumerate(leaves) if isinstance(leaf, Weightless)}
+        made, structure = tree_flatten(result)
+        results = [places.get(id(leaf), _New.of(leaf)) if isinstance(leaf, Weightless) else leaf for leaf in made]
         new = sum(
             each.size for each in results if isinstance(each, _New) and each.look.device.type == self.count.device
         )
-        if self.count.alive - before >= new and all(isinstance(each, _New | int | NoneType) for each in results):
+        if self.count.alive - before >= new and all(
+            isinstance(each, _New | _Given | int | NoneType) for each in results
+        ):
             known[look] = (during - before, results, structure)
         return result
+
+
+class _Given(NamedTuple):
+    """One of the tensors that the work was given, and wrote to."""
+
+    place: int
+
+    def again(self, given: list[Any]) -> Any:
+        return given[self.place]
 
 
 class _New(NamedTuple):
@@ -165,7 +179,7 @@ class _New(NamedTuple):
     def of(cls, tensor: torch.Tensor) -> "_New":
         return cls(Look.of(tensor), int(tensor.storage_offset()), tensor.untyped_storage().nbytes())
 
-    def again(self) -> torch.Tensor:
+    def again(self, given: list[Any]) -> torch.Tensor:
         size, stride, dtype, device = self.look
         memory = torch.empty(self.size // dtype.itemsize, dtype=dtype, device=device)
         return memory.as_strided(size, stride, self.offset)

@@ -84,6 +84,7 @@ class Tokens:
     Args:
         takes: for each argument with tokens which rows it has: `TEXT`, `IMAGE` or `BOTH`, along what dimensions. All
             tensors in an argument have the same; for one that is a tuple of others a tuple of these, None for none.
+            The first is what the block changes.
         gives: likewise for what the block returns. A result of text may be None.
         text_first: whether text comes before the image in what has rows of both, attention's keys among it.
         attentions: how many attentions to all of the image there are in a block, one after another. What a later one
