@@ -24,6 +24,7 @@ TOKENS = Tokens(
     takes={"hidden_states": IMAGE, "encoder_hidden_states": TEXT, "image_rotary_emb": BOTH.along(0)},
     gives=(TEXT, IMAGE),
     text_first=True,
+    idle=("attn.to_q", "attn.add_q_proj", "proj_mlp"),
 )
 
 

@@ -29,6 +29,7 @@ TOKENS = Tokens(
     },
     gives=(TEXT, IMAGE),
     text_first=True,
+    idle=("attn.to_q", "attn.add_q_proj"),
 )
 
 

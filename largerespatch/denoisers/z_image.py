@@ -21,7 +21,10 @@ LEANS_ON = (
 
 # What fills the image's tokens up to a multiple of 32 counts as text.
 TOKENS = Tokens(
-    takes={"x": BOTH, "attn_mask": BOTH, "freqs_cis": BOTH, "noise_mask": BOTH}, gives=BOTH, text_first=False
+    takes={"x": BOTH, "attn_mask": BOTH, "freqs_cis": BOTH, "noise_mask": BOTH},
+    gives=BOTH,
+    text_first=False,
+    idle=("attention.to_q",),
 )
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..core.families import Order, Site
+from ..core.patching import PatchStack
 from ..core.pieces import assemble, rehearsing
 from ..core.tilings import PHASES, Each, Tile, sampled_cells
 from .attention import Blocking, blocking_of
@@ -143,16 +144,20 @@ class _Call:
         self.called, self.arguments, self.texts = called, arguments, texts
         self.tokens, self.maps, self.context = of.tokens, of.note.maps, of.blocking.context
         self.attentions = of.tokens.attentions(of.block)
+        self.idle = {path: each for path, each in of.block.named_modules() if path in of.tokens.idle}
         self.first = texts if of.tokens.text_first else 0  # of the image's tokens, in what has rows of both
 
     def run(self, pieces: Sequence[Piece], into: torch.Tensor | None) -> Any:
         """What the block returns; its tokens of the image in the memory of `into`, if they are as that is."""
-        known = assemble(
-            pieces,
-            self._keys_and_values,
-            place=lambda piece: (slice(None), slice(None), self._places(piece)["both"]),
-            make=lambda parts: tuple(part.new_empty(*part.shape[:2], self.total, part.shape[3]) for part in parts),
-        )
+        with PatchStack() as stack:
+            for path, module in self.idle.items():
+                stack.set(module, "forward", _as_given, f"{path}.forward")
+            known = assemble(
+                pieces,
+                self._keys_and_values,
+                place=lambda piece: (slice(None), slice(None), self._places(piece)["both"]),
+                make=lambda parts: tuple(part.new_empty(*part.shape[:2], self.total, part.shape[3]) for part in parts),
+            )
         sources = [_Source(*each, self) for each in zip(known[0::2], known[1::2], strict=True)]
         kept: list[Any] = []  # what the first piece gave, whose text has seen all
         both = self.tokens.both()
@@ -217,6 +222,10 @@ class _Call:
         with suppress(_Left):
             self._through(piece, note)
         return tuple(known)
+
+
+def _as_given(hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return hidden_states
 
 
 class _Source:
