@@ -18,6 +18,7 @@ from largerespatch import LargeResPatch
 from largerespatch.core.families import register, unregister
 from largerespatch.core.tilings import Tile
 from largerespatch.denoisers.joint import JointAttention, maps_of_ids
+from largerespatch.techniques.joint_attention import JointBlock
 from largerespatch.techniques.pooled import PooledMap
 from largerespatch.techniques.tokens import BOTH, IMAGE, TEXT, Maps, Tokens
 
@@ -169,6 +170,21 @@ def test_a_map_of_tokens_is_there_once(monkeypatch):
     once = needed()
     monkeypatch.setattr("largerespatch.denoisers.flux.Flux.passes_on", False)
     assert needed() - once == 64 * 64 * pipe.transformer.inner_dim * 4
+
+
+def test_blocks_that_write_over_what_they_are_given_are_counted_by_one_of_them(monkeypatch):
+    pipe = test_flux.pipeline(num_layers=9, num_single_layers=9)
+    runs = []
+    monkeypatch.setattr(JointBlock, "_cover", lambda *given, cover=JointBlock._cover: runs.append(0) or cover(*given))
+
+    def needed():
+        runs.clear()
+        return LargeResPatch(pipe, 1024, 1024, **TILES).estimate().step, len(runs)
+
+    alike, few = needed()
+    monkeypatch.setattr("largerespatch.memory.shadow._make", id)
+    assert needed() == (alike, 18)
+    assert few <= 9  # of each kind one for each of the tilings, and the first whose text lies otherwise in memory
 
 
 class ByHand:
