@@ -117,9 +117,8 @@ def add_patch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--attn-context",
         type=whole,
-        default=512,
         metavar="N",
-        help="tokens outside its block that a block attends to as well, 0 for none (%(default)s)",
+        help="tokens outside its block that a block attends to as well, 0 for none (what suits the model)",
     )
     group.add_argument("--attn-shape", choices=("brick", "tile"), default="brick", help="(%(default)s)")
     group.add_argument("--ff-chunk-size", type=positive, default=4096, metavar="N", help="in tokens (%(default)s)")

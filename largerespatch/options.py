@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from typing import Any
 
-from .core.checks import boolean, one_of, switch_or_one_of, whole_number
+from .core.checks import boolean, one_of, switch_or_one_of, whole_number, whole_number_or_none
 from .core.tilings import COVERS
 from .memory.counting import amount
 
@@ -32,6 +32,11 @@ def _count(default: int, unit: str, text: str, least: int = 1) -> Any:
     return _option(default, lambda option, value: whole_number(option, value, unit, least), accepts, text)
 
 
+def _count_or_none(unit: str, text: str, least: int = 1) -> Any:
+    accepts = f"None or a whole number of {unit}, at least {least}"
+    return _option(None, lambda option, value: whole_number_or_none(option, value, unit, least), accepts, text)
+
+
 def _word(default: str, accepted: Sequence[str], text: str) -> Any:
     return _option(
         default,
@@ -43,10 +48,6 @@ def _word(default: str, accepted: Sequence[str], text: str) -> Any:
 
 def _switch(text: str) -> Any:
     return _option(False, boolean, "True or False", text)
-
-
-def _rows_or_none(option: str, value: object) -> int | None:
-    return None if value is None else whole_number(option, value, "rows of the feature map", 1)
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,10 @@ class Options:
     )
     _: KW_ONLY
     attn_full_tokens: int = _count(16384, "tokens", "maps of at most so many are attended whole")
-    attn_context: int = _count(
-        512,
+    attn_context: int | None = _count_or_none(
         "tokens",
-        "tokens outside its block that a block attends to as well: *heavy* ones, which most queries want, where there "
-        "are any, at most half; the others *sampled* to stand for the rest of the map. 0 for none",
+        "tokens outside it that a block attends to, too: *heavy* ones, which most queries want, at most half, else "
+        "*sampled*; in joint attention *own* favourites and *pooled* cells. None: 512, there 2048. 0 for none",
         least=0,
     )
     vae_mode: str = _word(
@@ -114,10 +114,8 @@ class Options:
     unet_serial: bool = _switch(
         "whether denoiser and ControlNet run the samples of a batch (guidance makes two of one) one by one. Exact"
     )
-    unet_strip_rows: int | None = _option(
-        None,
-        _rows_or_none,
-        "None or a whole number of rows of the feature map, at least 1",
+    unet_strip_rows: int | None = _count_or_none(
+        "rows of the feature map",
         "run the residual blocks and upsamplers of U-Nets and ControlNets in strips of at most so many rows (exact; "
         "less memory at about the same time); None runs them whole, or in strips of 16 where unet_offload has maps on "
         "the host",

@@ -106,7 +106,7 @@ class LargeResPatch:
         factor = factor_of(self.pipe)
         self.width = _image_size("width", width, factor)
         self.height = _image_size("height", height, factor)
-        for model, family in families.values():
+        for model, family in families_in(self.pipe).values():
             family.check(model, self.pipe, self.height, self.width)
         if self.options.padding_mode == "reflect":
             halvings = max((family.halvings(model) for model, family in families.values()), default=0)

@@ -1,14 +1,19 @@
 """What holds of every joint-attention transformer whose blocks run tile by tile. A family's test inherits it."""
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from conftest import quiet
 from family import noise
 from largerespatch import LargeResPatch
+from largerespatch.core.families import family_of
+from largerespatch.core.patching import PatchStack
 from largerespatch.techniques.attention import Blocking
 from test_patch import fingerprint
 
@@ -96,7 +101,7 @@ class JointTests:
         dense, before = paint(pipe, arguments), fingerprint(pipe)
         with patch(pipe) as active:
             assert fingerprint(pipe) != before
-            assert "transformer blocks in bricks of 8x4 and 4x8 tokens" in repr(active)
+            assert "transformer blocks in bricks of 8x4 and 4x8 tokens with 2048 of context" in repr(active)
             paint(pipe, arguments)
         assert fingerprint(pipe) == before
         assert torch.equal(paint(pipe, arguments), dense)
@@ -116,6 +121,54 @@ class JointTests:
         calls = len(phases) // 4
         steps = [phases[i * calls : (i + 1) * calls] for i in range(4)]
         assert [[(phase + 1) % 4 for phase in step] for step in steps[:-1]] == steps[1:]
+
+    def test_what_keys_do_not_depend_on_runs_once(self, plain):
+        """In the walk that finds them it does not."""
+        pipe, arguments = plain
+        runs = Counter()
+
+        def count(key, original, *args, **kwargs):
+            runs[key] += 1
+            return original(*args, **kwargs)
+
+        kinds = family_of(pipe.transformer).kinds(pipe.transformer)
+        blocks = [
+            (path, block, tokens.idle) for path, tokens in kinds.items() for block in getattr(pipe.transformer, path)
+        ]
+        with PatchStack() as stack:
+            for path, block, _ in blocks:
+                for name, module in block.named_modules():
+                    if isinstance(module, torch.nn.Linear):
+                        stack.wrap(module, "forward", partial(count, (id(block), name)), f"{path}.{name}.forward")
+            with patch(pipe):
+                paint(pipe, arguments)
+        for _, block, idle in blocks:
+            found = {name: runs for (of, name), runs in runs.items() if of == id(block)}
+            twice = {name for name, runs in found.items() if runs == max(found.values())}
+            assert twice and not twice & set(idle)
+            for name in set(idle) & set(found):
+                assert 2 * found[name] == max(found.values())
+
+    def test_what_others_keep_stays_as_it_was(self, plain):
+        pipe, arguments = plain
+        kept = []
+
+        def keep(block, args, kwargs, result):
+            tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
+            kept.extend((each, each.clone()) for each in tensors)
+
+        def painted():
+            with patch(pipe, attn_context=24):
+                return paint(pipe, arguments)
+
+        alone = painted()
+        blocks = [block for block in pipe.transformer.modules() if type(block).__name__.endswith("Block")]
+        handles = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks]
+        assert torch.equal(painted(), alone)
+        assert kept and all(torch.equal(tensor, as_it_was) for tensor, as_it_was in kept)
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(painted(), alone)
 
     def test_memory_is_told_and_grows_less(self, plain):
         pipe, _ = plain

@@ -270,6 +270,43 @@ def test_unet_step(run, tmp_path, capsys):
     assert "256x256" in capsys.readouterr().out
 
 
+def test_transformer_step(run, tmp_path, capsys):
+    out = tmp_path / "transformers.json"
+    timed = ("--timed-side", 8, "--timed-slice", 2, "--timed-context", 16, "--timed-heads", 1, "--rounds", 2)
+    few = ("--models", "sd3.5-large", "--sizes", 1024, 2304, 8192, "--threads", 1, "--clock", "cpu")
+    run(BENCHMARKS / "transformer_step.py", *few, *timed, "--out", out)
+    report = json.loads(out.read_text())
+    check_environment(report)
+    small, large, refused = report["rows"]
+    assert small["arithmetic_ratio"] == 1 and small["dense"] == small["in blocks"], "4096 tokens are attended whole"
+    assert 1 < large["arithmetic_ratio"] < 3
+    assert 0.2 < large["in blocks"]["activations"] / large["dense"]["activations"] < 1
+    # Two samples of 4096 tokens that go through 12 square matrices in each of 38 blocks; the rest is text.
+    others = small["dense"]["flops"] - small["dense"]["attention_flops"]
+    assert 1 < others / (2 * 4096 * 38 * 24 * 2432**2) < 1.2
+    assert "3072 sample pixels" in refused["refused"]
+    assert [row["kind"] for row in report["times"]] == ["num_layers", "num_single_layers"]
+    assert all(len(row["seconds"]["dense"]) == 2 and row["arithmetic_ratio"] > 1 for row in report["times"])
+    assert "num_single_layers, 64 tokens" in capsys.readouterr().out
+
+
+def test_transformer_fidelity(run, tmp_path, capsys):
+    out = tmp_path / "fidelity.json"
+    few = ("--times", 1, "--contexts", 0, 64, 256, "--pictures", 0, "--steps", 1, "--threads", 1)
+    run(BENCHMARKS / "transformer_fidelity.py", *few, "--out", out)
+    report = json.loads(out.read_text())
+    check_environment(report)
+    rows = [row for row in report["rows"] if row["of"] == "one forward"]
+    assert len(rows) == 2 * 3 * 3
+    for alone, some, every in zip(rows[0::3], rows[1::3], rows[2::3], strict=True):
+        assert alone["psnr"] + 5 < some["psnr"] < every["psnr"] and every["psnr"] > 100, (
+            "all tokens are dense attention"
+        )
+    pictures = [row for row in report["rows"] if row["of"] == "picture"]
+    assert len(pictures) == 2 and all(10 < row["psnr"] < 60 for row in pictures)
+    assert "PSNR to dense" in capsys.readouterr().out
+
+
 def test_autoencoders(run, tmp_path, capsys):
     out = tmp_path / "autoencoders.json"
     small = ("--autoencoders", "AutoencoderTiny", "--size", 128, "--tile", 64, "--large", 1024, "--threads", 1)

@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from joint import ALL, CLOSE, Case, JointTests, error, paint, patch
+from joint import ALL, CLOSE, TILES, Case, JointTests, error, paint, patch
 from torch import nn
 
 from conftest import quiet
 from family import noise
+from largerespatch import LargeResPatch
 from largerespatch.core.families import register, unregister
 from largerespatch.core.tilings import Tile
 from largerespatch.denoisers.joint import JointAttention, maps_of_ids
+from largerespatch.techniques.joint_attention import JointBlock
 from largerespatch.techniques.pooled import PooledMap
 from largerespatch.techniques.tokens import BOTH, IMAGE, TEXT, Maps, Tokens
 
@@ -56,6 +58,18 @@ def test_with_room_for_all_each_token_stands_for_itself(case):
     inside = torch.zeros(height, width, dtype=torch.bool)
     inside[tile.rows, tile.columns] = True
     assert torch.equal(all_of_them.log_weights == 0, ~inside.flatten().expand(2, 3, -1))
+
+
+@given(tiled_maps(), st.integers(1, 60), st.sampled_from([2, 3, 9]))
+def test_which_means_are_kept_makes_no_difference(case, count, kept):
+    size, tile = case
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("largerespatch.techniques.pooled.KEPT", 1)
+        every_level = chosen(size, tile, count)[2]
+        monkeypatch.setattr("largerespatch.techniques.pooled.KEPT", kept)
+        few_levels = chosen(size, tile, count)[2]
+    for some, same in zip(few_levels, every_level, strict=True):
+        torch.testing.assert_close(some, same)
 
 
 def test_heads_choose_the_tokens_that_their_own_queries_want():
@@ -147,6 +161,32 @@ def test_text_attends_to_all_even_without_context():
     assert error(images[1], images[0]) > 1e-3
 
 
+def test_a_map_of_tokens_is_there_once(monkeypatch):
+    pipe = flux()
+
+    def needed():
+        return LargeResPatch(pipe, 1024, 1024, **TILES).estimate().step
+
+    once = needed()
+    monkeypatch.setattr("largerespatch.denoisers.flux.Flux.passes_on", False)
+    assert needed() - once == 64 * 64 * pipe.transformer.inner_dim * 4
+
+
+def test_blocks_that_write_over_what_they_are_given_are_counted_by_one_of_them(monkeypatch):
+    pipe = test_flux.pipeline(num_layers=9, num_single_layers=9)
+    runs = []
+    monkeypatch.setattr(JointBlock, "_cover", lambda *given, cover=JointBlock._cover: runs.append(0) or cover(*given))
+
+    def needed():
+        runs.clear()
+        return LargeResPatch(pipe, 1024, 1024, **TILES).estimate().step, len(runs)
+
+    alike, few = needed()
+    monkeypatch.setattr("largerespatch.memory.shadow._make", id)
+    assert needed() == (alike, 18)
+    assert few <= 9  # of each kind one for each of the tilings, and the first whose text lies otherwise in memory
+
+
 class ByHand:
     """A processor that computes its scores itself."""
 
@@ -203,7 +243,12 @@ def test_kernels_that_take_no_weights_are_not_asked_meanwhile():
 def test_a_model_that_several_processes_share_is_left_alone():
     pipe = flux()
     pipe.transformer._parallel_config = object()
-    assert repr(patch(pipe)).endswith("transformer (FluxTransformer2DModel): left as it is")
+    with pytest.warns(RuntimeWarning, match="^FluxTransformer2DModel is run by several processes") as warned:
+        shared = patch(pipe)
+    assert len(warned) == 1
+    assert repr(shared).endswith("transformer (FluxTransformer2DModel): left as it is")
+    with shared:
+        assert not any("forward" in vars(module) for module in pipe.transformer.modules())
 
 
 # --- a family that nobody knows ---
@@ -245,13 +290,14 @@ class Strangers(JointAttention):
     """All that there is to say."""
 
     timestep = "t"
+    passes_on = True
 
     def matches(self, model):
         return isinstance(model, Stranger)
 
     def kinds(self, model):
         rows = {"stream": BOTH, "mask": BOTH, "positions": BOTH.along(0)}
-        return {"layers": Tokens(takes=rows, gives=BOTH, text_first=True)}
+        return {"layers": Tokens(takes=rows, gives=BOTH, text_first=True, idle=("query",))}
 
     def maps(self, model, arguments):
         return [arguments["latent"].shape[2:]]

@@ -368,7 +368,10 @@ def test_an_unknown_transformer_is_left_alone_and_named():
     )
     pipe.components |= {"unet": tiny.unet(), "transformer": transformer}
     before = [(type(module), dict(vars(module))) for module in transformer.modules()]
-    with LargeResPatch(pipe, 64, 64, **SMALL) as patch:
+    with pytest.warns(RuntimeWarning, match="^CogVideoXTransformer3DModel is a denoiser of no known kind") as warned:
+        patch = LargeResPatch(pipe, 64, 64, **SMALL)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    with patch:
         assert before == [(type(module), dict(vars(module))) for module in transformer.modules()]
         assert "forward" in vars(pipe.components["unet"])
         assert repr(patch).endswith("\n  transformer (CogVideoXTransformer3DModel): left as it is")
@@ -444,7 +447,9 @@ WHOLE = [
 )
 def test_sizes_must_be_whole_and_positive(pipe, option, unit, value, error):
     before = fingerprint(pipe)
-    with pytest.raises(error, match=rf"{option} must be a whole number of {unit}, at least 1; got {value!r}"):
+    with pytest.raises(
+        error, match=rf"{option} must be (None or )?a whole number of {unit}, at least 1; got {value!r}"
+    ):
         LargeResPatch(pipe, **({"width": 64, "height": 64} | {option: value}))
     assert fingerprint(pipe) == before
 
@@ -455,8 +460,15 @@ def test_numpy_integers_are_whole_numbers(pipe):
 
 @pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError), ("8", TypeError)])
 def test_context_must_be_whole(pipe, value, error):
-    with pytest.raises(error, match=f"attn_context must be a whole number of tokens, at least 0; got {value!r}"):
+    with pytest.raises(
+        error, match=f"attn_context must be None or a whole number of tokens, at least 0; got {value!r}"
+    ):
         LargeResPatch(pipe, 64, 64, attn_context=value)
+
+
+def test_without_a_word_of_it_there_is_as_much_context_as_suits_the_model(pipe):
+    assert "with 512 of context" in repr(LargeResPatch(pipe, 64, 64))
+    assert "with 7 of context" in repr(LargeResPatch(pipe, 64, 64, attn_context=7))
 
 
 def test_context_brings_blocked_results_nearer_to_dense_ones(pipe):

@@ -28,6 +28,16 @@ def whole_number(option: str, value: object, unit: str, least: int) -> int:
     return whole
 
 
+def whole_number_or_none(option: str, value: object, unit: str, least: int) -> int | None:
+    """The same, with None for what is to be found out."""
+    if value is None:
+        return None
+    try:
+        return whole_number(option, value, unit, least)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("must be", "must be None or", 1)) from None
+
+
 def positive_int(option: str, value: object, unit: str) -> int:
     """`value` as an int of at least 1; see `whole_number`."""
     return whole_number(option, value, unit, least=1)

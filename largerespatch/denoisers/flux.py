@@ -12,22 +12,27 @@ from .any import Call
 from .joint import JointAttention, asked_for, maps_of_ids
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
+# And of the model, that it passes tokens on from block to block and keeps none.
 LEANS_ON = (
     "diffusers.models.transformers.transformer_flux.FluxTransformerBlock.forward",
     "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock.forward",
     "diffusers.models.transformers.transformer_flux.FluxAttnProcessor.__call__",
+    "diffusers.models.transformers.transformer_flux.FluxTransformer2DModel.forward",
 )
 
 TOKENS = Tokens(
     takes={"hidden_states": IMAGE, "encoder_hidden_states": TEXT, "image_rotary_emb": BOTH.along(0)},
     gives=(TEXT, IMAGE),
     text_first=True,
+    idle=("attn.to_q", "attn.add_q_proj", "proj_mlp"),
 )
 
 
 @register
 class Flux(JointAttention):
     """`FluxTransformer2DModel`. Its tokens are squares of four latent pixels, packed by the pipeline."""
+
+    passes_on = True
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == "FluxTransformer2DModel"
@@ -66,6 +71,7 @@ class FluxControlNets(Flux):
     """`FluxControlNetModel`, whose blocks are those of Flux. Its pictures are encoded; a step of Flux's calls it."""
 
     stages = ()
+    passes_on = False  # what blocks give is its result
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == "FluxControlNetModel"

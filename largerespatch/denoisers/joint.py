@@ -7,7 +7,7 @@ A family of these is one file with one class, which says
 - `maps`: from the arguments of a model's call, the (height, width) in tokens of the image, and of references after it,
 - `sample` and `predict`: how pipelines call it, so that its memory can be told,
 
-and where it is not as most are: `timestep`, `scheduled`, `longest`.
+and where it is not as most are: `timestep`, `scheduled`, `longest`, `passes_on`.
 """
 
 import warnings
@@ -34,11 +34,13 @@ from .any import AnyDenoiser
 class JointAttention(AnyDenoiser):
     """Those models of a family that several processes run together are left as they are.
 
-    `timestep` is the parameter that tells it.
+    `timestep` is the parameter that tells it. `passes_on` says whether the model uses the tokens that a block is given
+    or gives for nothing but the next block, so that they need not be there twice; its ``forward`` is to be leaned on.
     """
 
     rank = 0
     timestep = "timestep"
+    passes_on = False
 
     @abstractmethod
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
@@ -57,12 +59,12 @@ class JointAttention(AnyDenoiser):
         return None
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
-        if getattr(model, "_parallel_config", None) is None:
+        if not _is_shared(model):
             note = StepNote()
             noting = StepNoting(note, lambda: schedulers_of(pipe), self.timestep, self.scheduled)
             yield Site(model, name, Order.STEP_NOTED, noting)
             maps = partial(self.maps, model)
-            yield from joint_sites(model, name, options, note, self.kinds(model), maps)
+            yield from joint_sites(model, name, options, note, self.kinds(model), maps, self.passes_on)
         yield from padding_sites(model, name, options.padding_mode)
 
     def repeated(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -70,6 +72,12 @@ class JointAttention(AnyDenoiser):
             yield from getattr(model, path)
 
     def check(self, model: Any, pipe: Any, height: int, width: int) -> None:
+        if _is_shared(model):
+            warnings.warn(
+                f"{type(model).__name__} is run by several processes together: it is left as it is",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         limit = self.longest(model)
         if limit is None or max(height, width) <= (most := limit[0] * factor_of(pipe)):
             return
@@ -79,7 +87,11 @@ class JointAttention(AnyDenoiser):
         )
         if limit[1]:
             raise ValueError(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _is_shared(model: Any) -> bool:
+    return getattr(model, "_parallel_config", None) is not None
 
 
 _ASKED: ContextVar[Sequence[Size]] = ContextVar("asked", default=())

@@ -1,17 +1,22 @@
 """Models of diffusers that nobody else knows: only their convolutions, where these are to pad in another way."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from ..core.calls import takes
 from ..core.families import Family, Site, register
 from ..techniques.padding import padding_sites
+
+# The parameters by which denoisers are told a timestep.
+TIMESTEPS = {"timestep", "timesteps", "timestep_ratio", "t"}
 
 
 @register
 class Others(Family):
-    """Adapters, priors, transformers of no known kind."""
+    """Adapters, priors, denoisers of no known kind. Of the last a warning tells, since they may be what takes most."""
 
     rank = -2
     known = False
@@ -23,3 +28,13 @@ class Others(Family):
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
         yield from padding_sites(model, name, options.padding_mode)
+
+    def check(self, model: Any, pipe: Any, height: int, width: int) -> None:
+        has_map = any(key.endswith(("in_channels", "patch_size")) for key in getattr(model, "config", ()))
+        if has_map and TIMESTEPS & takes(type(model).forward):
+            warnings.warn(
+                f"{type(model).__name__} is a denoiser of no known kind: it is left as it is, and takes as much memory "
+                "and time as without this patch",
+                RuntimeWarning,
+                stacklevel=3,
+            )

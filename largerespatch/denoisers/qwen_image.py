@@ -12,9 +12,11 @@ from .any import Call
 from .joint import JointAttention
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
+# And of the model, that it passes tokens on from block to block and keeps none.
 LEANS_ON = (
     "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformerBlock.forward",
     "diffusers.models.transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0.__call__",
+    "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel.forward",
 )
 
 TOKENS = Tokens(
@@ -27,12 +29,15 @@ TOKENS = Tokens(
     },
     gives=(TEXT, IMAGE),
     text_first=True,
+    idle=("attn.to_q", "attn.add_q_proj"),
 )
 
 
 @register
 class QwenImage(JointAttention):
     """`QwenImageTransformer2DModel`. Pictures that it edits come after the image."""
+
+    passes_on = True
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == "QwenImageTransformer2DModel"
@@ -69,6 +74,7 @@ class QwenImageControlNets(QwenImage):
     """`QwenImageControlNetModel`, whose blocks are those of Qwen-Image. A step of that one's calls it."""
 
     stages = ()
+    passes_on = False  # what blocks give is its result
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == "QwenImageControlNetModel"

@@ -13,15 +13,18 @@ from .any import Call
 from .joint import JointAttention
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
+# And of the model, that it passes tokens on from block to block and keeps none.
 LEANS_ON = (
     "diffusers.models.attention.JointTransformerBlock.forward",
     "diffusers.models.attention_processor.JointAttnProcessor2_0.__call__",
+    "diffusers.models.transformers.transformer_sd3.SD3Transformer2DModel.forward",
 )
 
 TOKENS = Tokens(
     takes={"hidden_states": IMAGE, "encoder_hidden_states": TEXT},
     gives=(TEXT, IMAGE),
     text_first=False,
+    idle=("attn.to_q", "attn.add_q_proj", "attn2.to_q"),
     attentions=lambda block: 1 + bool(getattr(block, "use_dual_attention", False)),
 )
 
@@ -29,6 +32,8 @@ TOKENS = Tokens(
 @register
 class StableDiffusion3(JointAttention):
     """`SD3Transformer2DModel`. The image's positions are cut from the middle of a table."""
+
+    passes_on = True
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == "SD3Transformer2DModel"

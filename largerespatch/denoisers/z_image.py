@@ -12,14 +12,19 @@ from .any import Call
 from .joint import JointAttention
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
+# And of the model, that it passes tokens on from block to block and keeps none.
 LEANS_ON = (
     "diffusers.models.transformers.transformer_z_image.ZImageTransformerBlock.forward",
     "diffusers.models.transformers.transformer_z_image.ZSingleStreamAttnProcessor.__call__",
+    "diffusers.models.transformers.transformer_z_image.ZImageTransformer2DModel.forward",
 )
 
 # What fills the image's tokens up to a multiple of 32 counts as text.
 TOKENS = Tokens(
-    takes={"x": BOTH, "attn_mask": BOTH, "freqs_cis": BOTH, "noise_mask": BOTH}, gives=BOTH, text_first=False
+    takes={"x": BOTH, "attn_mask": BOTH, "freqs_cis": BOTH, "noise_mask": BOTH},
+    gives=BOTH,
+    text_first=False,
+    idle=("attention.to_q",),
 )
 
 
@@ -28,6 +33,7 @@ class ZImage(JointAttention):
     """`ZImageTransformer2DModel`, which is given a list of images and one of texts. Those with references run whole."""
 
     timestep = "t"
+    passes_on = True
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == "ZImageTransformer2DModel"

@@ -124,8 +124,8 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 class _Alike:
     """Runs one of several pieces of work that are alike and counts the others as that one: all need the same memory.
 
-    Work that gives back a part of what it was given, or something else than new tensors, is run each time; but tokens
-    that it writes over, and passes on, are passed on again.
+    Work that gives back a part of what it was given, or something else than tensors that are new or were given to it,
+    is run each time.
     """
 
     def __init__(self, count: LiveBytes) -> None:
@@ -146,19 +146,25 @@ class _Alike:
             needed, results, structure = known[look]
             self.count.rise(needed)
             return tree_unflatten([_again(each, (given, named)) for each in results], structure)
-        before, leaves = self.count.alive, tree_leaves((given, named))
-        memories = {id(_memory(leaf)): i for i, leaf in enumerate(leaves) if _memory(leaf)}
+        before = self.count.alive
+        places = {id(_held(leaf)): i for i, leaf in enumerate(tree_leaves((given, named)))}
         result, during = self.count.peak_of(lambda: work(*given, **named))
         leaves, structure = tree_flatten(result)
-        results = [_made(leaf, memories) for leaf in leaves]
+        results = [_made(leaf, places) for leaf in leaves]
         new = sum(
             each.size for each in results if isinstance(each, _New) and each.look.device.type == self.count.device
         )
         if self.count.alive - before >= new and all(
-            isinstance(each, _New | _Passed | int | NoneType) for each in results
+            isinstance(each, _New | _Given | int | NoneType) for each in results
         ):
             known[look] = (during - before, results, structure)
         return result
+
+
+class _Given(NamedTuple):
+    """One of the tensors that the work was given, and wrote to."""
+
+    place: int
 
 
 class _New(NamedTuple):
@@ -183,29 +189,23 @@ class _New(NamedTuple):
         return memory.as_strided(size, stride, self.offset)
 
 
-class _Passed(NamedTuple):
-    """The tokens that were given in some place, written over."""
-
-    place: int
-
-
-def _memory(leaf: object) -> Any:
-    """Of tokens on the host."""
-    return leaf.turned.memory if isinstance(leaf, TokenMap) and leaf.away else None
+def _held(leaf: object) -> object:
+    """By what something that was given is known again: tokens on the host by their memory, all else by itself."""
+    return leaf.turned.memory if isinstance(leaf, TokenMap) and leaf.away else leaf
 
 
-def _made(leaf: Any, memories: dict[int, int]) -> Any:
-    """A result as something that it can be made of again; `memories` are those of arguments, with their places."""
-    if type(leaf) in (torch.Tensor, Weightless):
-        return _New.of(leaf)
-    place = memories.get(id(_memory(leaf)))
-    return leaf if place is None else _Passed(place)
+def _made(leaf: Any, places: dict[int, int]) -> Any:
+    """A result as something that it can be made of again; `places` are those of what was given."""
+    if isinstance(leaf, torch.Tensor) and id(_held(leaf)) in places:
+        return _Given(places[id(_held(leaf))])
+    return _New.of(leaf) if type(leaf) in (torch.Tensor, Weightless) else leaf
 
 
 def _again(made: Any, given: Any) -> Any:
     """The inverse, where something else is given."""
-    if isinstance(made, _Passed):
-        return tree_leaves(given)[made.place].claim()
+    if isinstance(made, _Given):
+        leaf = tree_leaves(given)[made.place]
+        return leaf.claim() if isinstance(leaf, TokenMap) else leaf
     return made.again() if isinstance(made, _New) else made
 
 

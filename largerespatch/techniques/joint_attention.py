@@ -21,23 +21,33 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..core.families import Order, Site
+from ..core.patching import PatchStack
 from ..core.pieces import assemble, rehearsing
 from ..core.tilings import PHASES, Each, Tile, sampled_cells
 from .attention import Blocking, blocking_of
 from .context import uploaded
 from .joining import Attending, Joining, native_kernels
 from .notes import StepNote
+from .passing import Passing
 from .pooled import Keys, PooledMap
 from .tokens import Maps, Piece, Tokens
+
+# Tokens of context where nothing else is asked for: with rotary positions attention is sharp, and wants them fine.
+CONTEXT = 2048
 
 # Queries of a tile that say what it attends to.
 JUDGES = 256
 
 
 class MapsNote:
-    """The maps that a model's tokens are the cells of: the image, then references. None where that is not known."""
+    """The maps that a model's tokens are the cells of: the image, then references. None where that is not known.
 
-    maps: Maps = Maps()
+    `passing` says what its blocks may write over; None where the model keeps what they give.
+    """
+
+    def __init__(self, passing: Passing | None = None) -> None:
+        self.maps = Maps()
+        self.passing = passing
 
 
 class MapsNoting:
@@ -51,12 +61,14 @@ class MapsNoting:
         self.maps = maps
 
     def __call__(self, original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
-        self._note(inspect.signature(original).bind_partial(*args, **kwargs).arguments)
+        self._note(original, inspect.signature(original).bind_partial(*args, **kwargs).arguments)
         return original(*args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # values are for Python to see
-    def _note(self, arguments: Mapping[str, Any]) -> None:
+    def _note(self, original: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
         self.note.maps = Maps(self.maps(arguments))
+        if self.note.passing is not None:
+            self.note.passing.begin(original, arguments)
 
 
 class JointBlock:
@@ -87,10 +99,15 @@ class JointBlock:
 
         try:
             with native_kernels(self.block):
-                return _Call(called, bound.arguments, self, texts).run(Each(maps.piece, cover))
+                return _Call(called, bound.arguments, self, texts).run(Each(maps.piece, cover), self._free(bound))
         except _NotMetError:
             self._warn()
         return original(*args, **kwargs)
+
+    def _free(self, bound: inspect.BoundArguments) -> torch.Tensor | None:
+        """The tensor of tokens that the block changes, if it may be written over."""
+        stream = bound.arguments[next(iter(self.tokens.takes))]
+        return stream if self.note.passing is not None and self.note.passing.is_free(stream) else None
 
     def _cover(self, maps: Maps) -> Sequence[Tile]:
         if not maps or maps[0][0] * maps[0][1] <= self.blocking.full_tokens:
@@ -127,15 +144,20 @@ class _Call:
         self.called, self.arguments, self.texts = called, arguments, texts
         self.tokens, self.maps, self.context = of.tokens, of.note.maps, of.blocking.context
         self.attentions = of.tokens.attentions(of.block)
+        self.idle = {path: each for path, each in of.block.named_modules() if path in of.tokens.idle}
         self.first = texts if of.tokens.text_first else 0  # of the image's tokens, in what has rows of both
 
-    def run(self, pieces: Sequence[Piece]) -> Any:
-        known = assemble(
-            pieces,
-            self._keys_and_values,
-            place=lambda piece: (slice(None), slice(None), self._places(piece)["both"]),
-            make=lambda parts: tuple(part.new_empty(*part.shape[:2], self.total, part.shape[3]) for part in parts),
-        )
+    def run(self, pieces: Sequence[Piece], into: torch.Tensor | None) -> Any:
+        """What the block returns; its tokens of the image in the memory of `into`, if they are as that is."""
+        with PatchStack() as stack:
+            for path, module in self.idle.items():
+                stack.set(module, "forward", _as_given, f"{path}.forward")
+            known = assemble(
+                pieces,
+                self._keys_and_values,
+                place=lambda piece: (slice(None), slice(None), self._places(piece)["both"]),
+                make=lambda parts: tuple(part.new_empty(*part.shape[:2], self.total, part.shape[3]) for part in parts),
+            )
         sources = [_Source(*each, self) for each in zip(known[0::2], known[1::2], strict=True)]
         kept: list[Any] = []  # what the first piece gave, whose text has seen all
         both = self.tokens.both()
@@ -148,11 +170,17 @@ class _Call:
             kept.extend([result] if not kept else [])
             return self.tokens.image_of(result).narrow(1, self.first if both else 0, piece.area)
 
+        def make(image: torch.Tensor) -> torch.Tensor:
+            shape = (len(image), self.total if both else self.maps.area, image.shape[2])
+            if into is not None and (tuple(into.shape), into.dtype) == (shape, image.dtype):
+                return into
+            return image.new_empty(shape)
+
         output = assemble(
             pieces,
             compute,
             place=lambda piece: (slice(None), self._places(piece)["image"] + (self.first if both else 0)),
-            make=lambda image: image.new_empty(len(image), self.total if both else self.maps.area, image.shape[2]),
+            make=make,
         )
         if both and self.texts:
             text = slice(None, self.first) if self.first else slice(-self.texts, None)
@@ -194,6 +222,10 @@ class _Call:
         with suppress(_Left):
             self._through(piece, note)
         return tuple(known)
+
+
+def _as_given(hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return hidden_states
 
 
 class _Source:
@@ -248,9 +280,13 @@ def joint_sites(
     step_note: StepNote,
     kinds: Mapping[str, Tokens],
     maps: Callable[[Mapping[str, Any]], Sequence[tuple[int, int]]],
+    passes_on: bool = False,
 ) -> Iterator[Site]:
-    """The blocks of `model`, in the lists of them that `kinds` names, and the model that notes their maps."""
-    blocking, note, layer = blocking_of(options), MapsNote(), 0
+    """The blocks of `model`, in the lists of them that `kinds` names, and the model that notes their maps.
+
+    `passes_on` says whether it keeps nothing of what they are given and give.
+    """
+    blocking, note, layer = blocking_of(options, CONTEXT), MapsNote(Passing(model) if passes_on else None), 0
     yield Site(model, name, Order.MAP_NOTED, MapsNoting(note, maps))
     says = f"{{count}} transformer blocks in {blocking}"
     for path, tokens in kinds.items():

@@ -25,6 +25,10 @@ COARSE = 4
 # Rows of cells that are pooled at once.
 ROWS = 32
 
+# The finest cells whose means are kept, by level. Those of 2x2 tokens would take a quarter of what the tokens do; they
+# are pooled again where a tile looks at some.
+KEPT = 2
+
 # Of what the second order adds to a weight: all of it is too much where keys differ widely. By trial.
 SECOND_ORDER = 0.25
 
@@ -46,47 +50,59 @@ class Keys(NamedTuple):
 class PooledMap:
     """Keys and values of a map of ``(height, width)`` tokens, ``[B, heads, height * width, C]``, row by row.
 
-    They are kept, with the means over cells of 2, 4, 8, ... tokens along each axis, so that `count` keys can stand for
-    the map; and the mean of the keys' squares, which tells how much they differ.
+    They are kept, with the means over cells of 4, 8, ... tokens along each axis, so that `count` keys can stand for the
+    map; and the mean of the keys' squares, which tells how much they differ.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, size: tuple[int, int], count: int) -> None:
         self.size, self.count = size, count
         # Not by squaring: a map of the keys in single precision would be larger than they are.
         squares = torch.linalg.vector_norm(keys, dim=-1, keepdim=True, dtype=torch.float32).square()
-        self.sizes, self.levels = [size], [(keys, values, squares)]
+        self.sizes = [size]
         while self._cells(-1) > count // COARSE and self._cells(0) > count and self._cells(-1) > 1:
-            finer = self.sizes[-1]
-            keys, values, squares = (self._coarser(each, finer) for each in self.levels[-1])
-            self.levels.append((keys, values, squares))
-            self.sizes.append((-(-finer[0] // 2), -(-finer[1] // 2)))
+            height, width = self.sizes[-1]
+            self.sizes.append((-(-height // 2), -(-width // 2)))
+        self.levels: dict[int, tuple[torch.Tensor, ...]] = {0: (keys, values, squares)}
+        finest = 0
+        for level in range(KEPT, len(self.sizes)):
+            self.levels[level] = tuple(self._coarser(each, finest, level) for each in self.levels[finest])
+            finest = level
 
     def _cells(self, level: int) -> int:
         return self.sizes[level][0] * self.sizes[level][1]
 
-    def _coarser(self, means: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Means ``[B, heads, n, C]`` over the cells of the next level.
+    def _coarser(self, means: torch.Tensor, finer: int, level: int) -> torch.Tensor:
+        """Means ``[B, heads, n, C]`` over the cells of a level, of those over the cells of a finer one.
 
         Cells at the lower and right edge may hold less. They take the mean of those cells that are there, as if each
         held as much: it is nearly so, and all is exact where cells are tokens.
         """
-        height, width = size
-        plane = means.view(*means.shape[:2], *size, means.shape[3])
+        plane = means.view(*means.shape[:2], *self.sizes[finer], means.shape[3])
+        steps = level - finer
 
         def pooled(run: Run) -> torch.Tensor:
-            rows = plane[:, :, 2 * run[0] : 2 * run[1]]
-            rows = torch.cat([rows, rows[:, :, -1:]], dim=2) if rows.shape[2] % 2 else rows
-            rows = torch.cat([rows, rows[:, :, :, -1:]], dim=3) if width % 2 else rows
-            squares = rows.reshape(*rows.shape[:2], rows.shape[2] // 2, 2, rows.shape[3] // 2, 2, rows.shape[4])
-            return squares.mean(dim=(3, 5))
+            rows = plane[:, :, run[0] << steps : run[1] << steps]
+            for _ in range(steps):
+                rows = _halved(rows)
+            return rows
 
         coarse: torch.Tensor = assemble(
-            Runs(-(-height // 2), ROWS),
+            Runs(self.sizes[level][0], ROWS),
             pooled,
             place=lambda run: (slice(None), slice(None), slice(*run)),
-            make=lambda rows: rows.new_empty(*rows.shape[:2], -(-height // 2), *rows.shape[3:]),
+            make=lambda rows: rows.new_empty(*rows.shape[:2], *self.sizes[level], rows.shape[4]),
         )
         return coarse.flatten(2, 3)
+
+    def _means(self, level: int, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Mean keys, values and squares of cells of a level, by their places ``[B, heads, n]``."""
+        height, width = self.sizes[level]
+        rows, columns = rows.clamp(max=height - 1), columns.clamp(max=width - 1)
+        if level in self.levels:
+            places = (rows * width + columns)[..., None]
+            return tuple(each.gather(2, places.expand(-1, -1, -1, each.shape[-1])) for each in self.levels[level])
+        parts = self._means(level - 1, *_quarters(rows, columns))
+        return tuple(each.view(*rows.shape, 4, each.shape[-1]).mean(dim=3) for each in parts)
 
     @torch.no_grad()
     def chosen(self, tile: Tile, judges: torch.Tensor, total: torch.Tensor) -> Keys:
@@ -95,7 +111,7 @@ class PooledMap:
         `judges` are some of the tile's queries, ``[B, heads, J, C]``, scaled; `total` the logarithm of what their
         attention to all else sums up to, ``[B, heads, J, 1]``.
         """
-        top = len(self.levels) - 1
+        top = len(self.sizes) - 1
         spare = self.count - self._cells(top)
         strength = judges.square().mean(dim=(-1, -2))[..., None]
         shape = (*self.levels[0][0].shape[:2], -1)
@@ -111,10 +127,7 @@ class PooledMap:
             order = wanted.argsort(dim=-1, descending=True, stable=True)
             finer, rest = order.tensor_split([min(spare // (3 * top), order.shape[-1])], dim=-1)
             parts.append(self._at(level, rows.gather(2, rest), columns.gather(2, rest), tile, strength)[0])
-            rows, columns = (
-                (2 * each.gather(2, finer)[..., None] + step).flatten(2)
-                for each, step in ((rows, cells.new_tensor([0, 0, 1, 1])), (columns, cells.new_tensor([0, 1, 0, 1])))
-            )
+            rows, columns = _quarters(rows.gather(2, finer), columns.gather(2, finer))
         return Keys.of([*parts, self._at(0, rows, columns, tile, strength)[0]])
 
     def _at(
@@ -124,11 +137,7 @@ class PooledMap:
 
         Those without tokens outside the tile weigh nothing. `strength` is the mean square of channels of queries.
         """
-        height, width = self.sizes[level]
-        places = rows.clamp(max=height - 1) * width + columns.clamp(max=width - 1)
-        keys, values, squares = (
-            means.gather(2, places[..., None].expand(-1, -1, -1, means.shape[-1])) for means in self.levels[level]
-        )
+        keys, values, squares = self._means(level, rows, columns)
         top, left, bottom, right = tile
         tall, inside_tall = _shared(rows, 2**level, self.size[0], top, bottom)
         wide, inside_wide = _shared(columns, 2**level, self.size[1], left, right)
@@ -137,6 +146,21 @@ class PooledMap:
         spread = squares[..., 0] - keys.float().square().sum(dim=-1)
         variances = spread.clamp(min=0) * strength if level else torch.zeros_like(outside)
         return Keys(keys, values, outside.log() + SECOND_ORDER * variances), variances
+
+
+def _halved(plane: torch.Tensor) -> torch.Tensor:
+    """Means of 2x2 cells of ``[B, heads, H, W, C]``; where one is missing, its neighbour counts twice."""
+    for axis in (2, 3):
+        if plane.shape[axis] % 2:
+            plane = torch.cat([plane, plane.narrow(axis, -1, 1)], dim=axis)
+    squares = plane.reshape(*plane.shape[:2], plane.shape[2] // 2, 2, plane.shape[3] // 2, 2, plane.shape[4])
+    return squares.mean(dim=(3, 5))
+
+
+def _quarters(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places of the four cells, one level finer, that each of ``[B, heads, n]`` is made of, side by side."""
+    down, right = rows.new_tensor([0, 0, 1, 1]), rows.new_tensor([0, 1, 0, 1])
+    return (2 * rows[..., None] + down).flatten(2), (2 * columns[..., None] + right).flatten(2)
 
 
 def _shared(places: torch.Tensor, side: int, length: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 A model's image tokens are the cells of maps, row by row: first those of the image, then those of each reference.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -84,16 +84,20 @@ class Tokens:
     Args:
         takes: for each argument with tokens which rows it has: `TEXT`, `IMAGE` or `BOTH`, along what dimensions. All
             tensors in an argument have the same; for one that is a tuple of others a tuple of these, None for none.
+            The first is what the block changes.
         gives: likewise for what the block returns. A result of text may be None.
         text_first: whether text comes before the image in what has rows of both, attention's keys among it.
         attentions: how many attentions to all of the image there are in a block, one after another. What a later one
             is given must not depend on what an earlier one gave.
+        idle: paths of modules in a block that no keys and values depend on and whose results may be what they are
+            given, for all that follows. Where keys and values alone are wanted they do not run.
     """
 
     takes: Mapping[str, Any]
     gives: Any
     text_first: bool
     attentions: Callable[[nn.Module], int] = lambda block: 1
+    idle: Sequence[str] = ()
 
     def texts(self, arguments: Mapping[str, Any], image: int) -> int | None:
         """How many text tokens there are beside those of the `image`; None where the arguments are not as they say."""
