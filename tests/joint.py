@@ -9,6 +9,7 @@ import torch
 from conftest import quiet
 from family import noise
 from largerespatch import LargeResPatch
+from largerespatch.memory.counting import LiveBytes
 from largerespatch.techniques.attention import Blocking
 from test_patch import fingerprint
 
@@ -51,9 +52,13 @@ def embeds(width, pooled=None, tokens=5, batch=1, seed=5, negative=False):
 
 
 class JointTests:
-    """`cases` are all ways in which pipelines call the model. The first one is the plainest."""
+    """`cases` are all ways in which pipelines call the model. The first one is the plainest.
+
+    `prompt` are arguments for it with as many tokens of text as its pipeline makes of a prompt.
+    """
 
     cases: ClassVar[dict[str, Case]]
+    prompt: ClassVar[dict[str, Any]] = {}
 
     @pytest.fixture
     def plain(self):
@@ -121,3 +126,11 @@ class JointTests:
         pipe, _ = plain
         blocked = LargeResPatch(pipe, 1024, 1024, attn_slice_x=8, attn_slice_y=8, attn_full_tokens=64, attn_context=64)
         assert 0 < blocked.estimate().step < blocked.estimate(patched=False).step
+
+    def test_the_estimate_of_a_step_is_what_a_real_one_holds(self, plain):
+        pipe, arguments = plain
+        changes = {"attn_slice_x": 8, "attn_slice_y": 8, "attn_full_tokens": 64, "attn_context": 64}
+        patch = LargeResPatch(pipe, 768, 512, **changes)
+        with patch, LiveBytes("cpu") as count:
+            paint(pipe, arguments | self.prompt, width=768, height=512, num_inference_steps=1)
+        assert patch.estimate().step == pytest.approx(count.peak, rel=0.1)
