@@ -203,17 +203,6 @@ OTHERS = {
         frozenset({"attention"}) | VAE,
     ),
     "PixArt": Case(tiny.pixart, PIXART),
-    "Stable Diffusion 3 (VAE alone)": Case(
-        tiny.sd3,
-        {"prompt_embeds": noise(1, 5, 32), "pooled_prompt_embeds": noise(1, 64), "width": SIZE, "height": SIZE}
-        | {"guidance_scale": 1.0},
-        VAE,
-    ),
-    "Flux (VAE alone)": Case(
-        tiny.flux,
-        {"prompt_embeds": noise(1, 5, 32), "pooled_prompt_embeds": noise(1, 32), "width": SIZE, "height": SIZE},
-        VAE,
-    ),
 }
 FAMILIES = {"Stable Diffusion": SD, "Stable Diffusion XL": XL, "others": OTHERS}
 CASES = {f"{family}: {name}": case for family, cases in FAMILIES.items() for name, case in cases.items()}

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+from table import TableTests
 
 from conftest import quiet
 from family import noise
@@ -21,10 +22,11 @@ CLOSE = 1e-4  # of the largest value: rounding in float32, in another order
 
 
 class Case(NamedTuple):
-    """How to build a pipeline, and what to call it with besides a size."""
+    """How to build a pipeline, what to call it with besides a size, and what is cut up where everything is."""
 
     build: Callable[[], Any]
     arguments: dict[str, Any]
+    cuts: frozenset[str] = frozenset({"attention", "vae"})
 
 
 def paint(pipe, arguments, **changes):
@@ -51,14 +53,20 @@ def embeds(width, pooled=None, tokens=5, batch=1, seed=5, negative=False):
     return told
 
 
-class JointTests:
-    """`cases` are all ways in which pipelines call the model. The first one is the plainest.
+class JointTests(TableTests):
+    """`cases` are all ways in which pipelines call the model, the plainest first; `family` is what the model is called.
 
     `prompt` are arguments for it with as many tokens of text as its pipeline makes of a prompt.
     """
 
+    family: ClassVar[str]
     cases: ClassVar[dict[str, Case]]
     prompt: ClassVar[dict[str, Any]] = {}
+    size = (WIDTH, HEIGHT)
+    blocks: ClassVar = TILES | {"vae_chunk_size_x": 6, "vae_chunk_size_y": 6}
+
+    def draw(self, pipe, case):
+        return torch.as_tensor(paint(pipe, case.arguments, output_type="pt"))
 
     @pytest.fixture
     def plain(self):

@@ -43,6 +43,7 @@ def guided():
 
 
 class TestHunyuanImage(JointTests):
+    family = "HunyuanImage 2.1"
     cases: ClassVar = {
         "text": Case(pipeline, TEXT),
         "guidance": Case(guided, TEXT | NEGATIVE),
