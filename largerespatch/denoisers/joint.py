@@ -27,7 +27,7 @@ from ..core.pieces import rehearsing
 from ..techniques.joint_attention import joint_sites
 from ..techniques.notes import StepNote, StepNoting
 from ..techniques.padding import padding_sites
-from ..techniques.tokens import Size, Tokens
+from ..techniques.tokens import Kind, Size
 from .any import AnyDenoiser
 
 
@@ -41,7 +41,7 @@ class JointAttention(AnyDenoiser):
     timestep = "timestep"
 
     @abstractmethod
-    def kinds(self, model: Any) -> Mapping[str, Tokens]:
+    def kinds(self, model: Any) -> Mapping[str, Kind]:
         """Where tokens are in the blocks of each list of blocks, by the attribute of the model that the list is."""
 
     @abstractmethod

@@ -88,15 +88,21 @@ class Tokens:
         text_first: whether text comes before the image in what has rows of both, attention's keys among it.
         attentions: how many attentions to all of the image there are in a block, one after another. What a later one
             is given must not depend on what an earlier one gave.
+        ahead: tokens that come before the image's in what has rows of these, and go with every tile as text does. They
+            ask nothing in those attentions.
+        keys_between: keys, in these attentions, between those of the text and those of the image.
     """
 
     takes: Mapping[str, Any]
     gives: Any
     text_first: bool
     attentions: Callable[[nn.Module], int] = lambda block: 1
+    ahead: int = 0
+    keys_between: int = 0
 
     def texts(self, arguments: Mapping[str, Any], image: int) -> int | None:
         """How many text tokens there are beside those of the `image`; None where the arguments are not as they say."""
+        image += self.ahead
         found: dict[str, set[int]] = {"text": set(), "image": {image}, "both": set()}
         for name, rows in self.takes.items():
             _each(rows, arguments.get(name), lambda rows, each: found[rows.of].update(each.shape[i] for i in rows.dims))
@@ -131,6 +137,10 @@ class Tokens:
         if isinstance(self.gives, Rows):
             return [(self.gives, result)]
         return list(zip(self.gives, result or [None] * len(self.gives), strict=True))
+
+
+# Where the tokens of a kind of block are, or how that is told from the arguments of a call.
+Kind = Tokens | Callable[[Mapping[str, Any]], Tokens]
 
 
 def _each(rows: Any, value: Any, change: Callable[[Rows, torch.Tensor], Any]) -> Any:
