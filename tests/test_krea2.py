@@ -4,11 +4,13 @@ from typing import ClassVar
 
 import diffusers as d
 import torch
-from joint import Case, JointTests
+from joint import Case, JointTests, paint, patch
 from test_causal import autoencoder
 
 import tiny
+from conftest import quiet
 from family import noise
+from largerespatch.techniques.pooled import PooledMap
 
 MASK = torch.tensor([[True, True, True, False, True]])
 TEXT = {"prompt_embeds": noise(1, 5, 3, 16), "prompt_embeds_mask": MASK}
@@ -57,3 +59,17 @@ class TestKrea2(JointTests):
         "without guidance": Case(pipeline, ALONE),
         "texts of different lengths": Case(pipeline, TWO | {"guidance_scale": 0.0}),
     }
+
+
+def test_keys_that_heads_share_are_kept_once(monkeypatch):
+    pipe, heads = quiet(pipeline()), []
+    chosen = PooledMap.chosen
+
+    def look(pooled, *of):
+        heads.append(pooled.levels[0][0].shape[1])
+        return chosen(pooled, *of)
+
+    monkeypatch.setattr(PooledMap, "chosen", look)
+    with patch(pipe, attn_context=16):
+        paint(pipe, ALONE)
+    assert set(heads) == {2}

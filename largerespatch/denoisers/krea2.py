@@ -20,10 +20,17 @@ LEANS_ON = (
     f"{_ROOM}Krea2Transformer2DModel.forward",
 )
 
+
+def _copies(block: Any) -> int:
+    """Heads of queries to one of keys, which the processor copies for each."""
+    return int(block.attn.num_heads // block.attn.num_kv_heads)
+
+
 TOKENS = Tokens(
     takes={"hidden_states": BOTH, "image_rotary_emb": BOTH.along(0), "attention_mask": BOTH.along(3)},
     gives=BOTH,
     text_first=True,
+    copies=_copies,
 )
 
 

@@ -29,13 +29,15 @@ _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "
 class Attending:
     """A call of attention: its arguments by name, and which of its queries and keys are of the image.
 
-    Those of text are before or after them, as are other keys beside which there are no queries.
+    Those of text are before or after them, as are other keys beside which there are no queries. Keys and values of
+    which `attend` wants as many `copies`, for heads side by side, are there once.
     """
 
     attend: Callable[..., torch.Tensor]
     given: dict[str, Any]
     image: slice
     image_keys: slice
+    copies: int = 1
 
     @property
     def text_first(self) -> bool:
@@ -77,16 +79,21 @@ class Attending:
         if mask is not None:
             columns = [mask[..., self.other_keys], self._of_image(mask, keys.shape[2] - self.others)]
             mask = torch.cat(columns if self.text_first else columns[::-1], dim=-1)
+            mask = mask.repeat(1, 1, self.copies if mask.shape[2] > 1 else 1, 1)
+        # Not by copies of all keys: queries of heads that share them come one after another.
         query = self.part("query", self.text)
-        return self.attend(**self.given | {"query": query, "key": keys, "value": values, "attn_mask": mask})
+        batch, heads, count, channels = query.shape
+        query = query.reshape(batch, heads // self.copies, self.copies * count, channels)
+        mixed = self.attend(**self.given | {"query": query, "key": keys, "value": values, "attn_mask": mask})
+        return mixed.reshape(batch, heads, count, values.shape[-1])
 
     def joined(self, queries: slice, others: Sequence[Keys]) -> torch.Tensor:
         """The attention of some queries to the call's keys and others."""
         mask, query = self._mask(queries), self.part("query", queries)
+        key = self._with_copies([self.given["key"], *(each.keys for each in others)])
+        value = self._with_copies([self.given["value"], *(each.values for each in others)])
         if not others:
-            return self.attend(**self.given | {"query": query, "attn_mask": mask})
-        key = torch.cat([self.given["key"], *(each.keys for each in others)], dim=2)
-        value = torch.cat([self.given["value"], *(each.values for each in others)], dim=2)
+            return self.attend(**self.given | {"query": query, "key": key, "value": value, "attn_mask": mask})
         weights = torch.cat([each.log_weights for each in others], dim=2)
         weights = weights.repeat_interleave(query.shape[1] // weights.shape[1], dim=1)
         if mask is None:
@@ -102,6 +109,11 @@ class Attending:
             sizes = torch.broadcast_shapes(mask.shape[:-1], others_mask.shape[:-1])  # type: ignore[no-untyped-call]
             mask = torch.cat([each.expand(*sizes, -1) for each in (mask, others_mask)], dim=-1)
         return self.attend(**self.given | {"query": query, "key": key, "value": value, "attn_mask": mask})
+
+    def _with_copies(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """All of them, one after another, for every head."""
+        joined = torch.cat(list(parts), dim=2) if len(parts) > 1 else parts[0]
+        return joined.repeat_interleave(self.copies, dim=1) if self.copies > 1 else joined
 
     def _mask(self, queries: slice) -> torch.Tensor | None:
         """Of the call, for some queries, with a column for each key: ``[.., .., 1 or queries, K]``."""
@@ -122,7 +134,8 @@ class Joining(TorchFunctionMode):
     """Gives the first `attentions` calls of ``F.scaled_dot_product_attention`` to `do`, with their places among them.
 
     Those that attend to `image` tokens alone, or to text besides, whose rows are `before` or after them, and to as many
-    keys `between` these; others (to pictures that are told in words of their own) are none of ours.
+    keys `between` these; others (to pictures that are told in words of their own) are none of ours. Of heads' keys all
+    but one of `copies` are left out.
     """
 
     def __init__(
@@ -133,9 +146,10 @@ class Joining(TorchFunctionMode):
         text: int,
         text_first: bool,
         between: int = 0,
+        copies: int = 1,
     ) -> None:
         super().__init__()
-        self.do, self.attentions, self.met = do, attentions, 0
+        self.do, self.attentions, self.met, self.copies = do, attentions, 0, copies
         start, start_of_keys = (text, text + between) if text_first else (0, 0)
         self.places = {  # by the numbers of queries and keys
             (image + text, image + text + between): (start, start_of_keys),
@@ -154,7 +168,10 @@ class Joining(TorchFunctionMode):
         if given["key"].ndim != 4 or place is None:
             return func(*args, **kwargs)
         self.met += 1
-        return self.do(self.met - 1, Attending(func, given, *(slice(start, start + self.image) for start in place)))
+        copies = self.copies if given["key"].shape[1] == given["query"].shape[1] else 1
+        given |= {name: given[name][:, ::copies] for name in ("key", "value")}
+        image, image_keys = (slice(start, start + self.image) for start in place)
+        return self.do(self.met - 1, Attending(func, given, image, image_keys, copies))
 
 
 @contextmanager

@@ -132,7 +132,7 @@ class _Call:
     ) -> None:
         self.called, self.arguments, self.tokens, self.texts = called, arguments, tokens, texts
         self.maps, self.context = of.note.maps, of.blocking.context
-        self.attentions = tokens.attentions(of.block)
+        self.attentions, self.copies = tokens.attentions(of.block), tokens.copies(of.block)
         self.others = texts + tokens.keys_between  # keys that are not of the image
         self.first = self.others if tokens.text_first else 0  # of the image's keys
 
@@ -187,8 +187,8 @@ class _Call:
         ahead = self.tokens.ahead
         places = {"image": self._places(piece, 0, ahead), "both": self._places(piece, self.texts, ahead)}
         given = self.tokens.cut(self.arguments, places)
-        between = self.tokens.keys_between
-        with Joining(do, self.attentions, piece.area, self.texts, self.tokens.text_first, between) as joining:
+        order = self.texts, self.tokens.text_first, self.tokens.keys_between, self.copies
+        with Joining(do, self.attentions, piece.area, *order) as joining:
             result = self.called(given)
         if joining.met < self.attentions:
             raise _NotMetError

@@ -91,6 +91,7 @@ class Tokens:
         ahead: tokens that come before the image's in what has rows of these, and go with every tile as text does. They
             ask nothing in those attentions.
         keys_between: keys, in these attentions, between those of the text and those of the image.
+        copies: to how many heads side by side a block gives the same keys, where it gives each head its own.
     """
 
     takes: Mapping[str, Any]
@@ -99,6 +100,7 @@ class Tokens:
     attentions: Callable[[nn.Module], int] = lambda block: 1
     ahead: int = 0
     keys_between: int = 0
+    copies: Callable[[nn.Module], int] = lambda block: 1
 
     def texts(self, arguments: Mapping[str, Any], image: int) -> int | None:
         """How many text tokens there are beside those of the `image`; None where the arguments are not as they say."""
