@@ -5,10 +5,11 @@ from typing import ClassVar
 import diffusers as d
 import test_hunyuan_vae
 import torch
-from joint import Case, JointTests
+from joint import ALL, CLOSE, HEIGHT, WIDTH, Case, JointTests, error, paint, patch
 
 import tiny
-from family import noise
+from conftest import quiet
+from family import noise, picture
 
 # Tokens of the second encoder come first, those that are no text last: the masks say which.
 MASK, MASK_2 = torch.tensor([[1, 1, 1, 1, 0]]), torch.tensor([[1, 1, 0]])
@@ -52,3 +53,26 @@ class TestHunyuanImage(JointTests):
             lambda: pipeline(guidance_embeds=True, use_meanflow=True), TEXT | {"distilled_guidance_scale": 3.25}
         ),
     }
+
+
+def test_the_refiners_picture_is_a_film_of_one():
+    """Its autoencoder is left as it is."""
+    vae = tiny.frozen(
+        d.AutoencoderKLHunyuanImageRefiner,
+        23,
+        latent_channels=4,
+        block_out_channels=(32,) * 5,
+        layers_per_block=1,
+        spatial_compression_ratio=16,
+    )
+    three = {"patch_size": (1, 1, 1), "rope_axes_dim": (2, 2, 4), "text_embed_2_dim": None, "guidance_embeds": True}
+    parts = {"transformer": transformer(in_channels=16, out_channels=8, **three), "vae": vae}
+    parts |= {"scheduler": d.FlowMatchEulerDiscreteScheduler(), "text_encoder": None, "tokenizer": None, "guider": None}
+    pipe = quiet(d.HunyuanImageRefinerPipeline(**parts))
+    told = {"prompt_embeds": TEXT["prompt_embeds"], "prompt_embeds_mask": MASK}
+    told["image"] = picture(size=WIDTH)[:, :, :HEIGHT]
+    dense = paint(pipe, told)
+    with patch(pipe, attn_context=0):
+        assert error(paint(pipe, told), dense) > 10 * CLOSE
+    with patch(pipe, attn_context=ALL):
+        assert error(paint(pipe, told), dense) < CLOSE
