@@ -42,7 +42,7 @@ class JointAttention(AnyDenoiser):
 
     @abstractmethod
     def kinds(self, model: Any) -> Mapping[str, Kind]:
-        """Where tokens are in the blocks of each list of blocks, by the attribute of the model that the list is."""
+        """Where tokens are in the blocks of each list of blocks, by its path in the model."""
 
     @abstractmethod
     def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
@@ -67,7 +67,8 @@ class JointAttention(AnyDenoiser):
 
     def repeated(self, model: nn.Module) -> Iterator[nn.Module]:
         for path in self.kinds(model):
-            yield from getattr(model, path)
+            blocks: Any = model.get_submodule(path)
+            yield from blocks
 
     def check(self, model: Any, pipe: Any, height: int, width: int) -> None:
         limit = self.longest(model)

@@ -76,8 +76,9 @@ class JointBlock:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         maps, bound = self.note.maps, inspect.signature(original).bind(*args, **kwargs)
-        cover = self._cover(maps)
         tokens = self.kind if isinstance(self.kind, Tokens) else self.kind(bound.arguments)
+        maps = maps if tokens.references else Maps(maps[:1])
+        cover = self._cover(maps)
         texts = tokens.texts(bound.arguments, maps.area) if len(cover) > 1 else None
         if texts is None:
             return original(*args, **kwargs)
@@ -88,7 +89,7 @@ class JointBlock:
 
         try:
             with native_kernels(self.block):
-                return _Call(called, bound.arguments, self, tokens, texts).run(Each(maps.piece, cover))
+                return _Call(called, bound.arguments, self, tokens, maps, texts).run(Each(maps.piece, cover))
         except _NotMetError:
             self._warn()
         return original(*args, **kwargs)
@@ -128,10 +129,11 @@ class _Call:
         arguments: Mapping[str, Any],
         of: JointBlock,
         tokens: Tokens,
+        maps: Maps,
         texts: int,
     ) -> None:
         self.called, self.arguments, self.tokens, self.texts = called, arguments, tokens, texts
-        self.maps, self.context = of.note.maps, of.blocking.context
+        self.maps, self.context = maps, of.blocking.context
         self.attentions, self.copies = tokens.attentions(of.block), tokens.copies(of.block)
         self.others = texts + tokens.keys_between  # keys that are not of the image
         self.first = self.others if tokens.text_first else 0  # of the image's keys
@@ -268,7 +270,7 @@ def joint_sites(
     yield Site(model, name, Order.MAP_NOTED, MapsNoting(note, maps))
     says = f"{{count}} transformer blocks in {blocking}"
     for path, kind in kinds.items():
-        for i, block in enumerate(getattr(model, path)):
+        for i, block in enumerate(model.get_submodule(path)):
             technique = JointBlock(block, kind, blocking, note, step_note, layer)
             yield Site(block, f"{name}.{path}.{i}", Order.IN_BLOCKS, technique, says=says)
             layer += 1

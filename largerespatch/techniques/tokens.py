@@ -91,6 +91,7 @@ class Tokens:
         ahead: tokens that come before the image's in what has rows of these, and go with every tile as text does. They
             ask nothing in those attentions.
         keys_between: keys, in these attentions, between those of the text and those of the image.
+        references: whether the tokens of references are there, too.
         copies: to how many heads side by side a block gives the same keys, where it gives each head its own.
     """
 
@@ -100,6 +101,7 @@ class Tokens:
     attentions: Callable[[nn.Module], int] = lambda block: 1
     ahead: int = 0
     keys_between: int = 0
+    references: bool = True
     copies: Callable[[nn.Module], int] = lambda block: 1
 
     def texts(self, arguments: Mapping[str, Any], image: int) -> int | None:
@@ -108,7 +110,7 @@ class Tokens:
         found: dict[str, set[int]] = {"text": set(), "image": {image}, "both": set()}
         for name, rows in self.takes.items():
             _each(rows, arguments.get(name), lambda rows, each: found[rows.of].update(each.shape[i] for i in rows.dims))
-        texts = found["text"] | {count - image for count in found["both"]}
+        texts = found["text"] | {count - image for count in found["both"]} or {0}
         return texts.pop() if len(texts) == 1 and min(texts) >= 0 and len(found["image"]) == 1 else None
 
     def cut(self, arguments: Mapping[str, Any], places: Mapping[str, torch.Tensor]) -> dict[str, Any]:
