@@ -11,7 +11,7 @@ versions=("$@")
 python=${PYTHON:-python}
 # Blocked, restored and equal afterwards: one pipeline of each kind of model, unless KINDS says otherwise.
 kinds=${KINDS:-"text-to-image or ControlNet] or AnimateDiff or PixArt or Flux"}
-tests=(tests/test_{attention,padding,patching,pipelines,upstream,weights}.py)
+tests=(tests/test_{attention,flux,padding,patching,pipelines,upstream,weights}.py)
 
 # What 0.36 imports and newer versions of its companions no longer bring.
 companions=$(mktemp -d)

@@ -31,7 +31,9 @@ def no_gradients():
 def pytest_generate_tests(metafunc):
     """A class of tests that has `cases` runs those that ask for a `case` on each of them."""
     if "case" in metafunc.fixturenames and hasattr(metafunc.cls, "cases"):
-        metafunc.parametrize("case", metafunc.cls.cases.values(), ids=metafunc.cls.cases.keys())
+        family, cases = getattr(metafunc.cls, "family", ""), metafunc.cls.cases
+        names = [f"{family}: {name}" if family else name for name in cases]
+        metafunc.parametrize("case", cases.values(), ids=names)
 
 
 def quiet(pipe):

@@ -4,10 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffusers as d
-import test_causal
 import test_dc
-import test_flux_2_vae
-import test_hunyuan_vae
 import torch
 from peft import LoraConfig
 
@@ -20,15 +17,11 @@ DENOISER, VAE = frozenset({"attention", "feed-forward"}), frozenset({"vae"})
 
 
 class Case(NamedTuple):
-    """How to build a pipeline, what to call it with, and what is cut up at a size where everything is.
-
-    `about` is what of it is looked at.
-    """
+    """How to build a pipeline, what to call it with, and what is cut up at a size where everything is."""
 
     build: Callable[[], Any]
     arguments: dict[str, Any]
     cuts: frozenset[str] = DENOISER | VAE
-    about: frozenset[str] = DENOISER | VAE
 
 
 def noise(*shape, seed=5):
@@ -211,31 +204,12 @@ OTHERS = {
         frozenset({"attention"}) | VAE,
     ),
     "PixArt": Case(tiny.pixart, PIXART),
-    "Stable Diffusion 3 (VAE alone)": Case(
-        tiny.sd3,
-        {"prompt_embeds": noise(1, 5, 32), "pooled_prompt_embeds": noise(1, 64), "width": SIZE, "height": SIZE}
-        | {"guidance_scale": 1.0},
-        VAE,
-    ),
-    "Flux (VAE alone)": Case(
-        tiny.flux,
-        {"prompt_embeds": noise(1, 5, 32), "pooled_prompt_embeds": noise(1, 32), "width": SIZE, "height": SIZE},
-        VAE,
-    ),
 }
 PICTURE = {"width": SIZE, "height": SIZE}
 SANA = {"prompt": None, "negative_prompt": None, "use_resolution_binning": False} | PICTURE
 SANA |= {"prompt_embeds": noise(1, 5, 8), "negative_prompt_embeds": noise(1, 5, 8, seed=6)}
 SANA |= {"prompt_attention_mask": torch.ones(1, 5), "negative_prompt_attention_mask": torch.ones(1, 5)}
-OTHERS |= {
-    name: Case(build, arguments, VAE, about=VAE)
-    for name, build, arguments in (
-        ("Flux 2 (VAE)", test_flux_2_vae.whole_pipeline, PICTURE | {"prompt_embeds": noise(1, 5, 16)}),
-        ("Qwen-Image (VAE)", test_causal.qwen_image, PICTURE | test_causal.PROMPT),
-        ("HunyuanImage 2.1 (VAE)", test_hunyuan_vae.pipeline, PICTURE | test_hunyuan_vae.ARGUMENTS),
-        ("Sana (VAE)", test_dc.pipeline, SANA),
-    )
-}
+OTHERS |= {"Sana (VAE alone)": Case(test_dc.pipeline, SANA, VAE)}
 FAMILIES = {"Stable Diffusion": SD, "Stable Diffusion XL": XL, "others": OTHERS}
 CASES = {f"{family}: {name}": case for family, cases in FAMILIES.items() for name, case in cases.items()}
 

@@ -7,13 +7,16 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+from table import TableTests
 from torch.utils._pytree import tree_leaves
 
 from conftest import quiet
 from family import noise
 from largerespatch import LargeResPatch
+from largerespatch.core.calls import held
 from largerespatch.core.families import family_of
 from largerespatch.core.patching import PatchStack
+from largerespatch.memory.counting import LiveBytes
 from largerespatch.techniques.attention import Blocking
 from test_patch import fingerprint
 
@@ -25,10 +28,11 @@ CLOSE = 1e-4  # of the largest value: rounding in float32, in another order
 
 
 class Case(NamedTuple):
-    """How to build a pipeline, and what to call it with besides a size."""
+    """How to build a pipeline, what to call it with besides a size, and what is cut up where everything is."""
 
     build: Callable[[], Any]
     arguments: dict[str, Any]
+    cuts: frozenset[str] = frozenset({"attention", "vae"})
 
 
 def paint(pipe, arguments, **changes):
@@ -55,10 +59,20 @@ def embeds(width, pooled=None, tokens=5, batch=1, seed=5, negative=False):
     return told
 
 
-class JointTests:
-    """`cases` are all ways in which pipelines call the model. The first one is the plainest."""
+class JointTests(TableTests):
+    """`cases` are all ways in which pipelines call the model, the plainest first; `family` is what the model is called.
 
+    `prompt` are arguments for it with as many tokens of text as its pipeline makes of a prompt.
+    """
+
+    family: ClassVar[str]
     cases: ClassVar[dict[str, Case]]
+    prompt: ClassVar[dict[str, Any]] = {}
+    size = (WIDTH, HEIGHT)
+    blocks: ClassVar = TILES | {"vae_chunk_size_x": 6, "vae_chunk_size_y": 6}
+
+    def draw(self, pipe, case):
+        return torch.as_tensor(paint(pipe, case.arguments, output_type="pt"))
 
     @pytest.fixture
     def plain(self):
@@ -174,3 +188,12 @@ class JointTests:
         pipe, _ = plain
         blocked = LargeResPatch(pipe, 1024, 1024, attn_slice_x=8, attn_slice_y=8, attn_full_tokens=64, attn_context=64)
         assert 0 < blocked.estimate().step < blocked.estimate(patched=False).step
+
+    def test_the_estimate_of_a_step_is_what_a_real_one_holds(self, plain):
+        pipe, arguments = plain
+        changes = {"attn_slice_x": 8, "attn_slice_y": 8, "attn_full_tokens": 64, "attn_context": 64}
+        patch = LargeResPatch(pipe, 768, 512, **changes)
+        with patch, LiveBytes("cpu") as count:
+            paint(pipe, arguments | self.prompt, width=768, height=512, num_inference_steps=1)
+        pictures = sum(each.nbytes for each in held(pipe, 512, 768))  # that might have been given
+        assert patch.estimate().step == pytest.approx(count.peak + pictures, abs=0.1 * count.peak)

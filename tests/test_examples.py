@@ -416,7 +416,7 @@ def test_blind_test_counts_right_answers(run, tmp_path, capsys):
 
 JUNIT = """<testsuites><testsuite>
 <testcase name="test_all_is_blocked_and_restored[Stable Diffusion XL: ControlNet, two]"/>
-<testcase name="test_what_is_exact_gives_the_unpatched_result[others: Flux (VAE alone)]"><failure/></testcase>
+<testcase name="test_what_is_exact_gives_the_unpatched_result[Flux: Kontext]"><failure/></testcase>
 <testcase name="test_tiles_run_under_the_pipelines_progress_bar"/>
 </testsuite></testsuites>"""
 
@@ -427,7 +427,7 @@ def test_the_table_of_pipelines_is_made_of_test_results(run, tmp_path):
     run(BENCHMARKS / "pipeline_table.py", "--junit", junit, "--out", out)
     assert json.loads(out.read_text())["results"] == {
         "Stable Diffusion XL": {"ControlNet, two": {"blocked": "passed"}},
-        "others": {"Flux (VAE alone)": {"exact": "failure"}},
+        "Flux": {"Kontext": {"exact": "failure"}},
     }
 
 

@@ -61,6 +61,8 @@ def ip_adapter(pipe):
 
 
 class TestFlux(JointTests):
+    family = "Flux"
+    prompt: ClassVar = embeds(32, 32, tokens=512)
     cases: ClassVar = {
         "text": Case(pipeline, TEXT),
         "guidance in two calls": Case(pipeline, TEXT | NEGATIVE),

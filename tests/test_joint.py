@@ -18,7 +18,10 @@ from largerespatch import LargeResPatch
 from largerespatch.core.families import register, unregister
 from largerespatch.core.tilings import Tile
 from largerespatch.denoisers.joint import JointAttention, maps_of_ids
-from largerespatch.techniques.joint_attention import JointBlock
+from largerespatch.options import Options
+from largerespatch.techniques.attention import blocking_of
+from largerespatch.techniques.joint_attention import JointBlock, MapsNote
+from largerespatch.techniques.notes import StepNote
 from largerespatch.techniques.pooled import PooledMap
 from largerespatch.techniques.tokens import BOTH, IMAGE, TEXT, Maps, Tokens
 
@@ -122,6 +125,47 @@ def test_arguments_that_are_not_as_said_are_seen():
     assert tokens.texts({"x": x, "y": y}, 12) == 5
     assert tokens.texts({"x": x, "y": y, "rotary": torch.zeros(16, 2)}, 12) is None
     assert tokens.texts({"x": x, "y": y}, 11) is None
+
+
+class Led(nn.Module):
+    """Tokens that are no cells of the image come before those, attend to themselves, and are seen by all."""
+
+    ahead = 3
+
+    def __init__(self, text_first):
+        super().__init__()
+        torch.manual_seed(0)
+        self.text_first, self.keys = text_first, nn.Linear(16, 32)
+
+    def forward(self, stream, texts):
+        before = texts if self.text_first else 0
+        query, key, value = torch.cat([stream, self.keys(stream)], dim=2).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        led, image = slice(before, before + self.ahead), slice(before + self.ahead, None if before else -texts)
+        text = slice(before) if before else slice(-texts, None)
+        order = (text, led, image) if before else (image, led, text)
+        keys, values = (torch.cat([each[:, :, part] for part in order], dim=2) for each in (key, value))
+        queries = torch.cat([query[:, :, part] for part in order if part is not led], dim=2)
+        mixed = F.scaled_dot_product_attention(queries, keys, values)
+        mixed_led = F.scaled_dot_product_attention(query[:, :, led], key[:, :, led], value[:, :, led])
+        parts = [mixed[:, :, :before], mixed_led, mixed[:, :, before:]]
+        return stream + torch.cat(parts, dim=2).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+def test_tokens_ahead_of_the_image_go_with_every_tile(text_first):
+    block, note = Led(text_first).requires_grad_(False), MapsNote()
+    note.maps = Maps([(9, 7)])
+    tokens = Tokens({"stream": BOTH}, BOTH, text_first, ahead=block.ahead, keys_between=block.ahead)
+    stream = noise(2, 5 + block.ahead + 9 * 7, 16)
+    dense, errors = block(stream, texts=5), []
+    for context in (0, ALL):
+        options = Options(attn_slice_x=4, attn_slice_y=3, attn_full_tokens=9, attn_context=context)
+        blocked = JointBlock(block, tokens, blocking_of(options), note, StepNote(), 0)(block.forward, stream, texts=5)
+        others = slice(5 + block.ahead) if text_first else [*range(block.ahead), *range(-5, 0)]
+        assert error(blocked[:, others], dense[:, others]) < 1e-5
+        errors.append(error(blocked, dense))
+    assert errors[0] > 1e-3
+    assert errors[1] < 1e-5
 
 
 # --- with what others put in ---
@@ -323,8 +367,8 @@ class Pipeline:
     def components(self):
         return {"transformer": self.transformer, "scheduler": self.scheduler}
 
-    def __call__(self, width, height, num_inference_steps, generator, output_type):
-        latent = torch.randn(2, 4, height // 16, width // 16, generator=generator)
+    def __call__(self, width, height, num_inference_steps, generator, output_type, guidance_scale=2.0):
+        latent = torch.randn(2, 4, height // 16, width // 16, generator=generator)  # the halves of guidance
         text, mask = noise(2, 6, 16), torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
         self.scheduler.set_timesteps(num_inference_steps)
         for timestep in self.scheduler.timesteps:
@@ -340,4 +384,4 @@ def strangers():
 
 
 class TestStrangers(JointTests):
-    cases: ClassVar = {"plain": Case(Pipeline, {})}
+    cases: ClassVar = {"plain": Case(Pipeline, {}, cuts=frozenset({"attention"}))}

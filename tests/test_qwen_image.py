@@ -30,6 +30,8 @@ def pipeline(kind=d.QwenImagePipeline, **changes):
 
 
 class TestQwenImage(JointTests):
+    family = "Qwen-Image"
+    prompt: ClassVar = {"prompt_embeds": noise(1, 512, 16), "prompt_embeds_mask": torch.ones(1, 512, dtype=torch.long)}
     cases: ClassVar = {
         "text": Case(pipeline, TEXT),
         "guidance": Case(pipeline, TEXT | NEGATIVE),

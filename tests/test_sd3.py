@@ -31,6 +31,8 @@ def pipeline(kind=d.StableDiffusion3Pipeline, **changes):
 
 
 class TestStableDiffusion3(JointTests):
+    family = "Stable Diffusion 3"
+    prompt: ClassVar = embeds(32, 64, tokens=333) | embeds(32, 64, tokens=333, seed=7, negative=True)
     cases: ClassVar = {
         "text": Case(pipeline, TEXT),
         "without guidance": Case(pipeline, TEXT | {"guidance_scale": 1.0}),

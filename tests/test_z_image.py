@@ -36,6 +36,8 @@ def pipeline(kind=d.ZImagePipeline):
 
 
 class TestZImage(JointTests):
+    family = "Z-Image"
+    prompt: ClassVar = {"prompt_embeds": [noise(512, 16)], "negative_prompt_embeds": [noise(512, 16)]}
     cases: ClassVar = {
         "text": Case(pipeline, TEXT),
         "texts of different lengths": Case(pipeline, TWO),

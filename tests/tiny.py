@@ -9,16 +9,11 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
     KandinskyV22Pipeline,
     MotionAdapter,
     MultiControlNetModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
     StableDiffusionDepth2ImgPipeline,
     StableDiffusionPipeline,
     StableDiffusionUpscalePipeline,
@@ -274,50 +269,3 @@ def pixart():
 def flow_vae(channels):
     """As Stable Diffusion 3's and Flux's: more latent channels, no convolutions around the latent."""
     return vae(latent_channels=channels, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1)
-
-
-def sd3():
-    transformer = frozen(
-        SD3Transformer2DModel,
-        14,
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=16,
-        pooled_projection_dim=64,
-        out_channels=4,
-    )
-    texts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        vae=flow_vae(4),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        **dict.fromkeys(texts),
-    )
-
-
-def flux():
-    transformer = frozen(
-        FluxTransformer2DModel,
-        15,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    )
-    texts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    return FluxPipeline(
-        transformer=transformer,
-        vae=flow_vae(1),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        **dict.fromkeys(texts),
-    )

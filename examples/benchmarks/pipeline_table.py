@@ -1,4 +1,4 @@
-"""Which pipelines work beside a patch: the outcomes of `tests/test_pipelines.py`, as JSON for the README's table."""
+"""Which pipelines work beside a patch: the outcomes of `tests/table.py`, as JSON for the README's table."""
 
 import argparse
 import re
@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_tests(report: Path) -> None:
     """A test that fails is an outcome like any other; what keeps the tests from running is not."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_pipelines.py", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests", "-k", " or ".join(TESTS), f"--junitxml={report}"]
     finished = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
     if finished.returncode not in (0, 1):
         raise SystemExit(f"pytest ended with {finished.returncode}")

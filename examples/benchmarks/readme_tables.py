@@ -120,6 +120,7 @@ def fidelity(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+# Those that have pipelines of the same names in common, and those whose names say all; others are rows of their own.
 FAMILIES = {"Stable Diffusion": "SD", "Stable Diffusion XL": "XL", "others": ""}
 QUESTIONS = {"unblocked": "nothing blocked: unpatched result", "blocked": "blocked; restored", "exact": "exact parts"}
 
@@ -148,19 +149,19 @@ def autoencoder_table() -> str:
 
 def pipeline_table() -> str:
     """One row for a pipeline, in all families that have it."""
-    results = load("pipelines")["results"]
-    names = dict.fromkeys(name for pipelines in results.values() for name in pipelines)
-    rows = [[name, *(_answers(results, name, question) for question in QUESTIONS)] for name in names]
-    return markdown(("pipeline", *QUESTIONS.values()), rows)
+    rows: dict[str, dict[str, dict[str, str]]] = {}  # answers by row and short name of the family
+    for family, pipelines in load("pipelines")["results"].items():
+        for name, answers in pipelines.items():
+            row = name if family in FAMILIES else f"{family}: {name}"
+            rows.setdefault(row, {})[FAMILIES.get(family, "")] = answers
+    told = [[row, *(_told(families, question) for question in QUESTIONS)] for row, families in rows.items()]
+    return markdown(("pipeline", *QUESTIONS.values()), told)
 
 
-def _answers(results: dict[str, Any], name: str, question: str) -> str:
-    """ "SD yes, XL yes": what every family's test of this pipeline said."""
-    outcomes = {
-        FAMILIES[family]: pipelines[name][question] for family, pipelines in results.items() if name in pipelines
-    }
+def _told(families: dict[str, dict[str, str]], question: str) -> str:
+    """ "SD yes, XL yes": what every family's test of a pipeline said."""
     return ", ".join(
-        f"{family} {'yes' if outcome == 'passed' else 'no'}".strip() for family, outcome in outcomes.items()
+        f"{family} {'yes' if answers[question] == 'passed' else 'no'}".strip() for family, answers in families.items()
     )
 
 

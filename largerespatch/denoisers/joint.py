@@ -27,7 +27,7 @@ from ..core.pieces import rehearsing
 from ..techniques.joint_attention import joint_sites
 from ..techniques.notes import StepNote, StepNoting
 from ..techniques.padding import padding_sites
-from ..techniques.tokens import Size, Tokens
+from ..techniques.tokens import Kind, Size
 from .any import AnyDenoiser
 
 
@@ -43,8 +43,8 @@ class JointAttention(AnyDenoiser):
     passes_on = False
 
     @abstractmethod
-    def kinds(self, model: Any) -> Mapping[str, Tokens]:
-        """Where tokens are in the blocks of each list of blocks, by the attribute of the model that the list is."""
+    def kinds(self, model: Any) -> Mapping[str, Kind]:
+        """Where tokens are in the blocks of each list of blocks, by its path in the model."""
 
     @abstractmethod
     def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
@@ -69,7 +69,8 @@ class JointAttention(AnyDenoiser):
 
     def repeated(self, model: nn.Module) -> Iterator[nn.Module]:
         for path in self.kinds(model):
-            yield from getattr(model, path)
+            blocks: Any = model.get_submodule(path)
+            yield from blocks
 
     def check(self, model: Any, pipe: Any, height: int, width: int) -> None:
         if _is_shared(model):

@@ -27,21 +27,34 @@ _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "
 
 @dataclass
 class Attending:
-    """A call of attention: its arguments by name, and which of its rows are of the image, before or after text."""
+    """A call of attention: its arguments by name, and which of its queries and keys are of the image.
+
+    Those of text are before or after them, as are other keys beside which there are no queries. Keys and values of
+    which `attend` wants as many `copies`, for heads side by side, are there once.
+    """
 
     attend: Callable[..., torch.Tensor]
     given: dict[str, Any]
     image: slice
+    image_keys: slice
+    copies: int = 1
+
+    @property
+    def text_first(self) -> bool:
+        return bool(self.image.start)
 
     @property
     def text(self) -> slice:
-        start, stop, _ = self.image.indices(self.given["key"].shape[2])
-        return slice(0, start) if start else slice(stop, None)
+        return slice(0, self.image.start) if self.text_first else slice(self.image.stop, None)
 
     @property
-    def texts(self) -> int:
-        """How many tokens of text there are; none in attention to the image alone."""
-        return int(self.part("key", self.text).shape[2])
+    def other_keys(self) -> slice:
+        return slice(0, self.image_keys.start) if self.text_first else slice(self.image_keys.stop, None)
+
+    @property
+    def others(self) -> int:
+        """How many keys there are beside those of the image; none in attention to that alone."""
+        return int(self.part("key", self.other_keys).shape[2])
 
     def nothing(self) -> torch.Tensor:
         """What has the shape of the result."""
@@ -64,18 +77,23 @@ class Attending:
         """The attention of the text to its own keys and those of the whole image, in the order of the call's."""
         mask = self._mask(self.text)
         if mask is not None:
-            columns = [mask[..., self.text], self._of_image(mask, keys.shape[2] - mask[..., self.text].shape[-1])]
-            mask = torch.cat(columns if self.image.start else columns[::-1], dim=-1)
+            columns = [mask[..., self.other_keys], self._of_image(mask, keys.shape[2] - self.others)]
+            mask = torch.cat(columns if self.text_first else columns[::-1], dim=-1)
+            mask = mask.repeat(1, 1, self.copies if mask.shape[2] > 1 else 1, 1)
+        # Not by copies of all keys: queries of heads that share them come one after another.
         query = self.part("query", self.text)
-        return self.attend(**self.given | {"query": query, "key": keys, "value": values, "attn_mask": mask})
+        batch, heads, count, channels = query.shape
+        query = query.reshape(batch, heads // self.copies, self.copies * count, channels)
+        mixed = self.attend(**self.given | {"query": query, "key": keys, "value": values, "attn_mask": mask})
+        return mixed.reshape(batch, heads, count, values.shape[-1])
 
     def joined(self, queries: slice, others: Sequence[Keys]) -> torch.Tensor:
         """The attention of some queries to the call's keys and others."""
         mask, query = self._mask(queries), self.part("query", queries)
+        key = self._with_copies([self.given["key"], *(each.keys for each in others)])
+        value = self._with_copies([self.given["value"], *(each.values for each in others)])
         if not others:
-            return self.attend(**self.given | {"query": query, "attn_mask": mask})
-        key = torch.cat([self.given["key"], *(each.keys for each in others)], dim=2)
-        value = torch.cat([self.given["value"], *(each.values for each in others)], dim=2)
+            return self.attend(**self.given | {"query": query, "key": key, "value": value, "attn_mask": mask})
         weights = torch.cat([each.log_weights for each in others], dim=2)
         weights = weights.repeat_interleave(query.shape[1] // weights.shape[1], dim=1)
         if mask is None:
@@ -92,6 +110,11 @@ class Attending:
             mask = torch.cat([each.expand(*sizes, -1) for each in (mask, others_mask)], dim=-1)
         return self.attend(**self.given | {"query": query, "key": key, "value": value, "attn_mask": mask})
 
+    def _with_copies(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """All of them, one after another, for every head."""
+        joined = torch.cat(list(parts), dim=2) if len(parts) > 1 else parts[0]
+        return joined.repeat_interleave(self.copies, dim=1) if self.copies > 1 else joined
+
     def _mask(self, queries: slice) -> torch.Tensor | None:
         """Of the call, for some queries, with a column for each key: ``[.., .., 1 or queries, K]``."""
         mask: torch.Tensor | None = self.given.get("attn_mask")
@@ -103,23 +126,36 @@ class Attending:
 
     def _of_image(self, mask: torch.Tensor, count: int) -> torch.Tensor:
         """As many columns for other tokens of the image, which are masked like the first one of the call's."""
-        column = mask[..., self.image][..., :1]
+        column = mask[..., self.image_keys][..., :1]
         return column.expand(*column.shape[:-1], count)
 
 
 class Joining(TorchFunctionMode):
     """Gives the first `attentions` calls of ``F.scaled_dot_product_attention`` to `do`, with their places among them.
 
-    Those that attend to `image` tokens alone, or to text besides, whose rows are `before` or after them; others (to
-    pictures that are told in words of their own) are none of ours.
+    Those that attend to `image` tokens alone, or to text besides, whose rows are `before` or after them, and to as many
+    keys `between` these; others (to pictures that are told in words of their own) are none of ours. Of heads' keys all
+    but one of `copies` are left out.
     """
 
     def __init__(
-        self, do: Callable[[int, Attending], torch.Tensor], attentions: int, image: int, text: int, text_first: bool
+        self,
+        do: Callable[[int, Attending], torch.Tensor],
+        attentions: int,
+        image: int,
+        text: int,
+        text_first: bool,
+        between: int = 0,
+        copies: int = 1,
     ) -> None:
         super().__init__()
-        self.do, self.attentions, self.met = do, attentions, 0
-        self.places = {image + text: slice(text, text + image) if text_first else slice(0, image), image: slice(None)}
+        self.do, self.attentions, self.met, self.copies = do, attentions, 0, copies
+        start, start_of_keys = (text, text + between) if text_first else (0, 0)
+        self.places = {  # by the numbers of queries and keys
+            (image + text, image + text + between): (start, start_of_keys),
+            (image, image): (0, 0),
+        }
+        self.image = image
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -128,11 +164,14 @@ class Joining(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention or self.met == self.attentions:
             return func(*args, **kwargs)
         given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
-        length = given["key"].shape[-2]
-        if given["key"].ndim != 4 or length not in self.places or given["query"].shape[-2] != length:
+        place = self.places.get((given["query"].shape[-2], given["key"].shape[-2]))
+        if given["key"].ndim != 4 or place is None:
             return func(*args, **kwargs)
         self.met += 1
-        return self.do(self.met - 1, Attending(func, given, self.places[length]))
+        copies = self.copies if given["key"].shape[1] == given["query"].shape[1] else 1
+        given |= {name: given[name][:, ::copies] for name in ("key", "value")}
+        image, image_keys = (slice(start, start + self.image) for start in place)
+        return self.do(self.met - 1, Attending(func, given, image, image_keys, copies))
 
 
 @contextmanager

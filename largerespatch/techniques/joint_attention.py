@@ -30,7 +30,7 @@ from .joining import Attending, Joining, native_kernels
 from .notes import StepNote
 from .passing import Passing
 from .pooled import Keys, PooledMap
-from .tokens import Maps, Piece, Tokens
+from .tokens import Kind, Maps, Piece, Tokens
 
 # Tokens of context where nothing else is asked for: with rotary positions attention is sharp, and wants them fine.
 CONTEXT = 2048
@@ -72,24 +72,26 @@ class MapsNoting:
 
 
 class JointBlock:
-    """Takes the place of the ``forward`` of a transformer block, whose tokens are as `tokens` says.
+    """Takes the place of the ``forward`` of a transformer block, whose tokens are as `kind` says.
 
     The phase depends on the block's place in its model and on the denoising step alone. What is given other tokens than
     noted runs whole; so does, with a warning, what does not attend as it should.
     """
 
     def __init__(
-        self, block: nn.Module, tokens: Tokens, blocking: Blocking, note: MapsNote, step_note: StepNote, layer: int
+        self, block: nn.Module, kind: Kind, blocking: Blocking, note: MapsNote, step_note: StepNote, layer: int
     ) -> None:
-        self.block, self.tokens, self.blocking = block, tokens, blocking
+        self.block, self.kind, self.blocking = block, kind, blocking
         self.note, self.step_note, self.layer = note, step_note, layer
 
     # A graph would write every tile out.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         maps, bound = self.note.maps, inspect.signature(original).bind(*args, **kwargs)
+        tokens = self.kind if isinstance(self.kind, Tokens) else self.kind(bound.arguments)
+        maps = maps if tokens.references else Maps(maps[:1])
         cover = self._cover(maps)
-        texts = self.tokens.texts(bound.arguments, maps.area) if len(cover) > 1 else None
+        texts = tokens.texts(bound.arguments, maps.area) if len(cover) > 1 else None
         if texts is None:
             return original(*args, **kwargs)
 
@@ -99,14 +101,15 @@ class JointBlock:
 
         try:
             with native_kernels(self.block):
-                return _Call(called, bound.arguments, self, texts).run(Each(maps.piece, cover), self._free(bound))
+                call = _Call(called, bound.arguments, self, tokens, maps, texts)
+                return call.run(Each(maps.piece, cover), self._free(bound, tokens))
         except _NotMetError:
             self._warn()
         return original(*args, **kwargs)
 
-    def _free(self, bound: inspect.BoundArguments) -> torch.Tensor | None:
+    def _free(self, bound: inspect.BoundArguments, tokens: Tokens) -> torch.Tensor | None:
         """The tensor of tokens that the block changes, if it may be written over."""
-        stream = bound.arguments[next(iter(self.tokens.takes))]
+        stream = bound.arguments[next(iter(tokens.takes))]
         return stream if self.note.passing is not None and self.note.passing.is_free(stream) else None
 
     def _cover(self, maps: Maps) -> Sequence[Tile]:
@@ -139,13 +142,20 @@ class _Call:
     """A call of a block, which `called` makes with other arguments. `texts` is the number of its text tokens."""
 
     def __init__(
-        self, called: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any], of: JointBlock, texts: int
+        self,
+        called: Callable[[Mapping[str, Any]], Any],
+        arguments: Mapping[str, Any],
+        of: JointBlock,
+        tokens: Tokens,
+        maps: Maps,
+        texts: int,
     ) -> None:
-        self.called, self.arguments, self.texts = called, arguments, texts
-        self.tokens, self.maps, self.context = of.tokens, of.note.maps, of.blocking.context
-        self.attentions = of.tokens.attentions(of.block)
-        self.idle = {path: each for path, each in of.block.named_modules() if path in of.tokens.idle}
-        self.first = texts if of.tokens.text_first else 0  # of the image's tokens, in what has rows of both
+        self.called, self.arguments, self.tokens, self.texts = called, arguments, tokens, texts
+        self.maps, self.context = maps, of.blocking.context
+        self.attentions, self.copies = tokens.attentions(of.block), tokens.copies(of.block)
+        self.idle = {path: each for path, each in of.block.named_modules() if path in tokens.idle}
+        self.others = texts + tokens.keys_between  # keys that are not of the image
+        self.first = self.others if tokens.text_first else 0  # of the image's keys
 
     def run(self, pieces: Sequence[Piece], into: torch.Tensor | None) -> Any:
         """What the block returns; its tokens of the image in the memory of `into`, if they are as that is."""
@@ -155,12 +165,16 @@ class _Call:
             known = assemble(
                 pieces,
                 self._keys_and_values,
-                place=lambda piece: (slice(None), slice(None), self._places(piece)["both"]),
-                make=lambda parts: tuple(part.new_empty(*part.shape[:2], self.total, part.shape[3]) for part in parts),
+                place=lambda piece: (slice(None), slice(None), self._places(piece, self.others)),
+                make=lambda parts: tuple(
+                    part.new_empty(*part.shape[:2], self.others + self.maps.area, part.shape[3]) for part in parts
+                ),
             )
         sources = [_Source(*each, self) for each in zip(known[0::2], known[1::2], strict=True)]
         kept: list[Any] = []  # what the first piece gave, whose text has seen all
-        both = self.tokens.both()
+        texts = self.texts if self.tokens.both() else 0
+        start = self.tokens.ahead + (texts if self.tokens.text_first else 0)
+        after = self.tokens.ahead + texts - start
 
         def compute(piece: Piece) -> torch.Tensor:
             def attended(i: int, attending: Attending) -> torch.Tensor:
@@ -168,10 +182,10 @@ class _Call:
 
             result = self._through(piece, attended)
             kept.extend([result] if not kept else [])
-            return self.tokens.image_of(result).narrow(1, self.first if both else 0, piece.area)
+            return self.tokens.image_of(result).narrow(1, start, piece.area)
 
         def make(image: torch.Tensor) -> torch.Tensor:
-            shape = (len(image), self.total if both else self.maps.area, image.shape[2])
+            shape = (len(image), start + self.maps.area + after, image.shape[2])
             if into is not None and (tuple(into.shape), into.dtype) == (shape, image.dtype):
                 return into
             return image.new_empty(shape)
@@ -179,30 +193,33 @@ class _Call:
         output = assemble(
             pieces,
             compute,
-            place=lambda piece: (slice(None), self._places(piece)["image"] + (self.first if both else 0)),
+            place=lambda piece: (slice(None), self.maps.places(piece, self._device) + start),
             make=make,
         )
-        if both and self.texts:
-            text = slice(None, self.first) if self.first else slice(-self.texts, None)
-            output[:, text] = self.tokens.image_of(kept[0])[:, text]
+        whole = self.tokens.image_of(kept[0])
+        output[:, :start] = whole[:, :start]
+        output[:, output.shape[1] - after :] = whole[:, whole.shape[1] - after :]
         return self.tokens.with_image(kept[0], output)
 
     @property
-    def total(self) -> int:
-        return self.texts + self.maps.area
+    def _device(self) -> torch.device:
+        return next(each.device for each in tree_leaves(self.arguments) if isinstance(each, torch.Tensor))
 
-    def _places(self, piece: Piece) -> dict[str, torch.Tensor]:
-        """Of a piece's tokens in what has rows of the image, and of them and the text in what has rows of both."""
-        device = next(each.device for each in tree_leaves(self.arguments) if isinstance(each, torch.Tensor))
-        image = self.maps.places(piece, device)
-        text = torch.arange(self.texts, device=device)
-        both = [text, image + self.texts] if self.first else [image, text + self.maps.area]
-        return {"image": image, "both": torch.cat(both)}
+    def _places(self, piece: Piece, others: int, ahead: int = 0) -> torch.Tensor:
+        """Of a piece's tokens among those of the image and so many `others`, with some of another kind `ahead`."""
+        start = others if self.tokens.text_first else 0
+        image = self.maps.places(piece, self._device) + ahead + start
+        rest = torch.arange(ahead + others, device=self._device)
+        before, after = rest[: ahead + start], rest[ahead + start :] + self.maps.area
+        return torch.cat([before, image, after])
 
     def _through(self, piece: Piece, do: Callable[[int, Attending], torch.Tensor]) -> Any:
         """What the block makes of a piece and the text, with its attentions done by `do`."""
-        given = self.tokens.cut(self.arguments, self._places(piece))
-        with Joining(do, self.attentions, piece.area, self.texts, self.tokens.text_first) as joining:
+        ahead = self.tokens.ahead
+        places = {"image": self._places(piece, 0, ahead), "both": self._places(piece, self.texts, ahead)}
+        given = self.tokens.cut(self.arguments, places)
+        order = self.texts, self.tokens.text_first, self.tokens.keys_between, self.copies
+        with Joining(do, self.attentions, piece.area, *order) as joining:
             result = self.called(given)
         if joining.met < self.attentions:
             raise _NotMetError
@@ -213,7 +230,7 @@ class _Call:
         known: list[torch.Tensor] = []
 
         def note(i: int, attending: Attending) -> torch.Tensor:
-            room = (0, 0) if attending.texts else (self.texts, 0) if self.first else (0, self.texts)
+            room = (0, 0) if attending.others else (self.others, 0) if self.first else (0, self.others)
             known.extend(F.pad(attending.given[name], (0, 0, *room)) for name in ("key", "value"))
             if i + 1 == self.attentions:
                 raise _Left
@@ -245,17 +262,17 @@ class _Source:
         as that of the others.
         """
         context = self._context(attending, piece)
-        if not text_too or not attending.texts:
+        if not text_too or not attending.others:
             return attending.joined(slice(None), context)
         text, image = attending.among(self.keys, self.values), attending.joined(attending.image, context)
-        return torch.cat([text, image] if attending.image.start else [image, text], dim=2)
+        return torch.cat([text, image] if attending.text_first else [image, text], dim=2)
 
     def _context(self, attending: Attending, piece: Piece) -> list[Keys]:
         if not self.pooled:
             return []
         places = uploaded(_judges(piece), attending.given["query"].device)
         judges = attending.grouped(attending.part("query", attending.image)[:, :, places])
-        own = attending.part("key", attending.image)[:, :, places].float()
+        own = attending.part("key", attending.image_keys)[:, :, places].float()
         total = (judges @ own.transpose(-1, -2)).logsumexp(dim=-1, keepdim=True) + math.log(piece.area / len(places))
         pairs = zip(self.pooled, piece.tiles, strict=True)
         return [pooled.chosen(tile, judges, total) for pooled, tile in pairs]
@@ -278,7 +295,7 @@ def joint_sites(
     name: str,
     options: Any,
     step_note: StepNote,
-    kinds: Mapping[str, Tokens],
+    kinds: Mapping[str, Kind],
     maps: Callable[[Mapping[str, Any]], Sequence[tuple[int, int]]],
     passes_on: bool = False,
 ) -> Iterator[Site]:
@@ -289,8 +306,8 @@ def joint_sites(
     blocking, note, layer = blocking_of(options, CONTEXT), MapsNote(Passing(model) if passes_on else None), 0
     yield Site(model, name, Order.MAP_NOTED, MapsNoting(note, maps))
     says = f"{{count}} transformer blocks in {blocking}"
-    for path, tokens in kinds.items():
-        for i, block in enumerate(getattr(model, path)):
-            technique = JointBlock(block, tokens, blocking, note, step_note, layer)
+    for path, kind in kinds.items():
+        for i, block in enumerate(model.get_submodule(path)):
+            technique = JointBlock(block, kind, blocking, note, step_note, layer)
             yield Site(block, f"{name}.{path}.{i}", Order.IN_BLOCKS, technique, says=says)
             layer += 1

@@ -91,6 +91,11 @@ class Tokens:
             is given must not depend on what an earlier one gave.
         idle: paths of modules in a block that no keys and values depend on and whose results may be what they are
             given, for all that follows. Where keys and values alone are wanted they do not run.
+        ahead: tokens that come before the image's in what has rows of these, and go with every tile as text does. They
+            ask nothing in those attentions.
+        keys_between: keys, in these attentions, between those of the text and those of the image.
+        references: whether the tokens of references are there, too.
+        copies: to how many heads side by side a block gives the same keys, where it gives each head its own.
     """
 
     takes: Mapping[str, Any]
@@ -98,13 +103,18 @@ class Tokens:
     text_first: bool
     attentions: Callable[[nn.Module], int] = lambda block: 1
     idle: Sequence[str] = ()
+    ahead: int = 0
+    keys_between: int = 0
+    references: bool = True
+    copies: Callable[[nn.Module], int] = lambda block: 1
 
     def texts(self, arguments: Mapping[str, Any], image: int) -> int | None:
         """How many text tokens there are beside those of the `image`; None where the arguments are not as they say."""
+        image += self.ahead
         found: dict[str, set[int]] = {"text": set(), "image": {image}, "both": set()}
         for name, rows in self.takes.items():
             _each(rows, arguments.get(name), lambda rows, each: found[rows.of].update(each.shape[i] for i in rows.dims))
-        texts = found["text"] | {count - image for count in found["both"]}
+        texts = found["text"] | {count - image for count in found["both"]} or {0}
         return texts.pop() if len(texts) == 1 and min(texts) >= 0 and len(found["image"]) == 1 else None
 
     def cut(self, arguments: Mapping[str, Any], places: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -135,6 +145,10 @@ class Tokens:
         if isinstance(self.gives, Rows):
             return [(self.gives, result)]
         return list(zip(self.gives, result or [None] * len(self.gives), strict=True))
+
+
+# Where the tokens of a kind of block are, or how that is told from the arguments of a call.
+Kind = Tokens | Callable[[Mapping[str, Any]], Tokens]
 
 
 def _each(rows: Any, value: Any, change: Callable[[Rows, torch.Tensor], Any]) -> Any:

@@ -1,0 +1,90 @@
+"""Flux 2's transformer, Klein's too: text first, two streams, then one whose blocks do all in one projection."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.families import register
+from ..techniques.tokens import BOTH, IMAGE, TEXT, Kind, Rows, Size, Tokens
+from .any import Call
+from .joint import JointAttention, asked_for, maps_of_ids
+
+# What `DOUBLE` and `SINGLE` must know the inside of: of which tokens arguments and results have rows, and their order
+# in attention; with a cache of references, that these attend to themselves after all others did to all.
+_ROOM = "diffusers.models.transformers.transformer_flux2."
+LEANS_ON = (
+    f"{_ROOM}Flux2TransformerBlock.forward",
+    f"{_ROOM}Flux2SingleTransformerBlock.forward",
+    f"{_ROOM}Flux2AttnProcessor.__call__",
+    f"{_ROOM}Flux2ParallelSelfAttnProcessor.__call__",
+    f"{_ROOM}Flux2KVAttnProcessor.__call__",
+    f"{_ROOM}Flux2KVParallelSelfAttnProcessor.__call__",
+    f"{_ROOM}_flux2_kv_causal_attention",
+    f"{_ROOM}Flux2Transformer2DModel.forward",
+)
+
+DOUBLE = Tokens(
+    takes={"hidden_states": IMAGE, "encoder_hidden_states": TEXT, "image_rotary_emb": BOTH.along(0)},
+    gives=(TEXT, IMAGE),
+    text_first=True,
+)
+SINGLE = Tokens(takes={"hidden_states": BOTH, "image_rotary_emb": BOTH.along(0)}, gives=BOTH, text_first=True)
+
+
+def _with_cache(tokens: Tokens, modulation: str, rows: Rows) -> Callable[[Mapping[str, Any]], Tokens]:
+    """The `tokens` of a block, with keys of references that are kept from the first step for the others.
+
+    In the first step references come before the image, attend to themselves alone, and have a `modulation` of their
+    own. So they go with every tile, and what is kept is the same each time.
+    """
+
+    def told(arguments: Mapping[str, Any]) -> Tokens:
+        cache = arguments.get("joint_attention_kwargs") or {}
+        mode, count = cache.get("kv_cache_mode"), cache.get("num_ref_tokens", 0)
+        if mode == "extract" and count:
+            return replace(tokens, takes={**tokens.takes, modulation: rows}, ahead=count, keys_between=count)
+        return replace(tokens, keys_between=count) if mode == "cached" else tokens
+
+    return told
+
+
+@register
+class Flux2(JointAttention):
+    """`Flux2Transformer2DModel`. Pictures to look at come after the image, those with a cache before it, once."""
+
+    def matches(self, model: nn.Module) -> bool:
+        return type(model).__name__ == "Flux2Transformer2DModel"
+
+    def kinds(self, model: Any) -> Mapping[str, Kind]:
+        return {
+            "transformer_blocks": _with_cache(DOUBLE, "temb_mod_img", IMAGE),
+            "single_transformer_blocks": _with_cache(SINGLE, "temb_mod", BOTH),
+        }
+
+    def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
+        ahead = arguments.get("num_ref_tokens", 0) if arguments.get("kv_cache_mode") == "extract" else 0
+        return maps_of_ids(arguments["img_ids"][..., ahead:, :3])
+
+    def scheduled(self, timestep: float) -> float:
+        return 1000 * timestep
+
+    def sample(self, call: Call) -> torch.Tensor:
+        height, width = call.latent
+        return call.new(call.batch, height // 2 * (width // 2), call.model.config.in_channels)
+
+    def predict(self, call: Call) -> torch.Tensor:
+        config, sample, tokens = call.model.config, self.sample(call), call.prompt_tokens()
+        with asked_for((call.latent[0] // 2, call.latent[1] // 2)):
+            result: torch.Tensor = call.model(
+                sample,
+                call.new(call.batch, tokens, config.joint_attention_dim),
+                call.new(call.batch),
+                call.new(call.batch, sample.shape[1], 4),
+                call.new(call.batch, tokens, 4),
+                call.new(call.batch, dtype=torch.float32) if config.guidance_embeds else None,
+                return_dict=False,
+            )[0]
+        return result

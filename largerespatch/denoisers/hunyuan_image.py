@@ -1,0 +1,68 @@
+"""HunyuanImage 2.1's transformer, and its refiner's: image first, two streams, then one."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.calls import PROMPT_TOKENS
+from ..core.families import register
+from ..techniques.tokens import BOTH, IMAGE, TEXT, Size, Tokens
+from .any import Call
+from .joint import JointAttention
+
+# What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
+_ROOM = "diffusers.models.transformers.transformer_hunyuanimage."
+LEANS_ON = (
+    f"{_ROOM}HunyuanImageTransformerBlock.forward",
+    f"{_ROOM}HunyuanImageSingleTransformerBlock.forward",
+    f"{_ROOM}HunyuanImageAttnProcessor.__call__",
+)
+
+TOKENS = Tokens(
+    takes={
+        "hidden_states": IMAGE,
+        "encoder_hidden_states": TEXT,
+        "attention_mask": BOTH.along(3),
+        "image_rotary_emb": IMAGE.along(0),
+    },
+    gives=(IMAGE, TEXT),
+    text_first=False,
+)
+
+
+@register
+class HunyuanImage(JointAttention):
+    """`HunyuanImageTransformer2DModel`. Its text, of two encoders, is filled up to as many tokens as there may be."""
+
+    def matches(self, model: nn.Module) -> bool:
+        return type(model).__name__ == "HunyuanImageTransformer2DModel"
+
+    def kinds(self, model: Any) -> Mapping[str, Tokens]:
+        return {"transformer_blocks": TOKENS, "single_transformer_blocks": TOKENS}
+
+    def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
+        sizes = zip(arguments["hidden_states"].shape[2:], model.config.patch_size, strict=True)
+        *frames, height, width = (size // patch for size, patch in sizes)
+        return [(prod(frames) * height, width)]
+
+    def sample(self, call: Call) -> torch.Tensor:
+        frames = [1] * (len(call.model.config.patch_size) - 2)  # the refiner's picture is a film of one
+        return call.new(call.batch, call.model.config.in_channels, *frames, *call.latent)
+
+    def predict(self, call: Call) -> torch.Tensor:
+        config, pipe = call.model.config, call.pipe
+        # As if all were of the first encoder: which tokens of two there are is for data to tell.
+        tokens = getattr(pipe, "tokenizer_max_length", PROMPT_TOKENS) + getattr(pipe, "tokenizer_2_max_length", 0)
+        result: torch.Tensor = call.model(
+            self.sample(call),
+            call.new(call.batch),
+            call.new(call.batch, tokens, config.text_embed_dim),
+            call.new(call.batch, tokens, dtype=torch.int64),
+            timestep_r=call.new(call.batch) if config.use_meanflow else None,
+            guidance=call.new(call.batch) if config.guidance_embeds else None,
+            return_dict=False,
+        )[0]
+        return result
