@@ -32,8 +32,8 @@ class Order(IntEnum):
 
     CHECKED = auto()
     STEP_NOTED = auto()
-    MAP_NOTED = auto()
     BATCH_IN_TURNS = auto()
+    MAP_NOTED = auto()
     OFF_DEVICE = auto()
     IN_STAGES = auto()
     IN_STRIPS = auto()

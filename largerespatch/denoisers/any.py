@@ -1,7 +1,7 @@
 """Denoisers of whatever kind: all of their modules that a technique knows, and the frame of a step's call."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -52,11 +52,13 @@ class Call:
 class AnyDenoiser(Family):
     """Models that are told a timestep and hold self-attention to the cells of a map.
 
-    A family of denoisers inherits from this one and says how pipelines call it: `sample` and `predict`.
+    A family of denoisers inherits from this one and says how pipelines call it: `sample` and `predict`, and whether
+    once for each half of guidance, `in_turns`.
     """
 
     rank = -1
     stages: tuple[str, ...] = ("step",)
+    in_turns = False
 
     def matches(self, model: nn.Module) -> bool:
         told = "timestep" in signature(type(model).forward).parameters
@@ -90,7 +92,10 @@ class AnyDenoiser(Family):
         latent = latent_size(pipe, factor_of(pipe), height, width)
         call = Call(pipe, model, guidance_batch(pipe, model), height, width, latent)
         kept = self.sample(call)[:1].clone()  # what the scheduler works on
-        parts = self.predict(call).chunk(call.batch)
+        if self.in_turns:
+            parts = [self.predict(replace(call, batch=1)) for _ in range(call.batch)]
+        else:
+            parts = list(self.predict(call).chunk(call.batch))
         guided = parts[0] + 7.5 * (parts[-1] - parts[0])
         kept[:, : guided.shape[1]] - guided[:, : kept.shape[1]]
 

@@ -79,7 +79,7 @@ class JointAttention(AnyDenoiser):
         )
         if limit[1]:
             raise ValueError(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 _ASKED: ContextVar[Sequence[Size]] = ContextVar("asked", default=())

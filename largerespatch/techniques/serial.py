@@ -22,10 +22,12 @@ class SerialBatch:
     (perturbed-attention guidance does, and one that diffusers' models do not define might), the batch stays whole and
     a warning names the processor. Pipelines put such processors in while they run, hence the question at each call.
     Weights that come to the device for a layer's call come again for each sample: not all of a model's can stay there.
+    `why` is what asks for it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, why: str = "unet_serial") -> None:
         self.model = model
+        self.why = why
 
     def __call__(self, original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
@@ -35,7 +37,7 @@ class SerialBatch:
         if foreign := sorted({type(each).__name__ for each in _processors(self.model) if not _is_per_sample(each)}):
             if not rehearsing():
                 warnings.warn(
-                    f"unet_serial: {', '.join(foreign)} may look across the samples of a batch, so {len(samples)} "
+                    f"{self.why}: {', '.join(foreign)} may look across the samples of a batch, so {len(samples)} "
                     f"samples go through {type(self.model).__name__} at once and need as much memory",
                     RuntimeWarning,
                     stacklevel=2,
