@@ -5,7 +5,7 @@ from typing import ClassVar
 import diffusers as d
 import pytest
 import torch
-from joint import Case, JointTests, embeds
+from joint import Case, JointTests, embeds, strayed
 
 import tiny
 from conftest import quiet
@@ -52,6 +52,12 @@ class TestAuraFlow(JointTests):
         "two pictures": Case(pipeline, texts(2)),
         "fused": Case(fused, TEXT),
     }
+
+
+def test_text_and_registers_see_all_in_one_stream():
+    pipe = quiet(pipeline(num_mmdit_layers=0))
+    away = strayed(pipe, pipe.transformer.single_transformer_blocks[0], TEXT)
+    assert away[:13].max() < 1e-5 < 1e-4 < away[13:].max()
 
 
 def call(pipe, width, height):

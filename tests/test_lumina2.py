@@ -5,7 +5,7 @@ from typing import ClassVar
 import diffusers as d
 import pytest
 import torch
-from joint import ALL, CLOSE, Case, JointTests, error, paint, patch
+from joint import ALL, CLOSE, Case, JointTests, error, paint, patch, strayed
 
 import tiny
 from conftest import quiet
@@ -50,6 +50,12 @@ class TestLumina2(JointTests):
         "two pictures": Case(pipeline, texts(7, 7)),
         "texts of different lengths": Case(pipeline, texts(7, 3)),
     }
+
+
+def test_text_sees_all():
+    pipe = quiet(pipeline(num_refiner_layers=0))
+    away = strayed(pipe, pipe.transformer.layers[0], TEXT)
+    assert away[:7].max() < 1e-5 < 1e-4 < away[7:].max()
 
 
 def test_texts_of_different_lengths_stay_together_where_nothing_is_cut():
