@@ -19,7 +19,7 @@ from torch import nn
 from . import autoencoders, denoisers  # noqa: F401  the families register themselves
 from .autoencoders.decoding import decoded
 from .core.checks import whole_number
-from .core.families import Family, Site, factor_of, families_in, install, models_of, parts_of, told
+from .core.families import Family, Site, check_multiple, factor_of, families_in, install, models_of, parts_of, told
 from .core.patching import PatchStack, beneath_hooks
 from .memory.estimate import Estimator, MemoryEstimate, bare
 from .memory.planner import DoesNotFitError, Plan, Planner, changing, limit_bytes
@@ -337,10 +337,7 @@ def _image_size(option: str, value: object, factor: int) -> int:
         raise ValueError(
             f"{option} must be at most {MOST_PIXELS} sample pixels, since indices of larger maps overflow; got {size}"
         )
-    if size % factor:
-        below = size - size % factor
-        nearest = " and ".join(str(each) for each in (below, below + factor) if each > 0)
-        raise ValueError(f"{option} must be a multiple of {factor} sample pixels; got {size}, nearest: {nearest}")
+    check_multiple(option, size, factor)
     return size
 
 

@@ -50,6 +50,18 @@ def error(actual, expected):
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
+def strayed(pipe, block, arguments):
+    """How far behind a block of one stream each token is from what it is unpatched, without any context: ``[N]``."""
+    behind = []
+    handle = block.register_forward_hook(lambda module, given, result: behind.append(result[0]))
+    paint(pipe, arguments, num_inference_steps=1)
+    with patch(pipe, attn_context=0):
+        paint(pipe, arguments, num_inference_steps=1)
+    handle.remove()
+    dense, blocked = behind[0], behind[len(behind) // 2]
+    return (blocked - dense).abs().amax(dim=-1) / dense.abs().max()
+
+
 def embeds(width, pooled=None, tokens=5, batch=1, seed=5, negative=False):
     """Prompts, told as most of these pipelines want them."""
     prefix = "negative_" if negative else ""

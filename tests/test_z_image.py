@@ -3,10 +3,13 @@
 from typing import ClassVar
 
 import diffusers as d
+import pytest
+import torch
 from joint import HEIGHT, WIDTH, Case, JointTests
 
 import tiny
 from family import noise, picture
+from largerespatch import LargeResPatch
 
 TEXT = {"prompt_embeds": [noise(12, 16)], "negative_prompt_embeds": [noise(7, 16)], "guidance_scale": 2.0}
 TWO = {"prompt_embeds": [noise(12, 16), noise(40, 16)], "guidance_scale": 0.0}
@@ -45,3 +48,12 @@ class TestZImage(JointTests):
             lambda: pipeline(d.ZImageImg2ImgPipeline), TEXT | {"image": picture(size=WIDTH)[:, :, :HEIGHT]}
         ),
     }
+
+
+def test_beyond_its_table_of_positions_is_an_error_that_names_sample_pixels():
+    pipe = pipeline()
+    LargeResPatch(pipe, 4096, 64)
+    with pytest.raises(ValueError, match=r"at most 4096 sample pixels for ZImageTransformer2DModel.*got 64x4112"):
+        LargeResPatch(pipe, 64, 4112)
+    with pytest.raises(IndexError):
+        pipe.transformer([noise(4, 1, 4112 // 8, 2)], torch.tensor([0.5]), [noise(12, 16)])

@@ -217,6 +217,18 @@ def factor_of(pipe: Any) -> int:
     return max(filter(None, factors), default=getattr(pipe, "vae_scale_factor", 1))
 
 
+def check_multiple(option: str, size: int, cell: int) -> None:
+    """Sees that a side of an image, in sample pixels, is one of whole cells.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if size % cell:
+        below = size - size % cell
+        nearest = " and ".join(str(each) for each in (below, below + cell) if each > 0)
+        raise ValueError(f"{option} must be a multiple of {cell} sample pixels; got {size}, nearest: {nearest}")
+
+
 def parts_of(model: nn.Module) -> Iterator[nn.Module]:
     """A model and the models that it is made of: several ControlNets are one, and pipelines may share any of them."""
     for module in model.modules():

@@ -53,8 +53,9 @@ def weights_held(modules: Iterable[nn.Module]) -> Iterator[None]:
                     _hold_layer(hook, module, stack, leaving)
                 elif hasattr(hook, "execution_order_update_callback"):
                     stack.wrap(hook, "execution_order_update_callback", _Once(), f"{type(hook).__name__}'s callback")
-                elif (group := getattr(hook, "group", None)) is not None and id(group) not in groups:
-                    groups[id(group)] = _HeldGroup(group, stack, leaving)
+                for name in ("group", "next_group"):  # the last one's next is of a module that is called afterwards
+                    if (group := getattr(hook, name, None)) is not None and id(group) not in groups:
+                        groups[id(group)] = _HeldGroup(group, stack, leaving)
         with weights_found(modules):
             yield
 

@@ -7,7 +7,7 @@ A family of these is one file with one class, which says
 - `maps`: from the arguments of a model's call, the (height, width) in tokens of the image, and of references after it,
 - `sample` and `predict`: how pipelines call it, so that its memory can be told,
 
-and where it is not as most are: `timestep`, `scheduled`, `longest`, `passes_on`.
+and where it is not as most are: `timestep`, `scheduled`, `longest`, `cell`, `passes_on`.
 """
 
 import warnings
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..core.calls import schedulers_of
-from ..core.families import Order, Site, factor_of
+from ..core.families import Order, Site, check_multiple, factor_of
 from ..core.pieces import rehearsing
 from ..techniques.joint_attention import joint_sites
 from ..techniques.notes import StepNote, StepNoting
@@ -72,7 +72,14 @@ class JointAttention(AnyDenoiser):
             blocks: Any = model.get_submodule(path)
             yield from blocks
 
+    def cell(self, model: Any) -> int:
+        """Latent pixels along each axis of which an image has to have whole multiples."""
+        patch = getattr(model.config, "patch_size", 1)
+        return patch if isinstance(patch, int) else 1
+
     def check(self, model: Any, pipe: Any, height: int, width: int) -> None:
+        for option, size in (("width", width), ("height", height)):
+            check_multiple(option, size, self.cell(model) * factor_of(pipe))
         if _is_shared(model):
             warnings.warn(
                 f"{type(model).__name__} is run by several processes together: it is left as it is",

@@ -51,6 +51,9 @@ class ZImage(JointAttention):
     def scheduled(self, timestep: float) -> float:
         return 1000 - 1000 * timestep
 
+    def cell(self, model: Any) -> int:
+        return int(min(model.config.all_patch_size))
+
     def longest(self, model: Any) -> tuple[int, bool] | None:
         return min(model.config.axes_lens[1:]) * max(model.config.all_patch_size), True
 

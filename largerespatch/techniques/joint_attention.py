@@ -26,6 +26,7 @@ from ..core.pieces import assemble, rehearsing
 from ..core.tilings import PHASES, Each, Tile, sampled_cells
 from .attention import Blocking, blocking_of
 from .context import uploaded
+from .inside import listening, looking, passed_on
 from .joining import Attending, Joining, native_kernels
 from .notes import StepNote
 from .passing import Passing
@@ -99,12 +100,18 @@ class JointBlock:
             given = inspect.BoundArguments(bound.signature, OrderedDict({**bound.arguments, **changed}))
             return original(*given.args, **given.kwargs)
 
+        if obstacle := self._obstacle(bound.arguments, maps.area, texts):
+            self._warn_of_whole(obstacle)
+            return original(*args, **kwargs)
+        self._warn_of_hooks()
         try:
             with native_kernels(self.block):
                 call = _Call(called, bound.arguments, self, tokens, maps, texts)
                 return call.run(Each(maps.piece, cover), self._free(bound, tokens))
         except _NotMetError:
-            self._warn()
+            processors = {type(each.processor).__name__ for each in self.block.modules() if hasattr(each, "processor")}
+            named = ", ".join(sorted(processors)) or "attention of its own"
+            self._warn_of_whole(f" with {named} does not hand the keys of all tokens to scaled_dot_product_attention")
         return original(*args, **kwargs)
 
     def _free(self, bound: inspect.BoundArguments, tokens: Tokens) -> torch.Tensor | None:
@@ -117,17 +124,33 @@ class JointBlock:
             return ()
         return self.blocking.cover(*maps[0], (self.layer + self.step_note.step) % PHASES)
 
-    def _warn(self) -> None:
-        processors = {type(each.processor).__name__ for each in self.block.modules() if hasattr(each, "processor")}
-        who = f"{type(self.block).__name__} with {', '.join(sorted(processors)) or 'attention of its own'}"
-        if who not in self.blocking.warned and not rehearsing():
-            self.blocking.warned.add(who)
-            warnings.warn(
-                f"{who} does not hand the keys of all tokens to scaled_dot_product_attention: it runs on all at once, "
-                "in as much memory as without this patch",
-                RuntimeWarning,
-                stacklevel=2,
+    def _obstacle(self, arguments: Mapping[str, Any], image: int, text: int) -> str:
+        """Why the block cannot run tile by tile; empty if it can."""
+        if hooks := looking(self.block):
+            return f": {', '.join(hooks)} inside it may look at more than one tile"
+        if masks := passed_on(arguments, image, text):
+            return f": it passes on to its attention what has rows of tokens ({', '.join(masks)})"
+        return ""
+
+    def _warn_of_whole(self, why: str) -> None:
+        kind = type(self.block).__name__
+        self._warn(f"{kind}{why}: it runs on all tokens at once, in as much memory as without this patch", why)
+
+    def _warn_of_hooks(self) -> None:
+        if paths := list(listening(self.block)):
+            named = ", ".join(path or "those on all modules there are" for path in paths[:3])
+            self._warn(
+                f"{type(self.block).__name__} runs tile by tile: forward hooks inside it ({named}"
+                f"{', ...' if len(paths) > 3 else ''}) see the text and one tile at a time, and what comes before "
+                "attention twice; those on the block itself see all",
+                "hooks",
             )
+
+    def _warn(self, message: str, about: str) -> None:
+        """Once for all blocks of the model."""
+        if about not in self.blocking.warned and not rehearsing():
+            self.blocking.warned.add(about)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 class _Left(Exception):  # noqa: N818  nothing is wrong
