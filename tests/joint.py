@@ -159,7 +159,9 @@ class JointTests(TableTests):
 
         kinds = family_of(pipe.transformer).kinds(pipe.transformer)
         blocks = [
-            (path, block, tokens.idle) for path, tokens in kinds.items() for block in getattr(pipe.transformer, path)
+            (path, block, getattr(tokens, "idle", ()))
+            for path, tokens in kinds.items()
+            for block in pipe.transformer.get_submodule(path)
         ]
         with PatchStack() as stack:
             for path, block, _ in blocks:
