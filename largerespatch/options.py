@@ -66,8 +66,7 @@ class Options:
     ff_chunk_size: int = _count(
         32768,
         "tokens",
-        "tokens that pass at once through a feed-forward, and through all else that follows self-attention in a "
-        "transformer block",
+        "tokens that pass at once through all that follows self-attention in a transformer block",
     )
     padding_mode: str = _word(
         "constant",
@@ -100,16 +99,15 @@ class Options:
         "full",
         VAE_ATTENTIONS,
         "\"blocked\": the VAE's mid-block attention is blocked like the U-Net's, with the same `attn_` options. "
-        "Approximate. Beyond about 4096 x 4096 full attention takes most of a decode's time",
+        "Approximate; saves most of a decode's time beyond about 4096 x 4096",
     )
     vae_recompute: bool = _switch(
-        "whether an exact VAE computes its largest maps strip by strip each time they are read, the last upsampler's "
-        "output among them, rather than keep them: about 27 % of the untiled memory, workspaces aside, 30 % more time "
-        "for a decode. Exact"
+        "whether an exact VAE computes its largest maps anew whenever they are read, rather than keep them: about 27 % "
+        "of the untiled memory, workspaces aside, 30 % more time for a decode. Exact"
     )
     vae_offload: bool = _switch(
-        "whether whole maps of the VAE are kept in (pinned) host memory while their strips or tiles visit the device. "
-        "An image of 64 MiB or more is given back on the host. Exact; nothing changes where the VAE runs on the host"
+        "whether whole maps of the VAE are in (pinned) host memory while their strips or tiles visit the device. An "
+        "image of 64 MiB or more is given back on the host. Exact; nothing changes where the VAE runs on the host"
     )
     unet_serial: bool = _switch(
         "whether denoiser and ControlNet run the samples of a batch (guidance makes two of one) one by one. Exact"
@@ -117,25 +115,24 @@ class Options:
     unet_strip_rows: int | None = _count_or_none(
         "rows of the feature map",
         "run the residual blocks and upsamplers of U-Nets and ControlNets in strips of at most so many rows (exact; "
-        "less memory at about the same time); None runs them whole, or in strips of 16 where unet_offload has maps on "
-        "the host",
+        'less memory at about the same time); None: whole, or 16 with unet_offload "maps"',
     )
     unet_offload: bool | str = _option(
         False,
         lambda option, value: switch_or_one_of(option, value, UNET_OFFLOADS),
         'False, "skips" (or True, which means that), "maps"',
-        'what of a U-Net or ControlNet is in (pinned) host memory: "skips" for skip connections while they wait for '
-        'their block, "maps" for every map that is large (of 64 MiB or more), while strips and tiles of it visit the '
-        "device: that needs little more for a larger image. Exact; nothing changes where the models run on the host",
+        'what of a U-Net or ControlNet is in (pinned) host memory: "skips" for skip connections, "maps" for every map '
+        "of 64 MiB or more, so that a larger image needs little more. Exact; nothing changes where the models run on "
+        "the host",
     )
     memory_limit: str | int | None = _option(
         "auto",
         amount,
         'None, "auto", or an amount such as "8GiB" or a number of bytes',
-        "what the pipeline may take on its device, weights included. A tenth of it, at least 512 MiB, stays free for "
-        "what no estimate knows. The cheapest settings that fit are picked, those that change no result first; options "
-        'that you give stay; `repr` says what was picked. "auto" is what an accelerator has free when the first call '
-        "in the block starts; nothing is picked where the models run on the host. None: never",
+        "what the pipeline may take on its device, weights included; a tenth, at least 512 MiB, stays free. The "
+        "cheapest settings that fit are picked, those that change no result first; what you give stays; `repr` tells. "
+        '"auto" is what an accelerator has free when the first call in the block starts; on the host nothing is '
+        "picked. None: never",
     )
 
     def __post_init__(self) -> None:
