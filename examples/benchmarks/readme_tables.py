@@ -16,7 +16,8 @@ from largerespatch.options import Options
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 RESULTS = HERE / "results"
-MODEL_NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL", "flux": "Flux, 6 blocks"}
+MODEL_NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL", "flux": "Flux", "qwen-image": "Qwen-Image", "z-image": "Z-Image"}
+ON_GPU = MODEL_NAMES | {"flux": "Flux, 6 blocks"}
 GIB, TERA = 2**30, 1e12
 GPU_WAYS = {
     "unpatched": ("unpatched", "untiled"),
@@ -147,6 +148,46 @@ def autoencoder_table() -> str:
     return f"{markdown(headings, rows)}\n\n{where(report, len(report['rows'][0]['seconds']))}"
 
 
+def transformer_table() -> str:
+    """What a step of a joint-attention transformer costs, where it is cut into blocks."""
+    rows = []
+    for row in load("transformers")["rows"]:
+        if row.get("arithmetic_ratio", 1) == 1:  # nothing is blocked, or upstream knows no positions for it
+            continue
+        dense, ours = row["dense"], row["in blocks"]
+        amounts = [f"{each['flops'] / TERA:.0f}" for each in (dense, ours)]
+        gibibytes = [f"{each['activations'] / GIB:.1f}" for each in (dense, ours)]
+        rows.append(
+            [MODEL_NAMES[row["model"]], f"{row['size']}²", *amounts, f"{row['arithmetic_ratio']:.1f}", *gibibytes]
+        )
+    headings = (
+        "a step, counted",
+        "image",
+        "TFLOP dense",
+        "in blocks",
+        "ratio",
+        "GiB beside weights, dense",
+        "in blocks",
+    )
+    return markdown(headings, rows)
+
+
+def transformer_fidelity_table() -> str:
+    """PSNR to dense attention, the worst of all seeds and noise levels, by tokens of context."""
+    report = load("transformer_fidelity")["rows"]
+    contexts = sorted({row["context"] for row in report})
+    cases: dict[str, dict[int, list[float]]] = {}
+    for row in report:
+        what = "one forward" if row["of"] == "one forward" else f"a picture, {row['steps']} steps"
+        name = f"{row['times']} times the training side, {what}"
+        cases.setdefault(name, {}).setdefault(row["context"], []).append(row["psnr"])
+    rows = [
+        [name, *(f"{min(found[context]):.0f} dB" if context in found else "" for context in contexts)]
+        for name, found in cases.items()
+    ]
+    return markdown(("demo transformer, tokens of context", *map(str, contexts)), rows)
+
+
 def pipeline_table() -> str:
     """One row for a pipeline, in all families that have it."""
     rows: dict[str, dict[str, dict[str, str]]] = {}  # answers by row and short name of the family
@@ -178,16 +219,18 @@ def headline_table() -> str:
     """What the other tables show at more length."""
     rows = []
     peaks = simulated_peaks()
-    for model, size in (("sd15", 8192), ("sdxl", 8192)):
+    for model, size in (("sd15", 8192), ("sd15", 16384), ("sdxl", 8192)):
         ways = [peaks[model, size][way] for way in ("unpatched", "diffusers' tiling", "every saver")]
-        rows.append([f"{MODEL_NAMES[model]}, {size}²: peak memory, simulated", *(f"{peak:.1f} GiB" for peak in ways)])
-    rows.append(["SD 1.5, 8192²: peak memory, H200 capped at 8 GiB", "", "", f"{capped_peak('sd15', 8192, 8):.1f} GiB"])
+        rows.append([f"{MODEL_NAMES[model]}, {size}²: peak, simulated", *(f"{peak:.1f} GiB" for peak in ways)])
     steps = gpu_medians("sd15", "step", 8192)
     unpatched, patched = (f"{steps[way]:.1f} s" for way in ("unpatched", "patched"))
     rows.append(["SD 1.5, 8192²: a U-Net step, H200", unpatched, "", patched])
     decodes = gpu_medians("sd15", "decode", 4096)
     names = ("untiled", "diffusers' tiling", "two-pass", "exact")
     untiled, tiling, two, exact = (f"{decodes[way]:.2f} s" for way in names)
+    (flux,) = (row for row in load("transformers")["rows"] if (row["model"], row["size"]) == ("flux", 8192))
+    dense, ours = (f"{flux[way]['flops'] / TERA / 1000:.1f} PFLOP" for way in ("dense", "in blocks"))
+    rows.append(["Flux, 8192²: arithmetic of a step, counted", dense, "", ours])
     rows.append(["VAE decode, 4096²: H200", untiled, tiling, f"{two}; exact mode {exact}"])
     fidelity = load("fidelity")
     decodes = [row for row in fidelity["vae"] if row["direction"] == "decode"]
@@ -206,14 +249,6 @@ def gpu_rows(part: str) -> list[dict[str, Any]]:
     return list(load("gpu")["parts"][part]["rows"])
 
 
-def capped_peak(model: str, size: int, limit: int) -> float:
-    """GiB that CUDA allocated at most in any stage, where no more than `limit` GiB could be had."""
-    row = next(
-        each for each in gpu_rows("peaks") if (each["model"], each["size"], each["limit"]) == (model, size, limit)
-    )
-    return max(stage["allocated"] for stage in row.values() if isinstance(stage, dict) and "allocated" in stage) / GIB
-
-
 def gpu_medians(model: str, stage: str, size: int) -> dict[str, float]:
     """Seconds by way."""
     asked = {"model": model, "stage": stage, "size": size}
@@ -230,7 +265,7 @@ def gpu_peaks_table() -> str:
                 found = row[stage]
                 limit = f"{row['limit']} GiB" if row["limit"] else "none"
                 amounts = (f"{found[key] / GIB:.2f}" for key in ("estimated", "allocated", "reserved"))
-                name = MODEL_NAMES[row["model"]]
+                name = ON_GPU[row["model"]]
                 rows.append([name, f"{row['size']}²", limit, stage, *amounts, f"{found['ratio']:.3f}"])
     return markdown(("H200, GiB", "image", "cap", "stage", "estimate", "allocated", "reserved", "of allocated"), rows)
 
@@ -314,6 +349,8 @@ TABLES = {
         growth_table,
         vae_table,
         autoencoder_table,
+        transformer_table,
+        transformer_fidelity_table,
         pipeline_table,
     ),
 }
