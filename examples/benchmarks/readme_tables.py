@@ -167,7 +167,7 @@ def transformer_table() -> str:
         "in blocks",
         "ratio",
         "GiB beside weights, dense",
-        "in blocks",
+        "blocks",
     )
     return markdown(headings, rows)
 
