@@ -306,7 +306,7 @@ def memory_table() -> str:
 
 def host_table() -> str:
     """What leaves the device, with every saver."""
-    rows = [row for row in load("memory")["rows"] if row.get("host") and row["size"] in (4096, 8192)]
+    rows = [row for row in load("memory")["rows"] if row.get("host") and row["size"] >= 4096]
     ways = list(dict.fromkeys(row["way"] for row in rows))
     cells: dict[tuple[str, int], list[str]] = {}
     for row in rows:
