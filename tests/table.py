@@ -40,6 +40,7 @@ def cut(calls):
     return {kind for kind, count in calls.items() if count}
 
 
+@pytest.mark.filterwarnings("ignore:SanaTransformer2DModel is a denoiser of no known kind:RuntimeWarning")
 class TableTests:
     """`cases` of pipelines by family and name; `size` in sample pixels, at which `blocks` cut all up."""
 

@@ -31,7 +31,7 @@ def test_blocks_are_dense_with_enough_context(references, flow_map, monkeypatch)
         told |= {"image_cond_hidden_states": noise(2, 6 * 9 + 3 * 2, 16)}
         told |= {"image_cond_ids": torch.cat([ids(10, 6, 9), ids(20, 3, 2)])}
     dense, errors, runs, run = model(**told)[0], [], [], _Call.run
-    monkeypatch.setattr(_Call, "run", lambda self, pieces: runs.append(self.maps) or run(self, pieces))
+    monkeypatch.setattr(_Call, "run", lambda self, *given: runs.append(self.maps) or run(self, *given))
     for context in (0, 48, ALL):
         with patch(pipe, attn_context=context) as active:
             errors.append(error(model(**told)[0], dense))

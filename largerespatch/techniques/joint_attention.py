@@ -184,7 +184,7 @@ class _Call:
         """What the block returns; its tokens of the image in the memory of `into`, if they are as that is."""
         with PatchStack() as stack:
             for path, module in self.idle.items():
-                stack.set(module, "forward", _as_given, f"{path}.forward")
+                stack.wrap(module, "forward", _as_given, f"{path}.forward")  # beneath hooks, which see all calls
             known = assemble(
                 pieces,
                 self._keys_and_values,
@@ -264,7 +264,7 @@ class _Call:
         return tuple(known)
 
 
-def _as_given(hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+def _as_given(original: Callable[..., Any], hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
     return hidden_states
 
 
