@@ -397,6 +397,7 @@ def test_another_backend_of_attention_is_the_users_again_afterwards():
     asked = {processor._attention_backend for processor in pipe.transformer.attn_processors.values()}
     assert_blocked_and_dense(pipe, FLUX[1])
     assert {processor._attention_backend for processor in pipe.transformer.attn_processors.values()} == asked
+    pipe.transformer.set_attention_backend("native")  # which holds for other models, too
 
 
 # --- sizes, and input that does not fit ---
