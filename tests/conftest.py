@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: nothing here may touch a network
@@ -26,6 +27,12 @@ settings.load_profile("tests")
 def no_gradients():
     with torch.no_grad():
         yield
+
+
+def pytest_collection_finish():
+    """What has been imported stays: searching it for garbage, again and again, takes longer than some tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc):

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
@@ -21,13 +20,11 @@ class LiveBytes(TorchDispatchMode):
         self._known = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):
-                self._known.add(tensor.untyped_storage())  # not ours: a view of it is no new memory
+        for tensor in tensors((args, tuple((kwargs or {}).values()))):
+            self._known.add(tensor.untyped_storage())  # not ours: a view of it is no new memory
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage(), tensor.device.type)
+        for tensor in tensors(result):
+            self._count(tensor.untyped_storage(), tensor.device.type)
         return result
 
     def _count(self, storage, device):
@@ -38,6 +35,15 @@ class LiveBytes(TorchDispatchMode):
         self.now[device] += size
         self.peak[device] = max(self.peak[device], self.now[device])
         weakref.finalize(storage, self.now.subtract, {device: size})
+
+
+def tensors(tree):
+    """Those in what an operation is given or gives."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for each in tree:
+            yield from tensors(each)
 
 
 class _EmptyAttention(TorchFunctionMode):
