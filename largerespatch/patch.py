@@ -2,9 +2,7 @@
 
 import copy
 import logging
-import threading
 import warnings
-import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -19,7 +17,8 @@ from torch import nn
 from . import autoencoders, denoisers  # noqa: F401  the families register themselves
 from .autoencoders.decoding import decoded
 from .core.checks import whole_number
-from .core.families import Family, Site, check_multiple, factor_of, families_in, install, models_of, parts_of, told
+from .core.families import Family, Site, check_multiple, factor_of, families_in, install, models_of, told
+from .core.occupied import Occupied
 from .core.patching import PatchStack, beneath_hooks
 from .memory.estimate import Estimator, MemoryEstimate, bare
 from .memory.planner import DoesNotFitError, Plan, Planner, changing, limit_bytes
@@ -33,42 +32,7 @@ _AUTO = "memory_limit 'auto'"
 _LOGGER = logging.getLogger("largerespatch")
 
 
-class _Occupied:
-    """Which models are patched now, by which patch: the models themselves carry no mark. Any thread may ask."""
-
-    def __init__(self) -> None:
-        self._patches: weakref.WeakKeyDictionary[nn.Module, LargeResPatch] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
-
-    def claim(self, models: dict[str, nn.Module], patch: "LargeResPatch") -> None:
-        """All parts of the `models` for one patch.
-
-        Raises:
-            ValueError: some are another's. None is claimed then.
-        """
-        parts = {part: name for name, model in models.items() for part in parts_of(model)}
-        with self._lock:
-            for part, name in parts.items():
-                if part in self._patches:
-                    which = "this" if self._patches[part] is patch else "another"
-                    raise ValueError(
-                        f"pipe.{name} is patched already, by {which} LargeResPatch; accepted is one at a time: leave "
-                        "its block (or call its `disable`) first"
-                    )
-            self._patches.update(dict.fromkeys(parts, patch))
-
-    def release(self, patch: "LargeResPatch") -> None:
-        with self._lock:
-            for part in [part for part, its in self._patches.items() if its is patch]:
-                del self._patches[part]
-
-    def on(self, models: dict[str, nn.Module]) -> "list[LargeResPatch]":
-        """The patches that are on some models."""
-        with self._lock:
-            return list({self._patches[model]: None for model in models.values() if model in self._patches})
-
-
-_OCCUPIED = _Occupied()
+_OCCUPIED: "Occupied[LargeResPatch]" = Occupied()
 
 
 class LargeResPatch:

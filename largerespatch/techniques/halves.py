@@ -16,8 +16,9 @@ from ..core.maps import StoredMap
 from ..core.patching import PatchStack
 from ..core.pieces import collect, rehearsing
 from ..core.weights import weights_found, weights_held
+from .listening import listen_everywhere, listeners, silence
 from .strips import Forward
-from .walk import Walk, WalkedUpsample, inner_modules, listen_everywhere, listeners, silence, steps, walked
+from .walk import Walk, WalkedUpsample, inner_modules, steps, walked
 
 ProgressBar = Callable[..., AbstractContextManager[Any]]
 

@@ -23,8 +23,8 @@ from .attention import BlockedAttention
 from .chunks import can_be_chunked, sees_single_tokens
 from .cuts import rows_of
 from .host_strips import HostStrips
+from .listening import listeners
 from .strips import is_differentiated
-from .walk import listeners
 
 # What tokens on the host must know the inside of: that a transformer makes tokens of its map by a group norm and what
 # looks at cells one by one, passes them from block to block, and that what follows looks at them one by one.

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..core.weights import offload_hooks
-from .walk import listen_everywhere
+from .listening import listen_everywhere
 
 # Where hooks come from that see to a module's weights and look at nothing that goes through it.
 OF_WEIGHTS = ("accelerate.hooks", "diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting")

@@ -7,8 +7,9 @@ from torch import nn
 
 from ..core.families import Order, Site
 from ..core.patching import PatchStack
+from .listening import silence
 from .stages import Split, Stage
-from .walk import Walk, can_be_walked, inner_modules, silence, steps, walked
+from .walk import Walk, can_be_walked, inner_modules, steps, walked
 
 
 class Parts:

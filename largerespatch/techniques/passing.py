@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..core.weights import offload_hooks
-from .walk import listeners
+from .listening import listeners
 
 # By these are hooks known that keep nothing of what they see: they move weights, or cast them.
 _KEEP_NOTHING = ("offload", "group", "compute_dtype")

@@ -23,11 +23,12 @@ from ..core.weights import weights_held
 from .alike import piece
 from .halves import Cutting, InPieces, delivered
 from .images import wanted
+from .listening import listeners
 from .parts import Parts
 from .shared_norms import SharedGroupNorm
 from .stages import Split, scale_of
 from .strips import Forward
-from .walk import Walk, can_be_walked, listeners
+from .walk import Walk, can_be_walked
 
 # What the stages that run whole may hold in activations. With less, big images would get large halos; with more,
 # the whole part rather than the tiles would decide how much memory a decode takes.

@@ -7,7 +7,6 @@ Where a forward hook of the user may keep what it is given, maps are not passed 
 more memory: what a hook holds stays right.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from fractions import Fraction
@@ -22,7 +21,6 @@ from torch import nn
 
 from ..core.hosts import Host
 from ..core.maps import ComputedMap, StoredMap
-from ..core.patching import PatchStack
 from ..core.pieces import assemble, collect
 from ..core.planes import Map, fetch
 from ..core.statistics import GivenStatistics, pool, record
@@ -331,21 +329,3 @@ def can_be_walked(model: nn.Module) -> bool:
         return all(walked(module, path, Walk(1, False)) for path, module in steps(model, ""))
     except ValueError:
         return False
-
-
-def listeners(model: nn.Module) -> bool:
-    """Whether a user's hook on any module of `model`, or on all modules there are, may keep what it is given."""
-    return listen_everywhere() or any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def listen_everywhere() -> bool:
-    """Whether there are hooks on all modules there are."""
-    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
-
-
-def silence(stack: PatchStack, paths: dict[str, nn.Module], kind: str = "_forward_hooks") -> list[str]:
-    """Hooks of these modules are not called while `stack` is on. Returns the paths of those that have any."""
-    hooked = {path: module for path, module in paths.items() if vars(module)[kind]}
-    for path, module in hooked.items():
-        stack.set(module, kind, OrderedDict(), f"{path}.{kind}")
-    return list(hooked)
