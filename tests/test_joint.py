@@ -21,9 +21,9 @@ from largerespatch.denoisers.joint import JointAttention, maps_of_ids
 from largerespatch.options import Options
 from largerespatch.techniques.attention import blocking_of
 from largerespatch.techniques.joint_attention import JointBlock, MapsNote
+from largerespatch.techniques.joint_tokens import BOTH, IMAGE, TEXT, Maps, Tokens
 from largerespatch.techniques.notes import StepNote
 from largerespatch.techniques.pooled import PooledMap
-from largerespatch.techniques.tokens import BOTH, IMAGE, TEXT, Maps, Tokens
 
 # --- pooled cells ---
 

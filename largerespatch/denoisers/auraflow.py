@@ -1,15 +1,12 @@
 """AuraFlow's transformer: text first, two streams, then one."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..core.families import factor_of, register
-from ..techniques.tokens import BOTH, IMAGE, TEXT, Size, Tokens
+from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Tokens
 from .any import Call
 from .joint import JointAttention
 
@@ -31,15 +28,10 @@ ONE = Tokens(takes={"hidden_states": BOTH}, gives=BOTH, text_first=True)
 class AuraFlow(JointAttention):
     """`AuraFlowTransformer2DModel`. The image's positions are cut from the middle of a square table."""
 
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "AuraFlowTransformer2DModel"
+    class_name = "AuraFlowTransformer2DModel"
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"joint_transformer_blocks": TWO, "single_transformer_blocks": ONE}
-
-    def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
-        height, width = arguments["hidden_states"].shape[-2:]
-        return [(height // model.config.patch_size, width // model.config.patch_size)]
 
     def scheduled(self, timestep: float) -> float:
         return 1000 * timestep
@@ -61,11 +53,6 @@ class AuraFlow(JointAttention):
         row, column = (side // 2 - length // cell // 2 + length // cell - 1 for length in (height, width))
         return int(row * side + column)
 
-    def predict(self, call: Call) -> torch.Tensor:
-        result: torch.Tensor = call.model(
-            self.sample(call),
-            encoder_hidden_states=call.new(call.batch, call.prompt_tokens(), call.model.config.joint_attention_dim),
-            timestep=call.new(call.batch),
-            return_dict=False,
-        )[0]
-        return result
+    def told(self, call: Call) -> dict[str, Any]:
+        text = call.new(call.batch, call.prompt_tokens(), call.model.config.joint_attention_dim)
+        return {"encoder_hidden_states": text, "timestep": call.new(call.batch)}

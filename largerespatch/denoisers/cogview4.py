@@ -1,13 +1,10 @@
 """CogView 4's transformer: text first, which may be masked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..core.families import register
-from ..techniques.tokens import IMAGE, TEXT, Size, Tokens
+from ..techniques.joint_tokens import IMAGE, TEXT, Tokens
 from .any import Call
 from .joint import JointAttention
 
@@ -35,28 +32,16 @@ TOKENS = Tokens(
 class CogView4(JointAttention):
     """`CogView4Transformer2DModel`, which pipelines call once for each half of guidance."""
 
+    class_name = "CogView4Transformer2DModel"
     in_turns = True
-
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "CogView4Transformer2DModel"
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS}
 
-    def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
-        height, width = arguments["hidden_states"].shape[-2:]
-        return [(height // model.config.patch_size, width // model.config.patch_size)]
-
     def longest(self, model: Any) -> tuple[int, bool] | None:
         return min(model.config.rope_axes_dim) * model.config.patch_size, False
 
-    def predict(self, call: Call) -> torch.Tensor:
+    def told(self, call: Call) -> dict[str, Any]:
         sizes = {name: call.new(call.batch, 2) for name in ("original_size", "target_size", "crop_coords")}
-        result: torch.Tensor = call.model(
-            self.sample(call),
-            call.new(call.batch, call.prompt_tokens(), call.model.config.text_embed_dim),
-            timestep=call.new(call.batch),
-            **sizes,
-            return_dict=False,
-        )[0]
-        return result
+        text = call.new(call.batch, call.prompt_tokens(), call.model.config.text_embed_dim)
+        return {"encoder_hidden_states": text, "timestep": call.new(call.batch), **sizes}

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..core.families import register
-from ..techniques.tokens import BOTH, IMAGE, TEXT, Size, Tokens
+from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Size, Tokens
 from .any import Call
-from .joint import JointAttention, asked_for, maps_of_ids
+from .joint import Packed, maps_of_ids
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
 # And of the model, that it passes tokens on from block to block and keeps none.
@@ -29,13 +28,11 @@ TOKENS = Tokens(
 
 
 @register
-class Flux(JointAttention):
+class Flux(Packed):
     """`FluxTransformer2DModel`. Its tokens are squares of four latent pixels, packed by the pipeline."""
 
+    class_name = "FluxTransformer2DModel"
     passes_on = True
-
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "FluxTransformer2DModel"
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS, "single_transformer_blocks": TOKENS}
@@ -43,35 +40,22 @@ class Flux(JointAttention):
     def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
         return maps_of_ids(arguments["img_ids"])
 
-    def scheduled(self, timestep: float) -> float:
-        return 1000 * timestep
-
-    def sample(self, call: Call) -> torch.Tensor:
-        height, width = call.latent
-        return call.new(call.batch, height // 2 * (width // 2), call.model.config.in_channels)
-
-    def predict(self, call: Call) -> torch.Tensor:
-        config, sample, tokens = call.model.config, self.sample(call), call.prompt_tokens()
-        with asked_for((call.latent[0] // 2, call.latent[1] // 2)):
-            result: torch.Tensor = call.model(
-                sample,
-                call.new(call.batch, tokens, config.joint_attention_dim),
-                call.new(call.batch, config.pooled_projection_dim),
-                call.new(call.batch),
-                call.new(sample.shape[1], 3),
-                call.new(tokens, 3),
-                call.new(call.batch, dtype=torch.float32) if config.guidance_embeds else None,
-                return_dict=False,
-            )[0]
-        return result
+    def told(self, call: Call) -> dict[str, Any]:
+        config, tokens = call.model.config, call.prompt_tokens()
+        return {
+            "encoder_hidden_states": call.new(call.batch, tokens, config.joint_attention_dim),
+            "pooled_projections": call.new(call.batch, config.pooled_projection_dim),
+            "timestep": call.new(call.batch),
+            "img_ids": call.new(self.tokens(call), 3),
+            "txt_ids": call.new(tokens, 3),
+            "guidance": call.new(call.batch, dtype=torch.float32) if config.guidance_embeds else None,
+        }
 
 
 @register
 class FluxControlNets(Flux):
     """`FluxControlNetModel`, whose blocks are those of Flux. Its pictures are encoded; a step of Flux's calls it."""
 
+    class_name = "FluxControlNetModel"
     stages = ()
     passes_on = False  # what blocks give is its result
-
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "FluxControlNetModel"

@@ -5,12 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..core.families import register
-from ..techniques.tokens import BOTH, IMAGE, TEXT, Kind, Rows, Size, Tokens
+from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Kind, Rows, Size, Tokens
 from .any import Call
-from .joint import JointAttention, asked_for, maps_of_ids
+from .joint import Packed, maps_of_ids
 
 # What `DOUBLE` and `SINGLE` must know the inside of: of which tokens arguments and results have rows, and their order
 # in attention; with a cache of references, that these attend to themselves after all others did to all.
@@ -52,11 +51,10 @@ def _with_cache(tokens: Tokens, modulation: str, rows: Rows) -> Callable[[Mappin
 
 
 @register
-class Flux2(JointAttention):
+class Flux2(Packed):
     """`Flux2Transformer2DModel`. Pictures to look at come after the image, those with a cache before it, once."""
 
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "Flux2Transformer2DModel"
+    class_name = "Flux2Transformer2DModel"
 
     def kinds(self, model: Any) -> Mapping[str, Kind]:
         return {
@@ -68,23 +66,12 @@ class Flux2(JointAttention):
         ahead = arguments.get("num_ref_tokens", 0) if arguments.get("kv_cache_mode") == "extract" else 0
         return maps_of_ids(arguments["img_ids"][..., ahead:, :3])
 
-    def scheduled(self, timestep: float) -> float:
-        return 1000 * timestep
-
-    def sample(self, call: Call) -> torch.Tensor:
-        height, width = call.latent
-        return call.new(call.batch, height // 2 * (width // 2), call.model.config.in_channels)
-
-    def predict(self, call: Call) -> torch.Tensor:
-        config, sample, tokens = call.model.config, self.sample(call), call.prompt_tokens()
-        with asked_for((call.latent[0] // 2, call.latent[1] // 2)):
-            result: torch.Tensor = call.model(
-                sample,
-                call.new(call.batch, tokens, config.joint_attention_dim),
-                call.new(call.batch),
-                call.new(call.batch, sample.shape[1], 4),
-                call.new(call.batch, tokens, 4),
-                call.new(call.batch, dtype=torch.float32) if config.guidance_embeds else None,
-                return_dict=False,
-            )[0]
-        return result
+    def told(self, call: Call) -> dict[str, Any]:
+        config, tokens = call.model.config, call.prompt_tokens()
+        return {
+            "encoder_hidden_states": call.new(call.batch, tokens, config.joint_attention_dim),
+            "timestep": call.new(call.batch),
+            "img_ids": call.new(call.batch, self.tokens(call), 4),
+            "txt_ids": call.new(call.batch, tokens, 4),
+            "guidance": call.new(call.batch, dtype=torch.float32) if config.guidance_embeds else None,
+        }

@@ -3,13 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..core.families import register
-from ..techniques.tokens import BOTH, IMAGE, TEXT, Kind, Size, Tokens
+from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Kind, Size, Tokens
 from .any import Call
-from .joint import JointAttention, asked_for, maps_of_ids
+from .joint import Packed, maps_of_ids
 
 # What `ALONE` and `TOGETHER` must know the inside of: of which tokens arguments and results have rows, and their order.
 _ROOM = "diffusers.models.transformers.transformer_flux3."
@@ -40,11 +37,10 @@ TOGETHER = Tokens(
 
 
 @register
-class Flux3(JointAttention):
+class Flux3(Packed):
     """`Flux3Transformer2DModel`. Blocks of text alone and of references alone run whole."""
 
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "Flux3Transformer2DModel"
+    class_name = "Flux3Transformer2DModel"
 
     def kinds(self, model: Any) -> Mapping[str, Kind]:
         return {"mode_blocks.image": ALONE, "single_transformer_blocks": TOGETHER}
@@ -53,23 +49,12 @@ class Flux3(JointAttention):
         ids = [arguments["img_ids"], arguments.get("image_cond_ids")]
         return [size for each in ids if each is not None for size in maps_of_ids(each[:, :3])]
 
-    def scheduled(self, timestep: float) -> float:
-        return 1000 * timestep
-
-    def sample(self, call: Call) -> torch.Tensor:
-        height, width = call.latent
-        return call.new(call.batch, height // 2 * (width // 2), call.model.config.in_channels)
-
-    def predict(self, call: Call) -> torch.Tensor:
-        config, sample, tokens = call.model.config, self.sample(call), call.prompt_tokens()
-        with asked_for((call.latent[0] // 2, call.latent[1] // 2)):
-            result: torch.Tensor = call.model(
-                sample,
-                call.new(call.batch, tokens, config.joint_attention_dim),
-                call.new(call.batch),
-                call.new(sample.shape[1], 4),
-                call.new(tokens, 4),
-                target_timestep=call.new(call.batch) if config.flow_map else None,
-                return_dict=False,
-            )[0]
-        return result
+    def told(self, call: Call) -> dict[str, Any]:
+        config, tokens = call.model.config, call.prompt_tokens()
+        return {
+            "encoder_hidden_states": call.new(call.batch, tokens, config.joint_attention_dim),
+            "timestep": call.new(call.batch),
+            "img_ids": call.new(self.tokens(call), 4),
+            "txt_ids": call.new(tokens, 4),
+            "target_timestep": call.new(call.batch) if config.flow_map else None,
+        }

@@ -5,11 +5,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..core.calls import PROMPT_TOKENS
 from ..core.families import register
-from ..techniques.tokens import BOTH, IMAGE, TEXT, Size, Tokens
+from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Size, Tokens
 from .any import Call
 from .joint import JointAttention
 
@@ -37,8 +36,7 @@ TOKENS = Tokens(
 class HunyuanImage(JointAttention):
     """`HunyuanImageTransformer2DModel`. Its text, of two encoders, is filled up to as many tokens as there may be."""
 
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "HunyuanImageTransformer2DModel"
+    class_name = "HunyuanImageTransformer2DModel"
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS, "single_transformer_blocks": TOKENS}
@@ -52,17 +50,14 @@ class HunyuanImage(JointAttention):
         frames = [1] * (len(call.model.config.patch_size) - 2)  # the refiner's picture is a film of one
         return call.new(call.batch, call.model.config.in_channels, *frames, *call.latent)
 
-    def predict(self, call: Call) -> torch.Tensor:
+    def told(self, call: Call) -> dict[str, Any]:
         config, pipe = call.model.config, call.pipe
         # As if all were of the first encoder: which tokens of two there are is for data to tell.
         tokens = getattr(pipe, "tokenizer_max_length", PROMPT_TOKENS) + getattr(pipe, "tokenizer_2_max_length", 0)
-        result: torch.Tensor = call.model(
-            self.sample(call),
-            call.new(call.batch),
-            call.new(call.batch, tokens, config.text_embed_dim),
-            call.new(call.batch, tokens, dtype=torch.int64),
-            timestep_r=call.new(call.batch) if config.use_meanflow else None,
-            guidance=call.new(call.batch) if config.guidance_embeds else None,
-            return_dict=False,
-        )[0]
-        return result
+        return {
+            "timestep": call.new(call.batch),
+            "encoder_hidden_states": call.new(call.batch, tokens, config.text_embed_dim),
+            "encoder_attention_mask": call.new(call.batch, tokens, dtype=torch.int64),
+            "timestep_r": call.new(call.batch) if config.use_meanflow else None,
+            "guidance": call.new(call.batch) if config.guidance_embeds else None,
+        }

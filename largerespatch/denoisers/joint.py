@@ -2,12 +2,11 @@
 
 A family of these is one file with one class, which says
 
-- `matches`: whether a model is its,
+- `class_name`: the class of its models,
 - `kinds`: the lists of blocks in its models, and where in these blocks' arguments and results tokens are,
-- `maps`: from the arguments of a model's call, the (height, width) in tokens of the image, and of references after it,
-- `sample` and `predict`: how pipelines call it, so that its memory can be told,
+- `told`: what pipelines tell it beside the sample, so that its memory can be told,
 
-and where it is not as most are: `timestep`, `scheduled`, `longest`, `cell`, `passes_on`.
+and where it is not as most are: `maps`, `sample`, `predict`, `timestep`, `scheduled`, `longest`, `cell`, `passes_on`.
 """
 
 import warnings
@@ -22,13 +21,13 @@ import torch
 from torch import nn
 
 from ..core.calls import schedulers_of
-from ..core.families import Order, Site, check_multiple, factor_of
+from ..core.families import Order, Site, check_multiple, factor_of, unknown_call
 from ..core.pieces import rehearsing
 from ..techniques.joint_attention import joint_sites
+from ..techniques.joint_tokens import Kind, Size
 from ..techniques.notes import StepNote, StepNoting
 from ..techniques.padding import padding_sites
-from ..techniques.tokens import Kind, Size
-from .any import AnyDenoiser
+from .any import AnyDenoiser, Call
 
 
 class JointAttention(AnyDenoiser):
@@ -39,20 +38,35 @@ class JointAttention(AnyDenoiser):
     """
 
     rank = 0
+    class_name = ""
     timestep = "timestep"
     passes_on = False
+
+    def matches(self, model: nn.Module) -> bool:
+        return type(model).__name__ == self.class_name
 
     @abstractmethod
     def kinds(self, model: Any) -> Mapping[str, Kind]:
         """Where tokens are in the blocks of each list of blocks, by its path in the model."""
 
-    @abstractmethod
     def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
-        """(height, width), in tokens, of the image and of each reference after it; empty where that is not known."""
+        """(height, width), in tokens, of the image and of each reference after it; empty where that is not known.
+
+        From the arguments of a model's call, by name. Here the patches of a latent ``[B, C, H, W]``.
+        """
+        return [patches(model, arguments)]
 
     def scheduled(self, timestep: float) -> float:
         """A timestep, as the model is told it, in the scheduler's unit."""
         return timestep
+
+    def told(self, call: Call) -> dict[str, Any]:
+        """What pipelines tell the model beside the sample, by name."""
+        raise unknown_call(call.model)
+
+    def predict(self, call: Call) -> torch.Tensor:
+        result: torch.Tensor = call.model(self.sample(call), **self.told(call), return_dict=False)[0]
+        return result
 
     def longest(self, model: Any) -> tuple[int, bool] | None:
         """The most latent pixels along an axis that positions are there for, and whether the model raises beyond."""
@@ -98,6 +112,12 @@ class JointAttention(AnyDenoiser):
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
+def patches(model: Any, arguments: Mapping[str, Any]) -> Size:
+    """(height, width), in patches, of the latent ``[B, C, H, W]`` that a model is given."""
+    height, width = arguments["hidden_states"].shape[-2:]
+    return height // model.config.patch_size, width // model.config.patch_size
+
+
 def _is_shared(model: Any) -> bool:
     return getattr(model, "_parallel_config", None) is not None
 
@@ -113,6 +133,29 @@ def asked_for(*maps: Size) -> Iterator[None]:
         yield
     finally:
         _ASKED.reset(token)
+
+
+class Packed(JointAttention):
+    """Those whose pipelines pack squares of four latent pixels into a token each, and tell the step from 0 to 1."""
+
+    def scheduled(self, timestep: float) -> float:
+        return 1000 * timestep
+
+    def tokens(self, call: Call) -> int:
+        """Of the image."""
+        height, width = _packed(call)
+        return height * width
+
+    def sample(self, call: Call) -> torch.Tensor:
+        return call.new(call.batch, self.tokens(call), call.model.config.in_channels)
+
+    def predict(self, call: Call) -> torch.Tensor:
+        with asked_for(_packed(call)):
+            return super().predict(call)
+
+
+def _packed(call: Call) -> Size:
+    return call.latent[0] // 2, call.latent[1] // 2
 
 
 def maps_of_ids(ids: torch.Tensor) -> Sequence[Size]:

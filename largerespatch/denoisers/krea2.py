@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..core.families import register
-from ..techniques.tokens import BOTH, Kind, Size, Tokens
+from ..techniques.joint_tokens import BOTH, Kind, Size, Tokens
 from .any import Call
-from .joint import JointAttention, asked_for, maps_of_ids
+from .joint import Packed, maps_of_ids
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention
 # and among positions.
@@ -35,13 +34,11 @@ TOKENS = Tokens(
 
 
 @register
-class Krea2(JointAttention):
+class Krea2(Packed):
     """`Krea2Transformer2DModel`. Its tokens are squares of four latent pixels, packed by the pipeline."""
 
+    class_name = "Krea2Transformer2DModel"
     in_turns = True
-
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "Krea2Transformer2DModel"
 
     def kinds(self, model: Any) -> Mapping[str, Kind]:
         return {"transformer_blocks": TOKENS}
@@ -49,22 +46,11 @@ class Krea2(JointAttention):
     def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
         return maps_of_ids(arguments["position_ids"][arguments["encoder_hidden_states"].shape[1] :])
 
-    def scheduled(self, timestep: float) -> float:
-        return 1000 * timestep
-
-    def sample(self, call: Call) -> torch.Tensor:
-        height, width = call.latent
-        return call.new(call.batch, height // 2 * (width // 2), call.model.config.in_channels)
-
-    def predict(self, call: Call) -> torch.Tensor:
-        config, sample, tokens = call.model.config, self.sample(call), call.prompt_tokens()
-        with asked_for((call.latent[0] // 2, call.latent[1] // 2)):
-            result: torch.Tensor = call.model(
-                sample,
-                call.new(call.batch, tokens, config.num_text_layers, config.text_hidden_dim),
-                call.new(call.batch),
-                call.new(tokens + sample.shape[1], 3),
-                call.new(call.batch, tokens, dtype=torch.bool),
-                return_dict=False,
-            )[0]
-        return result
+    def told(self, call: Call) -> dict[str, Any]:
+        config, tokens = call.model.config, call.prompt_tokens()
+        return {
+            "encoder_hidden_states": call.new(call.batch, tokens, config.num_text_layers, config.text_hidden_dim),
+            "timestep": call.new(call.batch),
+            "position_ids": call.new(tokens + self.tokens(call), 3),
+            "encoder_attention_mask": call.new(call.batch, tokens, dtype=torch.bool),
+        }

@@ -11,10 +11,10 @@ from torch import nn
 from ..core.families import Order, Site, register
 from ..core.tilings import PHASES
 from ..techniques.attention import Blocking, blocking_of
+from ..techniques.joint_tokens import BOTH, Size, Tokens
 from ..techniques.serial import SerialBatch
-from ..techniques.tokens import BOTH, Size, Tokens
 from .any import Call
-from .joint import JointAttention
+from .joint import JointAttention, patches
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention;
 # and that each sample's image comes after as many tokens of text as its mask has ones.
@@ -34,16 +34,14 @@ TOKENS = Tokens(
 class Lumina2(JointAttention):
     """`Lumina2Transformer2DModel`, which pipelines call once for each half of guidance."""
 
+    class_name = "Lumina2Transformer2DModel"
     in_turns = True
-
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "Lumina2Transformer2DModel"
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"noise_refiner": TOKENS, "layers": TOKENS}
 
     def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
-        return [] if _differ(arguments) else [_size(model, arguments)]
+        return [] if _differ(arguments) else super().maps(model, arguments)
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
         for site in super().sites(model, name, options, pipe):
@@ -57,19 +55,16 @@ class Lumina2(JointAttention):
     def longest(self, model: Any) -> tuple[int, bool] | None:
         return min(model.config.axes_lens[1:]) * model.config.patch_size, True
 
-    def predict(self, call: Call) -> torch.Tensor:
+    def told(self, call: Call) -> dict[str, Any]:
         tokens = call.prompt_tokens()
         mask = call.new(call.batch, tokens, dtype=torch.int64)
         # It is asked for values, of which there are none: all of the text counts.
         lengths = SimpleNamespace(tolist=lambda: [tokens] * call.batch)
-        result: torch.Tensor = call.model(
-            self.sample(call),
-            call.new(call.batch),
-            call.new(call.batch, tokens, call.model.config.cap_feat_dim),
-            SimpleNamespace(shape=mask.shape, bool=mask.bool, sum=lambda dim: lengths),
-            return_dict=False,
-        )[0]
-        return result
+        return {
+            "timestep": call.new(call.batch),
+            "encoder_hidden_states": call.new(call.batch, tokens, call.model.config.cap_feat_dim),
+            "encoder_attention_mask": SimpleNamespace(shape=mask.shape, bool=mask.bool, sum=lambda dim: lengths),
+        }
 
 
 class TextsInTurns(SerialBatch):
@@ -85,17 +80,12 @@ class TextsInTurns(SerialBatch):
 
     def applies(self, *args: object, **kwargs: object) -> bool:
         arguments = self._signature.bind_partial(self.model, *args, **kwargs).arguments
-        height, width = _size(self.model, arguments)
+        height, width = patches(self.model, arguments)
         return (
             height * width > self.blocking.full_tokens
             and _differ(arguments)
             and any(len(self.blocking.cover(height, width, phase)) > 1 for phase in range(PHASES))
         )
-
-
-def _size(model: Any, arguments: Mapping[str, Any]) -> Size:
-    height, width = arguments["hidden_states"].shape[-2:]
-    return height // model.config.patch_size, width // model.config.patch_size
 
 
 def _differ(arguments: Mapping[str, Any]) -> bool:

@@ -3,13 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..core.families import register
-from ..techniques.tokens import IMAGE, TEXT, Size, Tokens
+from ..techniques.joint_tokens import IMAGE, TEXT, Size, Tokens
 from .any import Call
-from .joint import JointAttention
+from .joint import Packed
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
 # And of the model, that it passes tokens on from block to block and keeps none.
@@ -34,13 +31,11 @@ TOKENS = Tokens(
 
 
 @register
-class QwenImage(JointAttention):
+class QwenImage(Packed):
     """`QwenImageTransformer2DModel`. Pictures that it edits come after the image."""
 
+    class_name = "QwenImageTransformer2DModel"
     passes_on = True
-
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "QwenImageTransformer2DModel"
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS}
@@ -50,31 +45,19 @@ class QwenImage(JointAttention):
         shapes = [shapes] if isinstance(shapes[0], int) else shapes
         return [(frames * height, width) for frames, height, width in shapes]
 
-    def scheduled(self, timestep: float) -> float:
-        return 1000 * timestep
-
-    def sample(self, call: Call) -> torch.Tensor:
+    def told(self, call: Call) -> dict[str, Any]:
         height, width = call.latent
-        return call.new(call.batch, height // 2 * (width // 2), call.model.config.in_channels)
-
-    def predict(self, call: Call) -> torch.Tensor:
-        config, (height, width) = call.model.config, call.latent
-        result: torch.Tensor = call.model(
-            self.sample(call),
-            call.new(call.batch, call.prompt_tokens(), config.joint_attention_dim),
-            timestep=call.new(call.batch),
-            img_shapes=[[(1, height // 2, width // 2)]] * call.batch,
-            return_dict=False,
-        )[0]
-        return result
+        return {
+            "encoder_hidden_states": call.new(call.batch, call.prompt_tokens(), call.model.config.joint_attention_dim),
+            "timestep": call.new(call.batch),
+            "img_shapes": [[(1, height // 2, width // 2)]] * call.batch,
+        }
 
 
 @register
 class QwenImageControlNets(QwenImage):
     """`QwenImageControlNetModel`, whose blocks are those of Qwen-Image. A step of that one's calls it."""
 
+    class_name = "QwenImageControlNetModel"
     stages = ()
     passes_on = False  # what blocks give is its result
-
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "QwenImageControlNetModel"

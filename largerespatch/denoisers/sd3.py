@@ -1,14 +1,11 @@
 """Stable Diffusion 3's transformer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import nn
 
 from ..core.calls import PROMPT_TOKENS
 from ..core.families import register
-from ..techniques.tokens import IMAGE, TEXT, Size, Tokens
+from ..techniques.joint_tokens import IMAGE, TEXT, Tokens
 from .any import Call
 from .joint import JointAttention
 
@@ -33,28 +30,19 @@ TOKENS = Tokens(
 class StableDiffusion3(JointAttention):
     """`SD3Transformer2DModel`. The image's positions are cut from the middle of a table."""
 
+    class_name = "SD3Transformer2DModel"
     passes_on = True
-
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "SD3Transformer2DModel"
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS}
 
-    def maps(self, model: Any, arguments: Mapping[str, Any]) -> Sequence[Size]:
-        height, width = arguments["hidden_states"].shape[-2:]
-        return [(height // model.config.patch_size, width // model.config.patch_size)]
-
     def longest(self, model: Any) -> tuple[int, bool] | None:
         return model.config.pos_embed_max_size * model.config.patch_size, True
 
-    def predict(self, call: Call) -> torch.Tensor:
-        config = call.model.config
-        result: torch.Tensor = call.model(
-            self.sample(call),
-            call.new(call.batch, PROMPT_TOKENS + call.prompt_tokens(), config.joint_attention_dim),
-            call.new(call.batch, config.pooled_projection_dim),
-            call.new(call.batch),
-            return_dict=False,
-        )[0]
-        return result
+    def told(self, call: Call) -> dict[str, Any]:
+        config, tokens = call.model.config, PROMPT_TOKENS + call.prompt_tokens()
+        return {
+            "encoder_hidden_states": call.new(call.batch, tokens, config.joint_attention_dim),
+            "pooled_projections": call.new(call.batch, config.pooled_projection_dim),
+            "timestep": call.new(call.batch),
+        }

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..core.families import register
-from ..techniques.tokens import BOTH, Size, Tokens
+from ..techniques.joint_tokens import BOTH, Size, Tokens
 from .any import Call
 from .joint import JointAttention
 
@@ -32,11 +31,9 @@ TOKENS = Tokens(
 class ZImage(JointAttention):
     """`ZImageTransformer2DModel`, which is given a list of images and one of texts. Those with references run whole."""
 
+    class_name = "ZImageTransformer2DModel"
     timestep = "t"
     passes_on = True
-
-    def matches(self, model: nn.Module) -> bool:
-        return type(model).__name__ == "ZImageTransformer2DModel"
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"noise_refiner": TOKENS, "layers": TOKENS}

@@ -28,10 +28,10 @@ from .attention import Blocking, blocking_of
 from .context import uploaded
 from .inside import listening, looking, passed_on
 from .joining import Attending, Joining, native_kernels
+from .joint_tokens import Kind, Maps, Piece, Tokens
 from .notes import StepNote
 from .passing import Passing
 from .pooled import Keys, PooledMap
-from .tokens import Kind, Maps, Piece, Tokens
 
 # Tokens of context where nothing else is asked for: with rotary positions attention is sharp, and wants them fine.
 CONTEXT = 2048
