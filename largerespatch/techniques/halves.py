@@ -16,7 +16,7 @@ from ..core.maps import StoredMap
 from ..core.patching import PatchStack
 from ..core.pieces import collect, rehearsing
 from ..core.weights import weights_found, weights_held
-from .listening import listen_everywhere, listeners, silence
+from .listening import is_of_user, listen_everywhere, listeners, silence
 from .strips import Forward
 from .walk import Walk, WalkedUpsample, inner_modules, steps, walked
 
@@ -120,7 +120,7 @@ class InPieces(ABC):
         the warning says what they see.
         """
         silent = silence(stack, inner)
-        ahead = [path for path, module in inner.items() if any(map(_is_of_user, module._forward_pre_hooks.values()))]
+        ahead = [path for path, module in inner.items() if any(map(is_of_user, module._forward_pre_hooks.values()))]
         consequences = []
         if silent:
             consequences.append(f"the forward hooks on {len(silent)} of its modules are not called ({_some(silent)})")
@@ -210,11 +210,6 @@ class Exact(InPieces):
                 Site(module, path, Order.IN_STRIPS, counted(walked(module, path, walk), path)).install(stack)
             self._silence(stack, inner_modules(self.model, self.path))
             return delivered(original(sample), self.makes_pictures)
-
-
-def _is_of_user(hook: object) -> bool:
-    """Not one by which torch makes a weight of others (``weight_norm``, ``spectral_norm``, pruning)."""
-    return not type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def _some(paths: Sequence[str]) -> str:

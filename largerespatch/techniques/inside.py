@@ -7,11 +7,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..core.weights import offload_hooks
-from .listening import listen_everywhere
-
-# Where hooks come from that see to a module's weights and look at nothing that goes through it.
-OF_WEIGHTS = ("accelerate.hooks", "diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting")
+from .listening import is_of_user, listen_everywhere, lookers
 
 
 def looking(block: nn.Module) -> list[str]:
@@ -20,8 +16,7 @@ def looking(block: nn.Module) -> list[str]:
     Those of caches keep what an attention gave for another call of it, which would be another tile's; others look at
     all tokens of a call together.
     """
-    hooks = [hook for module in block.modules() if module is not block for hook in offload_hooks(module)]
-    return sorted({type(hook).__name__ for hook in hooks if type(hook).__module__ not in OF_WEIGHTS})
+    return sorted({type(hook).__name__ for hook in lookers(each for each in block.modules() if each is not block)})
 
 
 def passed_on(arguments: Mapping[str, Any], image: int, text: int) -> list[str]:
@@ -46,5 +41,5 @@ def listening(block: nn.Module) -> Iterator[str]:
         yield ""
     for path, module in block.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if path and any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
+        if path and any(map(is_of_user, hooks)):
             yield path

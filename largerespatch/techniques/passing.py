@@ -8,11 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..core.weights import offload_hooks
-from .listening import listeners
-
-# By these are hooks known that keep nothing of what they see: they move weights, or cast them.
-_KEEP_NOTHING = ("offload", "group", "compute_dtype")
+from .listening import listeners, lookers
 
 
 class Passing:
@@ -38,8 +34,7 @@ class Passing:
 
     def _kept(self) -> bool:
         """Whether some hook may keep what a module of the model is given or gives."""
-        hooks = (hook for module in self.model.modules() for hook in offload_hooks(module))
-        return listeners(self.model) or any(not any(hasattr(hook, name) for name in _KEEP_NOTHING) for hook in hooks)
+        return listeners(self.model) or bool(lookers(self.model.modules()))
 
     def _is_upstreams(self, forward: Callable[..., Any]) -> bool:
         """Not what others have put in its place, who may keep what they like."""
