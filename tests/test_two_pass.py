@@ -17,6 +17,7 @@ from largerespatch.core.hosts import Host, HostRows
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.statistics import record
 from largerespatch.memory import counting
+from largerespatch.techniques import tiled_part
 from largerespatch.techniques import two_pass as room
 from largerespatch.techniques.padding import padding_sites
 from largerespatch.techniques.shared_norms import SharedGroupNorm
@@ -209,10 +210,9 @@ def test_the_plane_is_split_by_what_fits_whole(monkeypatch):
 
 @pytest.mark.parametrize(("fitting", "grid"), [((32, 32), 2 * 2), ((16, 32), 4 * 2), ((16, 16), 4 * 3)])
 def test_tiles_that_would_be_too_large_are_halved_as_often_as_need_be(monkeypatch, fitting, grid):
-    vae, x = tiny.vae(), latent(1, 64, 48)
-    split = decoder_splits(vae.decoder)[-1]
-    monkeypatch.setattr(room, "TILE_VALUES", split.tile_values(*fitting))
-    assert len(TwoPass(vae.decoder, "decoder", [split], cutting((32, 32)))._windows(x, split)) == grid
+    split = decoder_splits(tiny.vae().decoder)[-1]
+    monkeypatch.setattr(tiled_part, "TILE_VALUES", split.tile_values(*fitting))
+    assert len(tiled_part.TiledPart(split, cutting((32, 32)), 64, 48).windows) == grid
 
 
 @BOTH

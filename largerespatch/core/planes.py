@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from .hosts import Host
 from .pieces import assemble
-from .tilings import Run, Tile
+from .tilings import Run, Tile, around
 
 _TENSOR: Any = torch.Tensor
 _KNOWN_WITHOUT_DATA = {
@@ -113,9 +113,27 @@ def fetch(plane: torch.Tensor, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
     return (plane[:, :, top:bottom] for top, bottom in runs)
 
 
-def part(plane: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """A tile of a tensor or map ``[B, C, H, W]``, on the device."""
+def part(plane: torch.Tensor, *tiles: Tile) -> torch.Tensor:
+    """A tile of a tensor or map ``[B, C, H, W]``, on the device; several of one size become samples of a batch.
+
+    What of a tile lies over an edge comes from the opposite one.
+    """
+    return _joined([_around(plane, tile) for tile in tiles], dim=0)
+
+
+def _around(plane: torch.Tensor, tile: Tile) -> torch.Tensor:
+    height, width = plane.shape[-2:]
+    rows, columns = around(tile.top, tile.bottom, height), around(tile.left, tile.right, width)
+    inside = ([Tile(top, left, bottom, right) for left, right in columns] for top, bottom in rows)
+    return _joined([_joined([_within(plane, each) for each in band], dim=3) for band in inside], dim=2)
+
+
+def _within(plane: torch.Tensor, tile: Tile) -> torch.Tensor:
     return plane.part(tile) if isinstance(plane, Map) else plane[:, :, tile.rows, tile.columns]
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def whole(plane: torch.Tensor) -> torch.Tensor:

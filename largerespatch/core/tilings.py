@@ -307,3 +307,13 @@ def scatter(budget: Tile, side: int, height: int, width: int, step: int = 1) -> 
 
     (size_y, tops), (size_x, lefts) = spread(budget.height, height), spread(budget.width, width)
     return [Tile(top, left, top + size_y, left + size_x) for top in tops for left in lefts]
+
+
+def around(start: int, stop: int, length: int) -> list[Run]:
+    """The runs of an axis, whose ends are neighbours, that lie between two places on it."""
+    runs = []
+    while start < stop:
+        first = start % length
+        runs.append((first, min(first + stop - start, length)))
+        start += length - first
+    return runs

@@ -31,35 +31,35 @@ class Parts:
         return [self.split.stages[i].module for i in stages]
 
     @property
-    def whole(self) -> list[nn.Module]:
-        return [*self.modules(self.before), *self.modules(self.after)]
-
-    @property
     def tiled(self) -> list[nn.Module]:
         return self.modules(self.split.tiled)
 
     def in_pieces(self) -> dict[str, nn.Module]:
         """The modules that see pieces alone, by path: tiles or strips."""
         seen = {self.paths[module]: module for stage in self.tiled for module in stage.modules()}
-        for stage in filter(can_be_walked, self.whole):
+        for stage in filter(can_be_walked, self.modules(self.before) + self.modules(self.after)):
             seen |= inner_modules(stage, self.paths[stage])
         return seen
 
     @contextmanager
-    def alone(self, stages: range, walk: Walk) -> Iterator[None]:
+    def alone(self, stages: range, walk: Walk | None = None) -> Iterator[None]:
         """Inside, the model runs these stages and passes its input through the others.
 
-        What does not run in tiles does so strip by strip where its modules are known: exact, and smaller in memory.
+        With a `walk` strip by strip where their modules are known: exact, and smaller in memory.
         """
-        running = self.modules(stages)
         with PatchStack() as stack:
             for i in set(range(len(self.split.stages))) - set(stages):
                 self._leave_out(self.split.stages[i], stack)
-            for stage in filter(can_be_walked, running if stages != self.split.tiled else ()):
-                for place, module in steps(stage, self.paths[stage]):
-                    Site(module, place, Order.IN_STRIPS, walked(module, place, walk)).install(stack)
+            if walk is not None:
+                self._in_strips(stages, walk, stack)
             yield
-        walk.spare = None
+            if walk is not None:
+                walk.spare = None
+
+    def _in_strips(self, stages: range, walk: Walk, stack: PatchStack) -> None:
+        for stage in filter(can_be_walked, self.modules(stages)):
+            for place, module in steps(stage, self.paths[stage]):
+                Site(module, place, Order.IN_STRIPS, walked(module, place, walk)).install(stack)
 
     def _leave_out(self, stage: Stage, stack: PatchStack) -> None:
         path = self.paths[stage.module]

@@ -81,8 +81,13 @@ class Walk(Strips):
         self.delivers = False  # whether what is made now is the result
 
     def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        image = wanted(like, shape) if self.delivers else None
-        return StoredMap.empty(shape, like, self.host, self.passing) if image is None else image
+        host = self.host
+        if self.delivers:
+            if (image := wanted(like, shape)) is not None:
+                return image
+            if host is not None and not host.is_large(like, shape):
+                host = None
+        return StoredMap.empty(shape, like, host, self.passing)
 
     def reuse(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The same, or the memory that the last residual block has no more use for, where it fits."""
