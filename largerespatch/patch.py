@@ -18,19 +18,18 @@ from . import autoencoders, denoisers  # noqa: F401  the families register thems
 from .autoencoders.decoding import decoded
 from .core.checks import whole_number
 from .core.families import Family, Site, check_multiple, factor_of, families_in, install, models_of, told
+from .core.first_call import FirstCall
 from .core.occupied import Occupied
-from .core.patching import PatchStack, beneath_hooks
+from .core.patching import PatchStack
+from .memory.auto import AUTO, outcome
 from .memory.estimate import Estimator, MemoryEstimate, bare
-from .memory.planner import DoesNotFitError, Plan, Planner, changing, limit_bytes
-from .memory.planner import told as told_settings
+from .memory.planner import Planner, Settings, limit_bytes
 from .options import Options, given, help_lines, signature
 
 # Of a side: a map of both sides so long, with 2^14 channels, has as many values as a 64-bit index can count.
 MOST_PIXELS = 2**24
 
-_AUTO = "memory_limit 'auto'"
 _LOGGER = logging.getLogger("largerespatch")
-
 
 _OCCUPIED: "Occupied[LargeResPatch]" = Occupied()
 
@@ -77,13 +76,14 @@ class LargeResPatch:
             _check_reflection("width", self.width, factor, halvings)
             _check_reflection("height", self.height, factor, halvings)
         self._sites()  # what these models cannot do is an error now
-        self._stack, self._first_calls = PatchStack(), PatchStack()
-        self._planned, self._waits = "", False
+        self._stack, self._first_call = PatchStack(), FirstCall()
+        self._planned = ""
         self._given, self._kept = self.options, frozenset(chosen)
         if self.options.memory_limit not in (None, "auto"):
-            planner = self._planner()
-            assert planner is not None  # an amount is one
-            self._settle(planner.plan(self.height, self.width))
+            limit = limit_bytes(self.options.memory_limit, self.pipe, self.options)
+            assert limit is not None  # an amount is one
+            plan = self._planner(limit).plan(self.height, self.width)
+            self._settle(plan.settings, str(plan))
 
     def enable(self) -> Self:
         """Install every replacement; what ``with`` does on entry.
@@ -97,11 +97,11 @@ class LargeResPatch:
         models = models_of(self.pipe)
         _OCCUPIED.claim({name: models[name] for name, own in sites.items() if own}, self)
         # Known to `disable` from the start, so that a half-done entry unwinds like a whole one.
-        self._stack, self._first_calls = PatchStack(), PatchStack()
+        self._stack, self._first_call = PatchStack(), FirstCall()
         try:
             install(self._stack, [site for own in sites.values() for site in own])
             if self._given.memory_limit == "auto":
-                self._plan_at_first_call([name for name, own in sites.items() if own])
+                self._wait_for_first_call([name for name, own in sites.items() if own])
         except BaseException:
             self.disable()
             raise
@@ -123,7 +123,7 @@ class LargeResPatch:
     ) -> None:
         try:
             try:
-                self._first_calls.__exit__(kind, error, traceback)
+                self._first_call.stack.__exit__(kind, error, traceback)
             finally:
                 self._stack.__exit__(kind, error, traceback)
         finally:
@@ -162,82 +162,44 @@ class LargeResPatch:
                 return self.decode(latents)
         return decoded(self.pipe, latents)
 
-    def _settle(self, plan: Plan) -> None:
-        self.options = replace(self._given, **plan.settings)
-        self._say(str(plan))
+    def _settle(self, settings: Settings, says: str) -> None:
+        self.options = replace(self._given, **settings)
+        self._planned = says
+        _LOGGER.info(says)
 
-    def _say(self, what: str) -> None:
-        self._planned = what
-        _LOGGER.info(what)
+    def _planner(self, limit: int) -> Planner:
+        return Planner(self._estimator(self._on), limit, self._given, self._kept)
 
-    def _planner(self) -> Planner | None:
-        """None where "auto" has no limit."""
-        given = self._given
-        limit = None if given.memory_limit is None else limit_bytes(given.memory_limit, self.pipe, given)
-        return None if limit is None else Planner(self._estimator(self._on), limit, self._given, self._kept)
-
-    def _plan_at_first_call(self, names: Iterable[str]) -> None:
+    def _wait_for_first_call(self, names: Iterable[str]) -> None:
         """Settings are planned when the first of these models is called, wherever it is by then, and put in."""
         families = families_in(self.pipe)
         for name in names:
             model, family = families[name]
             for entry in family.entries:
-                self._first_calls.wrap(model, entry, partial(self._call_first, model, entry), f"{name}.{entry}")
-        self._waits, self._planned = True, ""
-        if self._has_limit():
-            self._planned = f"{_AUTO}: settings are planned when the first call starts"
+                self._first_call.wait_for(model, entry, f"{name}.{entry}", self._plan_now)
+        has_limit = limit_bytes("auto", self.pipe) is not None
+        self._planned = f"{AUTO}: settings are planned when the first call starts" if has_limit else ""
 
-    def _has_limit(self) -> bool:
-        return limit_bytes("auto", self.pipe) is not None
-
-    def _call_first(self, model: nn.Module, entry: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-        self._plan_now()
-        call = original if self._first_calls.active else getattr(*beneath_hooks(model, entry))
-        return call(*args, **kwargs)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _plan_now(self) -> None:
-        if not self._waits:
-            return
-        self._waits, warning = False, ""
-        overlaid = self._first_calls.overlaid()
+        waiting = self._first_call.stack
+        overlaid = waiting.overlaid()
         if not overlaid:
-            self._first_calls.undo()
+            waiting.undo()
             overlaid = self._stack.overlaid()
-        if not self._has_limit():
+        limit = limit_bytes("auto", self.pipe)
+        if limit is None:
             return
         if overlaid:  # what is beneath that cannot be exchanged
-            self._say(f"{_AUTO}: nothing is planned, since other code has replaced {', '.join(overlaid)}")
+            others = ", ".join(overlaid)
+            self._settle({}, f"{AUTO}: nothing is planned, since other code has replaced {others}")
             return
-        try:
-            warning = self._plan_auto()
-        except Exception as error:  # the call may well work where the estimate does not
-            self._say(f"{_AUTO}: nothing is planned, since there is no estimate: {error}")
-        if self.options != self._given:
+        chosen = outcome(partial(self._planner, limit), self.height, self.width, self._given.vae_mode)
+        self._settle(chosen.settings, chosen.says)
+        if chosen.settings:
             self._stack.undo()
             install(self._stack, [site for own in self._sites().values() for site in own])
-        if warning:
-            warnings.warn(warning, RuntimeWarning, stacklevel=2)
-
-    def _plan_auto(self) -> str:
-        """What there is to warn of, if anything."""
-        planner = self._planner()
-        if planner is None:
-            return ""
-        try:
-            plan = planner.plan(self.height, self.width)
-        except DoesNotFitError as refused:
-            self.options = replace(self._given, **refused.settings)
-            self._say(f"{refused}; on are {told_settings(refused.settings) or 'none'}")
-            return self._planned
-        self._settle(plan)
-        if not (approximate := changing(plan.settings, self.options.vae_mode)):
-            return ""
-        return (
-            f"{_AUTO} has picked {told_settings(approximate)}, since nothing that leaves the result as it "
-            f"is fits what is free on the device; what is approximate changes with it: give these options, or a "
-            "memory_limit in bytes, to have the same picture at any time"
-        )
+        if chosen.warning:
+            warnings.warn(chosen.warning, RuntimeWarning, stacklevel=2)
 
     def _estimator(self, patched: Any) -> Estimator:
         patches = _OCCUPIED.on(models_of(self.pipe))
@@ -247,13 +209,13 @@ class LargeResPatch:
     @property
     def _stacks(self) -> tuple[PatchStack, PatchStack]:
         """In the order in which they are undone."""
-        return self._first_calls, self._stack
+        return self._first_call.stack, self._stack
 
     def _on(self, pipe: Any, options: Options) -> AbstractContextManager[Any]:
         """This patch for another pipeline, with other options."""
         other = copy.copy(self)
         other.pipe, other.options, other._given = pipe, options, replace(options, memory_limit=None)
-        other._stack, other._first_calls = PatchStack(), PatchStack()
+        other._stack, other._first_call = PatchStack(), FirstCall()
         return other
 
     def _sites(self) -> dict[str, list[Site]]:

@@ -338,8 +338,10 @@ def test_the_patch_keeps_no_pipeline_alive():
     patch = LargeResPatch(pipe, 64, 64)
     with patch:
         pass
-    gone = weakref.ref(pipe.unet)
-    del pipe, patch
+    gone, patch_gone = weakref.ref(pipe.unet), weakref.ref(patch)
+    del patch
+    assert patch_gone() is None, "without a search for garbage, since its user waits for the memory"
+    del pipe
     gc.collect()
     assert gone() is None
 

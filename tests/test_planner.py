@@ -369,7 +369,7 @@ def test_what_others_have_put_over_a_replacement_stays_and_nothing_is_planned(pi
     with pytest.raises(RuntimeError, match=f"{path}.forward"):
         patch.disable()
     del module.forward
-    assert not patch._stack.active and not patch._first_calls.active
+    assert not patch._stack.active and not patch._first_call.stack.active
 
 
 def test_an_offload_hook_stays_around_what_is_planned(pipe, accelerator):
