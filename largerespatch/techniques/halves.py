@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -184,9 +185,10 @@ class Exact(InPieces):
         self.holds = [[*self.late, *self._around(place)] for place in self.steps]
 
     def _around(self, place: str) -> list[nn.Module]:
-        """The modules that are in the one at `place`, or that it is in."""
-        named = self.model.named_modules(prefix=self.path)
-        return [module for path, module in named if f"{path}.".startswith(f"{place}.") or place.startswith(f"{path}.")]
+        """The modules that the one at `place` is in, itself, and those in it."""
+        names = place.removeprefix(self.path).split(".")[1:]
+        line = list(accumulate(names, getattr, initial=self.model))
+        return [*line[:-1], *line[-1].modules()]
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         passing = not listeners(self.model)
