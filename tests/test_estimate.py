@@ -191,7 +191,7 @@ def test_what_is_known_is_not_counted_again(pipe, monkeypatch):
     patch = LargeResPatch(pipe, 64, 64)
     estimator = patch._estimator(patch._on)
     first = estimator.peak("step", 64, 64, patch.options)
-    monkeypatch.setattr(estimator.shadow, "peak", lambda work, place=None: 1)
+    monkeypatch.setattr(estimator.shadow, "peaks", lambda work: (1, 1))
     assert estimator.peak("step", 64, 64, LargeResPatch(pipe, 96, 96).options) == first, "equal options"
     assert estimator.peak("step", 64, 96, patch.options) == 1
     assert estimator.peak("decode", 64, 64, patch.options) == 1
@@ -313,7 +313,7 @@ def test_a_rehearsal_needs_what_the_whole_needs(monkeypatch, kind, size, options
     patch = LargeResPatch(pipe, *size, **SHORT | options)
     with Operations() as few:
         rehearsed = patch.estimate()
-    monkeypatch.setattr(pieces, "visited", lambda every: every)  # by the one loop that there is
+    monkeypatch.setattr(pieces, "visited", lambda every, carries: every)  # by the one loop that there is
     monkeypatch.setattr(_Alike, "__call__", lambda self, known, key, work, given, **named: work(*given, **named))
     with Operations() as all_of_them:
         whole = patch.estimate()

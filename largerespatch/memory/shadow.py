@@ -2,10 +2,11 @@
 
 import copy
 import gc
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -15,12 +16,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..core.families import Family, families_in
+from ..core.hosts import Host, HostRows
+from ..core.maps import ComputedMap, JoinedMap, StoredMap
 from ..core.patching import PatchStack
 from ..core.pieces import rehearsal
 from ..core.planes import Map
 from ..core.tilings import PHASES
 from ..core.tokens import TokenMap
-from ..core.weights import offload_hooks
+from ..core.weights import Holding, offload_hooks
 from .counting import KernelsInOne, LiveBytes
 from .devices import HOST, device_of, execution_device
 from .weightless import Look, Weightless, WithoutData
@@ -124,12 +127,13 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 class _Alike:
     """Runs one of several pieces of work that are alike and counts the others as that one: all need the same memory.
 
-    Work that gives back a part of what it was given, or something else than tensors that are new or were given to it,
-    is run each time.
+    Work that leaves more behind than its result, or whose result is something else than tensors and maps that are new
+    or were given to it, is run each time. `makes` says of what make a module is, see `_makes`.
     """
 
-    def __init__(self, count: LiveBytes) -> None:
+    def __init__(self, count: LiveBytes, makes: Mapping[nn.Module, int]) -> None:
         self.count = count
+        self.makes = makes
         self.known: dict[Any, Any] = {}
 
     def __call__(
@@ -141,24 +145,32 @@ class _Alike:
         **named: Any,
     ) -> Any:
         known = self.known if known is None else known
-        look = key, _look(given), _look(named)
+        look = self._kind(key), _look(given), _look(named)
         if look in known:
             needed, results, structure = known[look]
             self.count.rise(needed)
             return tree_unflatten([_again(each, (given, named)) for each in results], structure)
-        before = self.count.alive
+        before = self.count.all_alive()
         places = {id(_held(leaf)): i for i, leaf in enumerate(tree_leaves((given, named)))}
-        result, during = self.count.peak_of(lambda: work(*given, **named))
+        result, during = self.count.peaks_of(lambda: work(*given, **named))
         leaves, structure = tree_flatten(result)
         results = [_made(leaf, places) for leaf in leaves]
-        new = sum(
-            each.size for each in results if isinstance(each, _New) and each.look.device.type == self.count.device
-        )
-        if self.count.alive - before >= new and all(
-            isinstance(each, _New | _Given | int | NoneType) for each in results
-        ):
-            known[look] = (during - before, results, structure)
+        if all(isinstance(each, _New | _NewMap | _Given | int | NoneType) for each in results):
+            made = Counter[str]()
+            for each in chain.from_iterable(each.memory() for each in results if isinstance(each, _New | _NewMap)):
+                made[each.look.device.type] += each.size
+            left = {device: size - before[device] - made[device] for device, size in self.count.all_alive().items()}
+            if (not any(left.values())) if isinstance(key, Holding) else (min(left.values()) >= 0):
+                needed = {device: peak - before[device] for device, peak in during.items()}
+                known[look] = (needed, results, structure)
         return result
+
+    def _kind(self, key: Hashable) -> Hashable:
+        """What a technique in a module has in common with those that have the same settings in modules of its make."""
+        if not isinstance(key, Holding):
+            return key
+        settings = ((name, self.makes.get(value, value)) for name, value in vars(key.technique).items())
+        return type(key.technique), self.makes[key.module], *settings
 
 
 class _Given(NamedTuple):
@@ -188,6 +200,36 @@ class _New(NamedTuple):
         memory = torch.empty(self.size // dtype.itemsize, dtype=dtype, device=device)
         return memory.as_strided(size, stride, self.offset)
 
+    def memory(self) -> Iterable["_New"]:
+        return (self,)
+
+
+class _NewMap(NamedTuple):
+    """A map on the host, or its tokens, that can be made again."""
+
+    kind: type
+    look: Look
+    host: Host
+    passing: bool
+    edges: Sequence[int]
+    bands: tuple[_New, ...]
+
+    @classmethod
+    def of(cls, leaf: StoredMap | TokenMap) -> "_NewMap":
+        stored = leaf.turned if isinstance(leaf, TokenMap) else leaf
+        look = Look(stored.shape, (), stored.dtype, stored.device)
+        rows: Any = stored.memory
+        return cls(type(leaf), look, rows.host, stored.passing, rows.edges, tuple(map(_New.of, rows.bands)))
+
+    def again(self) -> torch.Tensor:
+        rows = HostRows(self.host, self.look.device, self.edges, [band.again() for band in self.bands])
+        like: Any = self.look  # nothing but its dtype and device matter
+        stored = StoredMap(self.look.size, like, self.host, rows, self.passing)
+        return TokenMap.of(stored) if self.kind is TokenMap else stored
+
+    def memory(self) -> Iterable[_New]:
+        return self.bands
+
 
 def _held(leaf: object) -> object:
     """By what something that was given is known again: tokens on the host by their memory, all else by itself."""
@@ -198,6 +240,8 @@ def _made(leaf: Any, places: dict[int, int]) -> Any:
     """A result as something that it can be made of again; `places` are those of what was given."""
     if isinstance(leaf, torch.Tensor) and id(_held(leaf)) in places:
         return _Given(places[id(_held(leaf))])
+    if type(leaf) in (StoredMap, TokenMap) and leaf.away:
+        return _NewMap.of(leaf)
     return _New.of(leaf) if type(leaf) in (torch.Tensor, Weightless) else leaf
 
 
@@ -206,13 +250,16 @@ def _again(made: Any, given: Any) -> Any:
     if isinstance(made, _Given):
         leaf = tree_leaves(given)[made.place]
         return leaf.claim() if isinstance(leaf, TokenMap) else leaf
-    return made.again() if isinstance(made, _New) else made
+    return made.again() if isinstance(made, _New | _NewMap) else made
 
 
 def _look(given: Any) -> Any:
     """All that memory may depend on, of what is given to some work."""
     if isinstance(given, Map):
-        return type(given), given.shape, given.dtype, given.device, given.away, given.passing
+        look = type(given), given.shape, given.dtype, given.device, given.host, given.away, given.passing
+        if isinstance(given, JoinedMap):
+            return *look, given.along, *map(_look, given.parts)
+        return (*look, object()) if isinstance(given, ComputedMap) else look  # of what it is computed is not told
     if isinstance(given, torch.Tensor):
         return Look.of(given)
     if isinstance(given, tuple | list):
@@ -222,10 +269,24 @@ def _look(given: Any) -> Any:
     return given if type(given) in _ATOMS else repr(given)
 
 
-def _make(block: nn.Module) -> Hashable:
-    """The kinds and sizes of all modules in a block."""
-    kinds = tuple((path, type(each), type(getattr(each, "processor", None))) for path, each in block.named_modules())
-    return kinds, tuple((path, weight.size(), weight.dtype) for path, weight in block.named_parameters())
+def _makes(models: Iterable[nn.Module], phases: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
+    """Of each module in some models a number, the same for those of the same kinds, sizes and `phases` all through."""
+    numbers: dict[Any, int] = {}
+    made: dict[nn.Module, int] = {}
+
+    def number(module: nn.Module) -> int:
+        if module not in made:
+            inside = tuple((name, number(child)) for name, child in module.named_children())
+            weights = tuple(
+                (name, weight.size(), weight.dtype) for name, weight in module.named_parameters(recurse=False)
+            )
+            kind = type(module), type(getattr(module, "processor", None)), phases.get(module), inside, weights
+            made[module] = numbers.setdefault(kind, len(numbers))
+        return made[module]
+
+    for model in models:
+        number(model)
+    return made
 
 
 @contextmanager
@@ -240,6 +301,13 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+class Peaks(NamedTuple):
+    """The most bytes alive at once: on the pipeline's device, and in the host's memory, if that is elsewhere."""
+
+    device: int
+    host: int
+
+
 class Shadow:
     """`pipe` with weightless copies of its models of known families; it is only read.
 
@@ -252,11 +320,12 @@ class Shadow:
             name: (_without_weights(model, stacks), family) for name, (model, family) in families_in(pipe).items()
         }
         # Each block takes another of the tilings than the one before.
-        self._makes = [
-            (block, (i % PHASES, _make(block)))
+        self._phases = {
+            block: i % PHASES
             for model, family in self.models.values()
             for i, block in enumerate(family.repeated(model))
-        ]
+        }
+        self._makes = _makes((model for model, _ in self.models.values()), self._phases)
         self.pipe = copy.copy(pipe)
         # A schedule is made of real tensors, and which step it is makes no difference to memory.
         copies = {name: model for name, (model, _) in self.models.items()}
@@ -275,17 +344,18 @@ class Shadow:
             vars(pipe)["components"] = pipe.components | others
         return pipe
 
-    def peak(self, work: Callable[[], object], place: str | None = None) -> int:
-        """The most bytes alive at once while `work` calls the copies: on the pipeline's device, or in another place."""
-        place = self.place if place is None else place
-        count = WithoutData(place)
-        alike = _Alike(count)
+    def peaks(self, work: Callable[[], object]) -> Peaks:
+        """The most bytes alive at once while `work` calls the copies."""
+        count = WithoutData(self.place, HOST)
+        alike = _Alike(count, self._makes)
 
-        def forward(make: Hashable, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def forward(make: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return alike(None, make, original, args, **kwargs)
 
         with PatchStack() as stack, torch.no_grad(), _uncollected(), rehearsal(alike), count, KernelsInOne():
-            for block, make in self._makes:
-                stack.wrap(block, "forward", partial(forward, make), "forward")
+            for block in self._phases:
+                stack.wrap(block, "forward", partial(forward, self._makes[block]), "forward")
             work()
-        return count.peak + (0 if place == HOST else LIBRARIES)
+        if self.place == HOST:
+            return Peaks(count.peak, 0)
+        return Peaks(count.peak + LIBRARIES, count.peaks[HOST])
