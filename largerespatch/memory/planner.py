@@ -36,8 +36,8 @@ class Saver(NamedTuple):
 DENOISER_SAVERS: tuple[Saver, ...] = (
     Saver({"unet_serial": True}, 0.5),
     Saver({"unet_offload": "skips"}, 0.35),
-    Saver({"unet_strip_rows": 64, "ff_chunk_size": 4096}, 0.15),
-    Saver({"unet_strip_rows": 16}, 0.12),
+    Saver({"unet_strip_rows": 64, "ff_chunk_size": 4096}, 0.13),
+    Saver({"unet_strip_rows": 16}, 0.11),
     Saver({"unet_offload": "maps"}, 0.02),  # in strips of as many rows
 )
 VAE_SAVERS: Mapping[str, tuple[Saver, ...]] = {
@@ -197,19 +197,18 @@ class Planner:
         return Plan(settings, self.limit, weights + peak, weights + without, host)
 
     def _first_that_fits(self, needs: Sequence[Callable[[], int]], ladder: Sequence[Saver]) -> int:
-        """The place of the first on a ladder that fits, or its length: each needs less than the one before.
+        """The place of the first on a ladder that fits, or its length: each needs no more than the one before.
 
-        Each count takes time, so the search begins where `Saver.leaves` has it.
+        Each count takes time. So the first are where `Saver.leaves` has it, and just before, or else at the end.
         """
         if needs[0]() <= self.room:
             return 0
-        above, fits = 0, len(ladder)  # what does not fit, and what does
-        guess = next((i for i, saver in enumerate(ladder) if saver.leaves * needs[0]() <= self.room), fits - 1)
-        while above < guess < fits:
-            if needs[guess]() <= self.room:
-                guess, fits = guess - 1, guess
-            else:
-                guess, above = guess + 1, guess
+        above, fits, last = 0, len(ladder), len(ladder) - 1  # what does not fit, and what does
+        guess = next((i for i, saver in enumerate(ladder) if saver.leaves * needs[0]() <= self.room), last)
+        while fits - above > 1:
+            likely = (i for i in (guess, guess - 1, last) if above < i < fits)
+            tried = next(likely, (above + fits) // 2)
+            above, fits = (above, tried) if needs[tried]() <= self.room else (tried, fits)
         return fits
 
     def _needs(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> int:
