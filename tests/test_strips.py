@@ -37,6 +37,16 @@ def test_reading_is_unharmed_by_writing_over_what_was_read(height, rows, halo, w
         plane[:, :, strip.rows] = -1
 
 
+def test_strips_that_begin_in_the_middle_are_read_with_what_lies_above():
+    plane = torch.arange(12.0).view(1, 1, 12, 1)
+    strips = Strips(3, wrap=False)
+    blocks = list(strips.read(plane, 1, strips.cut(plane)[1:3]))
+    assert [(above, block.flatten().tolist()) for above, block in blocks] == [
+        (1, [2, 3, 4, 5, 6]),
+        (1, [5, 6, 7, 8, 9]),
+    ]
+
+
 @pytest.mark.parametrize("scale", [Fraction(1, 2), Fraction(1), Fraction(2)])
 def test_strips_are_within_bounds_before_and_after_scaling(scale):
     for strip in Strips(8, False).cut(torch.zeros(1, 1, 50, 3), scale):
