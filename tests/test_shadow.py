@@ -10,7 +10,8 @@ from largerespatch.core.families import families_in
 from largerespatch.core.maps import ComputedMap, JoinedMap, StoredMap
 from largerespatch.core.pieces import rehearsal
 from largerespatch.core.weights import Holding
-from largerespatch.memory.shadow import Shadow, _Alike, _look
+from largerespatch.memory.alike import Alike, _look
+from largerespatch.memory.shadow import Shadow
 from largerespatch.memory.weightless import Weightless, WithoutData
 from largerespatch.techniques.cuts import Strips
 from largerespatch.techniques.strips import StripResnet
@@ -90,7 +91,7 @@ def test_blocks_that_are_alike_are_counted_by_one_of_them(monkeypatch, patched):
     alike, few = patch.estimate(patched).step, len(ran)
     ran.clear()
     each = lambda models, phases: {module: id(module) for model in models for module in model.modules()}  # noqa: E731
-    monkeypatch.setattr("largerespatch.memory.shadow._makes", each)
+    monkeypatch.setattr("largerespatch.memory.shadow.makes_of", each)
     assert patch.estimate(patched).step == alike
     assert few < len(ran)
 
@@ -142,7 +143,7 @@ def test_work_that_leaves_something_behind_is_run_again():
 
     module = torch.nn.Linear(1, 1)
     held = Holding(module, Technique())
-    with WithoutData("meta") as count, rehearsal(_Alike(count, {module: 0})):
+    with WithoutData("meta") as count, rehearsal(Alike(count, {module: 0})):
         for batch, times in ((1, 1), (2, 2)):
             ran.clear()
             given = torch.empty(batch, 3, device="meta")
