@@ -28,6 +28,7 @@ from largerespatch.core.patching import PatchStack
 from largerespatch.core.statistics import GivenStatistics, record
 from largerespatch.core.tilings import COVERS
 from largerespatch.techniques import chunked_attention as attention_room
+from largerespatch.techniques import context as context_room
 from largerespatch.techniques.attention import BlockedAttention, Blocking
 from largerespatch.techniques.chunked_attention import ChunkedAttention
 from largerespatch.techniques.context import Context, heavy_tokens
@@ -271,6 +272,15 @@ def test_heavy_tokens_are_those_that_queries_want():
     most, heavy = heavy_tokens(module, x[None], 6, judges, crowd)
     assert sorted(most[0, :3].tolist()) == wanted
     assert heavy.tolist() == [[True] * 3 + [False] * 3]
+
+
+def test_heavy_tokens_are_looked_for_in_whole_rows(monkeypatch):
+    """Of a map on the host: a run that begins and ends within rows needs one more of them than others."""
+    seen, read = [], context_room.runs_of
+    monkeypatch.setattr(context_room, "SCORES", 2 * context_room.JUDGES * 50)
+    monkeypatch.setattr(context_room, "runs_of", lambda tokens, runs: seen.extend(runs) or read(tokens, runs))
+    Context(attention(), torch.randn(1, 20 * 16, 16), (20, 16), 8, 8, "a")
+    assert len(seen) > 1 and all(start % 16 == stop % 16 == 0 for start, stop in seen)
 
 
 def test_sampled_tokens_take_the_place_of_heavy_ones_that_there_are_not():

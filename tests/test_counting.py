@@ -54,10 +54,10 @@ def test_the_peak_of_a_part_is_its_own():
     with LiveBytes("cpu") as count:
         kept = torch.ones(1000)
         torch.ones(5000)
-        inner, during = count.peak_of(lambda: torch.ones(100).sum())
-        assert during == kept.nbytes + 400 + inner.nbytes
+        inner, during = count.peaks_of(lambda: torch.ones(100).sum())
+        assert during["cpu"] == kept.nbytes + 400 + inner.nbytes
         assert count.peak == kept.nbytes + 20_000, "that of all is what it was"
-        count.rise(50_000)
+        count.rise({"cpu": 50_000})
         assert count.peak == kept.nbytes + inner.nbytes + 50_000
     assert count.alive == kept.nbytes + inner.nbytes
 
@@ -67,6 +67,16 @@ def test_other_devices_count_nothing():
         torch.ones(10)
         away = torch.ones(10, device="meta")
     assert count.peak == away.nbytes
+
+
+def test_several_devices_count_each_for_itself():
+    with LiveBytes("meta", "cpu") as count:
+        torch.ones(10)
+        away = torch.ones(5, device="meta")
+        here, during = count.peaks_of(lambda: torch.ones(1000) if torch.ones(500, device="meta").is_meta else None)
+        del here
+        assert count.all_alive() == {"meta": away.nbytes, "cpu": 0}
+    assert during == count.peaks == {"meta": away.nbytes + 2000, "cpu": 4000}
 
 
 def test_kernels_in_one_have_the_shape_and_layout_of_real_ones():

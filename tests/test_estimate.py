@@ -22,9 +22,9 @@ from largerespatch.core import pieces
 from largerespatch.core.calls import encodes
 from largerespatch.denoisers.any import seen_picture
 from largerespatch.memory import shadow
+from largerespatch.memory.alike import Alike
 from largerespatch.memory.counting import LiveBytes, gibibytes
 from largerespatch.memory.estimate import STAGES, MemoryEstimate
-from largerespatch.memory.shadow import _Alike
 from largerespatch.memory.weightless import WithoutData
 from test_patch import SMALL, fingerprint
 
@@ -191,7 +191,7 @@ def test_what_is_known_is_not_counted_again(pipe, monkeypatch):
     patch = LargeResPatch(pipe, 64, 64)
     estimator = patch._estimator(patch._on)
     first = estimator.peak("step", 64, 64, patch.options)
-    monkeypatch.setattr(estimator.shadow, "peak", lambda work, place=None: 1)
+    monkeypatch.setattr(estimator.shadow, "peaks", lambda work: (1, 1))
     assert estimator.peak("step", 64, 64, LargeResPatch(pipe, 96, 96).options) == first, "equal options"
     assert estimator.peak("step", 64, 96, patch.options) == 1
     assert estimator.peak("decode", 64, 64, patch.options) == 1
@@ -304,6 +304,12 @@ REHEARSED = [
 ]
 
 
+def rehearse_nothing(monkeypatch):
+    """Every piece is visited by the one loop that there is, and every block run."""
+    monkeypatch.setattr(pieces, "visited", lambda every, carries: every)
+    monkeypatch.setattr(Alike, "__call__", lambda self, known, key, work, given, **named: work(*given, **named))
+
+
 @pytest.mark.parametrize(("kind", "size", "options"), REHEARSED)
 def test_a_rehearsal_needs_what_the_whole_needs(monkeypatch, kind, size, options):
     """Every piece visited, every block run: the same bytes with much less work."""
@@ -313,8 +319,7 @@ def test_a_rehearsal_needs_what_the_whole_needs(monkeypatch, kind, size, options
     patch = LargeResPatch(pipe, *size, **SHORT | options)
     with Operations() as few:
         rehearsed = patch.estimate()
-    monkeypatch.setattr(pieces, "visited", lambda every: every)  # by the one loop that there is
-    monkeypatch.setattr(_Alike, "__call__", lambda self, known, key, work, given, **named: work(*given, **named))
+    rehearse_nothing(monkeypatch)
     with Operations() as all_of_them:
         whole = patch.estimate()
     assert few.count < 0.8 * all_of_them.count
@@ -323,6 +328,38 @@ def test_a_rehearsal_needs_what_the_whole_needs(monkeypatch, kind, size, options
     # A few numbers per piece are left for the statistics of group norms.
     for stage in STAGES:
         assert getattr(rehearsed, stage) == pytest.approx(getattr(whole, stage), rel=0.005)
+
+
+DOZEN = [(64, 64), (72, 200), (104, 136), (128, 256), (136, 136), (152, 104)]
+DOZEN += [(176, 88), (200, 120), (216, 184), (80, 96), (120, 64), (232, 72)]
+LEAST = {
+    "step": {"unet_serial": True, "unet_offload": "maps", "unet_strip_rows": 3},
+    "decode": {"vae_offload": True, "vae_attn": "blocked"},
+    "exact": {"vae_mode": "exact", "vae_recompute": True, "vae_offload": True, "vae_chunk_size_y": 4},
+}
+
+
+@pytest.mark.parametrize("of", LEAST)
+def test_what_is_left_with_every_saver_is_the_same_at_a_dozen_sizes_when_all_of_it_is_run(of, monkeypatch):
+    """On the device and on the host, to the byte where no statistics are recorded piece by piece."""
+    monkeypatch.setattr("largerespatch.denoisers.unet.LEAST_BYTES", 2**13)
+    pipe = BUILD["sd"]()
+    for model in (pipe.unet, pipe.vae):
+        model.to("meta")
+    stage = of if of in STAGES else "decode"
+
+    def needed(size):
+        patch = LargeResPatch(pipe, *size, **SHORT | LEAST[of])
+        estimator = patch._estimator(patch._on)
+        needs = (estimator.peak, estimator.host_peak)
+        return [need(stage, patch.height, patch.width, patch.options) for need in needs]
+
+    rehearsed = [needed(size) for size in DOZEN]
+    rehearse_nothing(monkeypatch)
+    whole = [needed(size) for size in DOZEN]
+    assert [host for _, host in rehearsed] == [host for _, host in whole] and all(host for _, host in whole[1:])
+    for found, truth in zip(rehearsed, whole, strict=True):
+        assert found == truth if of == "step" else found[0] == pytest.approx(truth[0], rel=0.005)
 
 
 def test_every_stage_has_its_figure(pipe):

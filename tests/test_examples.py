@@ -482,7 +482,7 @@ def test_import_time(run, tmp_path):
 
 def test_planning(run, tmp_path, capsys):
     out = tmp_path / "planning.json"
-    few = ("--models", "tiny", "--sizes", 512, "--limits", "8GiB", "1GiB", "--rounds", 1)
+    few = ("--models", "tiny", "--sizes", 512, "--limits", "8GiB", "1GiB", "513MiB", "--rounds", 1)
     run(BENCHMARKS / "planning.py", *few, "--out", out)
     report = json.loads(out.read_text())
     check_environment(report)
@@ -491,10 +491,12 @@ def test_planning(run, tmp_path, capsys):
         "second estimate",
         "plan for 8GiB",
         "plan for 1GiB",
+        "plan for 513MiB",
     ]
     assert all(row["median"] > 0 for row in report["rows"])
     assert "no saver needed" in report["rows"][2]["said"]
-    assert "plan for 1GiB" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "plan for 1GiB" in told and "refuses" in told
 
 
 def test_measures(monkeypatch):

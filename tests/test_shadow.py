@@ -7,8 +7,14 @@ from accelerate.hooks import CpuOffload, add_hook_to_module
 import tiny
 from largerespatch import LargeResPatch
 from largerespatch.core.families import families_in
+from largerespatch.core.maps import ComputedMap, JoinedMap, StoredMap
+from largerespatch.core.pieces import rehearsal
+from largerespatch.core.weights import Holding
+from largerespatch.memory.alike import Alike, _look
 from largerespatch.memory.shadow import Shadow
-from largerespatch.memory.weightless import Weightless
+from largerespatch.memory.weightless import Weightless, WithoutData
+from largerespatch.techniques.cuts import Strips
+from largerespatch.techniques.strips import StripResnet
 from test_patch import SMALL, fingerprint
 
 
@@ -63,7 +69,7 @@ def test_the_peak_is_what_is_alive_at_once(pipe):
         third = second + 1
         assert isinstance(third, Weightless) and not third.requires_grad
 
-    assert shadow.peak(work) == 8000
+    assert shadow.peaks(work) == (8000, 0)
     assert torch.ones(2).sum().item() == 2
 
 
@@ -84,6 +90,63 @@ def test_blocks_that_are_alike_are_counted_by_one_of_them(monkeypatch, patched):
     monkeypatch.setattr(type(unet.mid_block.attentions[0].transformer_blocks[0]), "forward", counted)
     alike, few = patch.estimate(patched).step, len(ran)
     ran.clear()
-    monkeypatch.setattr("largerespatch.memory.shadow._make", id)
+    each = lambda models, phases: {module: id(module) for model in models for module in model.modules()}  # noqa: E731
+    monkeypatch.setattr("largerespatch.memory.shadow.makes_of", each)
     assert patch.estimate(patched).step == alike
     assert few < len(ran)
+
+
+@pytest.mark.parametrize("offload", [False, "skips", "maps"])
+def test_alike_modules_in_strips_are_counted_by_one_of_them(pipe, monkeypatch, offload):
+    """On the device and on the host, whatever their maps are: stored, joined, or tokens."""
+    monkeypatch.setattr("largerespatch.denoisers.unet.LEAST_BYTES", 2**12)
+    pipe.unet = tiny.unet(layers_per_block=3).to("meta")
+    options = SMALL | {"unet_strip_rows": 3, "unet_offload": offload}
+    ran = []
+    run = StripResnet.run
+    monkeypatch.setattr(StripResnet, "run", lambda self, *given: ran.append(self.module) or run(self, *given))
+
+    def needed():
+        patch = LargeResPatch(pipe, 160, 128, **options)
+        estimator = patch._estimator(patch._on)
+        return [need("step", 128, 160, patch.options) for need in (estimator.peak, estimator.host_peak)]
+
+    alike, few = needed(), len(ran)
+    assert (alike[1] > 0) == bool(offload)
+    ran.clear()
+    monkeypatch.setattr(Strips, "repeats", False)
+    assert needed() == alike
+    assert few < len(ran)
+
+
+def test_maps_look_alike_if_what_they_are_made_of_does():
+    plane, half = (torch.empty(1, channels, 8, 8) for channels in (4, 2))
+    assert _look(JoinedMap.of([half, half], 1)) == _look(JoinedMap.of([half.clone(), half], 1))
+    third = torch.empty(1, 1, 8, 8)
+    assert _look(JoinedMap.of([half, half], 1)) != _look(JoinedMap.of([third, half, third], 1))
+    assert _look(StoredMap.of(plane)) == _look(StoredMap.of(plane.clone())) != _look(StoredMap.of(plane, passing=True))
+    computed = ComputedMap(plane.shape, plane, lambda runs: iter(()))
+    assert _look(computed) != _look(computed), "whatever it is computed of"
+
+
+def test_work_that_leaves_something_behind_is_run_again():
+    kept, ran = [], []
+
+    class Technique:
+        strips = Strips(4, wrap=False)
+
+        def __call__(self, original, given):
+            ran.append(1)
+            if given.shape[0] == 2:
+                kept.append(given + 1)
+            return given * 2
+
+    module = torch.nn.Linear(1, 1)
+    held = Holding(module, Technique())
+    with WithoutData("meta") as count, rehearsal(Alike(count, {module: 0})):
+        for batch, times in ((1, 1), (2, 2)):
+            ran.clear()
+            given = torch.empty(batch, 3, device="meta")
+            results = [held(None, given), held(None, given)]
+            assert len(ran) == times and len({id(each) for each in results}) == 2
+            assert count.alive == sum(each.nbytes for each in (given, *results, *kept))

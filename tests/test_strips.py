@@ -1,7 +1,8 @@
 """Strip-wise execution equals the unpatched modules, and keeps its promise about memory."""
 
+from contextlib import nullcontext
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 import tiny
 from largerespatch.core.families import install
 from largerespatch.core.patching import PatchStack
+from largerespatch.core.pieces import collect, rehearsal
+from largerespatch.memory.weightless import WithoutData
 from largerespatch.techniques.padding import padding_sites
 from largerespatch.techniques.strips import Strips, strip_sites
 from live import LiveBytes
@@ -35,6 +38,28 @@ def test_reading_is_unharmed_by_writing_over_what_was_read(height, rows, halo, w
         assert strip.height <= rows
         assert above + strip.height <= block.shape[2]
         plane[:, :, strip.rows] = -1
+
+
+def test_strips_that_begin_in_the_middle_are_read_with_what_lies_above():
+    plane = torch.arange(12.0).view(1, 1, 12, 1)
+    strips = Strips(3, wrap=False)
+    blocks = list(strips.read(plane, 1, strips.cut(plane)[1:3]))
+    assert [(above, block.flatten().tolist()) for above, block in blocks] == [
+        (1, [2, 3, 4, 5, 6]),
+        (1, [5, 6, 7, 8, 9]),
+    ]
+
+
+def test_a_rehearsal_of_strips_needs_what_reading_all_of_them_does():
+    """From the second whole one on: what was kept of the one before is still there when the next is put together."""
+    strips, peaks = Strips(4, wrap=False), []
+    for rehearsed, carries in ((False, True), (True, True), (True, False)):
+        with rehearsal() if rehearsed else nullcontext(), WithoutData("meta") as count:
+            plane = torch.empty(1, 1, 64, 8, device="meta")
+            read = partial(strips.read, plane, 3)
+            collect(strips.cut(plane), lambda strip, given: None, read=read, carries=carries)
+        peaks.append(count.peak)
+    assert peaks[0] == peaks[1] > peaks[2]
 
 
 @pytest.mark.parametrize("scale", [Fraction(1, 2), Fraction(1), Fraction(2)])

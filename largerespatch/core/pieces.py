@@ -43,8 +43,10 @@ def rehearsing() -> bool:
     return _rehearsing.get() is not None
 
 
-def visited(pieces: Sequence[P]) -> Sequence[P]:
-    """All of them; in a rehearsal the first, and two more of each size that no other one contains.
+def visited(pieces: Sequence[P], carries: bool = False) -> Sequence[P]:
+    """All of them; in a rehearsal two of each size that no other one contains.
+
+    `carries`: the reader keeps something of each piece for the next. So the first, which gets nothing, is another one.
 
     A piece that has a method `size` is as large as that says, a slice or a run as it is long; others are all alike. Of
     pieces that have a method `telling`, which says at what places those are found, the others are not even looked at.
@@ -55,7 +57,7 @@ def visited(pieces: Sequence[P]) -> Sequence[P]:
     looked_at = [pieces[i] for i in places]
     sizes = set(map(_size, looked_at))
     needed = Counter({each: _ENOUGH for each in sizes if not _exceeded(each, sizes)})
-    few = looked_at[:1]  # which may lack a halo
+    few = looked_at[: int(carries)]
     for piece in looked_at[len(few) :]:
         if needed[_size(piece)] > 0:
             few.append(piece)
@@ -79,8 +81,13 @@ def repeated(work: Callable[..., R], *given: Any, **named: Any) -> R:
 
     It has to leave nothing behind but new tensors.
     """
+    return alike(work, work, *given, **named)
+
+
+def alike(key: Any, work: Callable[..., R], *given: Any, **named: Any) -> R:
+    """The same for work that is known by a `key`, such as a technique: whoever rehearses says which ones are alike."""
     run = _rehearsing.get()
-    return work(*given, **named) if run is None else run(None, work, work, given, **named)
+    return work(*given, **named) if run is None else run(None, key, work, given, **named)
 
 
 def _rehearsed(compute: Callable[..., R]) -> Callable[..., R]:
@@ -93,18 +100,26 @@ def _rehearsed(compute: Callable[..., R]) -> Callable[..., R]:
 
 
 def collect(
-    pieces: Sequence[P], compute: Callable[..., R], read: Callable[[Sequence[P]], Iterator[Any]] | None = None
+    pieces: Sequence[P],
+    compute: Callable[..., R],
+    read: Callable[[Sequence[P]], Iterator[Any]] | None = None,
+    carries: bool = False,
 ) -> list[R]:
     """What `compute` makes of each of the visited pieces.
 
     `read` is for what pieces are cut from: given the pieces that will be visited, it yields what there is to read for
-    each, one after another, and `compute` gets that as well.
+    each, one after another, and `compute` gets that as well. It `carries` where it keeps something for the next piece.
     """
-    return _loop(pieces, _rehearsed(compute), read)
+    return _loop(pieces, _rehearsed(compute), read, carries)
 
 
-def _loop(pieces: Sequence[P], work: Callable[..., R], read: Callable[[Sequence[P]], Iterator[Any]] | None) -> list[R]:
-    which = visited(pieces)
+def _loop(
+    pieces: Sequence[P],
+    work: Callable[..., R],
+    read: Callable[[Sequence[P]], Iterator[Any]] | None,
+    carries: bool,
+) -> list[R]:
+    which = visited(pieces, carries)
     # Not a loop with variables of its own: they would keep what was read for one piece while the next one is read.
     results = list(map(work, which) if read is None else map(work, which, read(which)))
     if len(results) != len(which):
@@ -119,11 +134,12 @@ def assemble(
     make: Callable[[Any], Any] | None = None,
     into: Any = None,
     read: Callable[[Sequence[P]], Iterator[Any]] | None = None,
+    carries: bool = False,
 ) -> Any:
     """Puts what `compute` makes of each piece into one output, at the index that `place` gives for the piece.
 
     The output is `into`, or what `make` makes once the first result is there to say its shape and dtype. Several
-    results of a piece, in a tuple, go into as many outputs. `read` as for `collect`. Returns the output.
+    results of a piece, in a tuple, go into as many outputs. `read` and `carries` as for `collect`. Returns the output.
     """
     outputs, compute = [into], _rehearsed(compute)
 
@@ -136,5 +152,5 @@ def assemble(
         for output, part in several:
             output[place(piece)] = part
 
-    _loop(pieces, put, read)
+    _loop(pieces, put, read, carries)
     return outputs[0]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .patching import PatchStack
+from .pieces import alike, rehearsing
 
 # What holding weights must know the inside of: that accelerate's hook moves weights where it has `offload`, and looks
 # that up at each call; that diffusers' calls ``group.onload_`` and ``group.offload_``, and has the next group's wait
@@ -139,9 +140,14 @@ class Holding:
         self.module = module
         self.technique = technique
         self.applies: Callable[..., bool] | None = getattr(technique, "applies", None)
+        self.repeats: bool = getattr(getattr(technique, "strips", None), "repeats", False)
 
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # hooks are not traced into a graph
+            return self.technique(original, *args, **kwargs)
+        if rehearsing():  # no weights come and go
+            if self.repeats:
+                return alike(self, partial(self.technique, original), *args, **kwargs)
             return self.technique(original, *args, **kwargs)
         with weights_held(self.module.modules()):
             return self.technique(original, *args, **kwargs)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 R = TypeVar("R")
+Sizes = dict[str, int]  # bytes by types of device
 
 GIB = 2**30
 MOST_BYTES = 2**62  # of which an index of bytes still has room for double
@@ -65,6 +66,7 @@ def amount(option: str, value: object) -> int | str | None:
 
 class _Storage(NamedTuple):
     reference: "weakref.KeyedRef[int, torch.UntypedStorage]"
+    device: str
     counted: int
 
 
@@ -77,10 +79,10 @@ def makes_views(func: Any) -> bool:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that come to life inside the block on devices of type `device`.
+    """Counts the bytes of tensors that come to life inside the block on devices of type `device` and of the `others`.
 
-    `peak` is the most that was alive at once. What existed before, and views of it, count nothing; nor does the private
-    workspace of kernels.
+    `peaks` says of each type what was alive at most at once, `peak` and `alive` speak of the first alone. What existed
+    before, and views of it, count nothing; nor does the private workspace of kernels.
     """
 
     @classmethod
@@ -88,11 +90,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """No: to keep each operation from being compiled takes longer than to count it, and none is."""
         return False
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *others: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
-        self.peak = 0
-        self._alive = 0  # an upper bound: a storage may have been shrunk or be gone since it was counted
+        self.peaks: Sizes = dict.fromkeys((device, *others), 0)
+        self._alive = dict(self.peaks)  # upper bounds: a storage may have been shrunk or be gone since it was counted
         self._known: dict[int, _Storage] = {}
         self._gone: list[weakref.KeyedRef[int, torch.UntypedStorage]] = []
 
@@ -105,9 +107,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._forget()
         for tensor in (result,) if isinstance(result, torch.Tensor) else _tensors(result):
             self._note(tensor)
-        workspace = self.workspace(func, args, result)
-        if self._alive + workspace > self.peak:
-            self.rise(workspace)
+        if workspace := self.workspace(func, args, result):
+            self.rise({self.device: workspace})
         return result
 
     def run(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -115,46 +116,61 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def workspace(self, func: Any, args: tuple[Any, ...], result: Any) -> int:
-        """Bytes that an operation takes beside its result while it runs. Those of real ones are not seen."""
+        """Bytes of the first device that an operation takes beside its result. Those of real ones are not seen."""
         return 0
+
+    @property
+    def peak(self) -> int:
+        return self.peaks[self.device]
 
     @property
     def alive(self) -> int:
         """Bytes alive now."""
+        return self.all_alive()[self.device]
+
+    def all_alive(self) -> Sizes:
+        """Bytes alive now, of each type of device."""
         self._forget()
         self._measure_again()
-        return self._alive
+        return self._alive.copy()
 
-    def peak_of(self, work: Callable[[], R]) -> tuple[R, int]:
+    def peaks_of(self, work: Callable[[], R]) -> tuple[R, Sizes]:
         """The result of `work`, and the most bytes that were alive during it."""
-        before, self.peak = self.peak, self.alive
+        before, self.peaks = self.peaks, self.all_alive()
         result = work()
-        during, self.peak = self.peak, max(self.peak, before)
+        during, self.peaks = self.peaks, {device: max(self.peaks[device], peak) for device, peak in before.items()}
         return result, during
 
-    def rise(self, size: int) -> None:
-        """Count `size` bytes more than are alive now, for a moment."""
-        self.peak = max(self.peak, self.alive + size)
+    def rise(self, sizes: Sizes) -> None:
+        """Count so many bytes more than are alive now, for a moment."""
+        alive = self.all_alive()
+        for device, size in sizes.items():
+            self.peaks[device] = max(self.peaks[device], alive[device] + size)
 
     def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._known and tensor.device.type == self.device:
-            # No function of ours is called when a storage dies: an interrupt that comes in there is lost.
-            reference = weakref.KeyedRef(storage, self._gone.append, key)
-            self._known[key] = _Storage(reference, storage.nbytes())
-            self._alive += self._known[key].counted
+        key, device = storage._cdata, tensor.device.type
+        if key in self._known or device not in self._alive:
+            return
+        # No function of ours is called when a storage dies: an interrupt that comes in there is lost.
+        reference = weakref.KeyedRef(storage, self._gone.append, key)
+        size = storage.nbytes()
+        self._known[key] = _Storage(reference, device, size)
+        self._alive[device] += size
+        if self._alive[device] > self.peaks[device]:
+            self.rise({device: 0})
 
     def _forget(self) -> None:
         while self._gone:
-            self._alive -= self._known.pop(self._gone.pop().key).counted
+            _, device, counted = self._known.pop(self._gone.pop().key)
+            self._alive[device] -= counted
 
     def _measure_again(self) -> None:
-        for key, (reference, counted) in list(self._known.items()):
+        for key, (reference, device, counted) in list(self._known.items()):
             storage = reference()
             if storage is not None and counted != (size := min(counted, storage.nbytes())):
-                self._known[key] = _Storage(reference, size)
-                self._alive += size - counted
+                self._known[key] = _Storage(reference, device, size)
+                self._alive[device] += size - counted
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

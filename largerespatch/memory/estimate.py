@@ -9,8 +9,8 @@ from ..core.calls import encodes, held
 from ..core.families import Family
 from ..core.patching import PatchStack
 from .counting import gibibytes
-from .devices import HOST, execution_device, weights_on
-from .shadow import Shadow
+from .devices import execution_device, weights_on
+from .shadow import Peaks, Shadow
 
 # Puts a patch with some options on a pipeline's shadow.
 Patched = Callable[[Any, Any], AbstractContextManager[Any]]
@@ -64,7 +64,7 @@ class Estimator:
         self.weights = weights_on(pipe, self.device, options)
         self.encodes = encodes(pipe)
         self.patched = patched
-        self._known: dict[Any, int] = {}
+        self._known: dict[Any, Peaks] = {}
 
     def estimate(self, height: int, width: int, options: Any) -> MemoryEstimate:
         """Of the patched pipeline, for an image of ``height x width`` sample pixels."""
@@ -79,25 +79,20 @@ class Estimator:
         Raises:
             ValueError: it is not known how pipelines call one of the models.
         """
-        key = (stage, height, width, options)
-        if key not in self._known:
-            self._known[key] = self._count(stage, height, width, options)
-        return self._known[key]
+        return self._peaks(stage, height, width, options).device
 
     def host_peak(self, stage: str, height: int, width: int, options: Any) -> int:
         """Bytes of one of `STAGES` in the host's memory, where the pipeline runs elsewhere; 0 where nothing leaves."""
-        if self.device.type == HOST or not (options.unet_offload or options.vae_offload):
-            return 0
-        key = (stage, height, width, options, HOST)
-        if key not in self._known:
-            self._known[key] = self._count(stage, height, width, options, HOST)
-        return self._known[key]
+        return self._peaks(stage, height, width, options).host if options.unet_offload or options.vae_offload else 0
 
-    def _count(self, stage: str, height: int, width: int, options: Any, place: str | None = None) -> int:
-        pipe, models = self.shadow.pipe, list(self.shadow.models.values())
-        with self.patched(self.shadow.calling(stage), options), as_called(stage, models, pipe) as grown:
-            grown = grown if place is None else 0
-            return grown + self.shadow.peak(lambda: play(stage, models, pipe, height, width), place)
+    def _peaks(self, stage: str, height: int, width: int, options: Any) -> Peaks:
+        key = (stage, height, width, options)
+        if key not in self._known:
+            pipe, models = self.shadow.pipe, list(self.shadow.models.values())
+            with self.patched(self.shadow.calling(stage), options), as_called(stage, models, pipe) as grown:
+                device, host = self.shadow.peaks(lambda: play(stage, models, pipe, height, width))
+            self._known[key] = Peaks(grown + device, host)
+        return self._known[key]
 
 
 def play(stage: str, models: Sequence[tuple[Any, Family]], pipe: Any, height: int, width: int) -> None:

@@ -1,10 +1,9 @@
 """Settings that fit a budget, the cheapest first."""
 
 from bisect import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +17,14 @@ Settings = dict[str, Any]
 
 
 class Saver(NamedTuple):
-    """Options that save memory. `exact`: the result stays the same, to rounding."""
+    """Options that save memory. `exact`: the result stays the same, to rounding.
+
+    `leaves` is about what share of the bytes is needed with it, and with those before it: of large images, so that the
+    first guess is a good one.
+    """
 
     settings: Settings
+    leaves: float = 1.0
     exact: bool = True
 
 
@@ -30,29 +34,29 @@ class Saver(NamedTuple):
 # skip connections bring 4.8 GiB to the device and 2.6 back (0.21 s at 25 GB/s, on streams of their own), maps 30 and 13
 # (1.3 s), where arithmetic takes 1.5 s at 100 TFLOP/s; strips of 64 and 16 rows do 3 and 13 % of convolutions twice.
 DENOISER_SAVERS: tuple[Saver, ...] = (
-    Saver({"unet_serial": True}),
-    Saver({"unet_offload": "skips"}),
-    Saver({"unet_strip_rows": 64, "ff_chunk_size": 4096}),
-    Saver({"unet_strip_rows": 16}),
-    Saver({"unet_offload": "maps"}),  # in strips of as many rows
+    Saver({"unet_serial": True}, 0.5),
+    Saver({"unet_offload": "skips"}, 0.35),
+    Saver({"unet_strip_rows": 64, "ff_chunk_size": 4096}, 0.13),
+    Saver({"unet_strip_rows": 16}, 0.11),
+    Saver({"unet_offload": "maps"}, 0.02),  # in strips of as many rows
 )
 VAE_SAVERS: Mapping[str, tuple[Saver, ...]] = {
     "two-pass": (
-        Saver({"vae_offload": True}),  # the same tiles, cut from a map that waits elsewhere
-        Saver({"vae_attn": "blocked"}, exact=False),
-        Saver({"vae_chunk_size_x": 32, "vae_chunk_size_y": 32}, exact=False),  # other tiles, other statistics
+        Saver({"vae_offload": True}, 0.1),  # the same tiles, cut from a map that waits elsewhere
+        Saver({"vae_attn": "blocked"}, 0.1, exact=False),
+        Saver({"vae_chunk_size_x": 32, "vae_chunk_size_y": 32}, 0.08, exact=False),  # other tiles, other statistics
     ),
     "exact": (  # whatever is recomputed, waits elsewhere or is cut into thinner strips
-        Saver({"vae_recompute": True}),
-        Saver({"vae_offload": True}),
-        Saver({"vae_chunk_size_y": 32}),
-        Saver({"vae_chunk_size_y": 16}),
-        Saver({"vae_chunk_size_y": 8}),
+        Saver({"vae_recompute": True}, 0.6),
+        Saver({"vae_offload": True}, 0.1),
+        Saver({"vae_chunk_size_y": 32}, 0.05),
+        Saver({"vae_chunk_size_y": 16}, 0.03),
+        Saver({"vae_chunk_size_y": 8}, 0.02),
     ),
 }
 MARGIN, LEAST_MARGIN = 0.1, 2**29  # of a limit, for kernels' workspace and fragmentation
-SEARCH_STEP = 64  # sample pixels
-GUESSES = 2
+SEARCH_STEP = 64  # sample pixels, between sides of images that are tried where nothing fits
+SEARCH_RATIO = 1.25  # or by what they grow at least
 
 
 class DoesNotFitError(ValueError):
@@ -149,19 +153,19 @@ class Planner:
         self.options = options
         self.room = limit - margin(limit) - estimator.weights
         stages = ("encode", "decode") if estimator.encodes else ("decode",)
-        self.denoiser = list(self._ladder(DENOISER_SAVERS, kept))
-        self.vae = list(self._ladder(VAE_SAVERS[options.vae_mode], kept))
-        self._ladders = ((("step",), self.denoiser), (stages, self.vae))
+        self.denoiser = self._ladder(DENOISER_SAVERS, kept)
+        self.vae = self._ladder(VAE_SAVERS[options.vae_mode], kept)
+        # That of the VAE takes less time to count: a refusal comes sooner.
+        self._ladders = ((stages, self.vae), (("step",), self.denoiser))
 
-    def _ladder(self, savers: tuple[Saver, ...], kept: frozenset[str]) -> Iterator[Settings]:
+    def _ladder(self, savers: tuple[Saver, ...], kept: frozenset[str]) -> list[Saver]:
         """No saver, the first one, the first two, and so on, of those that may be used and can save anything."""
-        settings: Settings = {}
-        yield settings
+        ladder = [Saver({})]
         for saver in savers:
             added = {name: value for name, value in saver.settings.items() if name not in kept and self._helps(name)}
             if added:
-                settings = settings | added
-                yield settings
+                ladder.append(saver._replace(settings=ladder[-1].settings | added))
+        return ladder
 
     def _helps(self, name: str) -> bool:
         return not (name.endswith("_offload") and self.estimator.device.type == HOST)
@@ -176,27 +180,36 @@ class Planner:
         settings: Settings = {}
         peak = without = host = 0
         for stages, ladder in self._ladders:
-            needed = [partial(self._needs, stages, height, width, tried) for tried in ladder]
-            enough = self._first_that_fits(needed)
+            needs = [partial(self._needs, stages, height, width, saver.settings) for saver in ladder]
+            enough = self._first_that_fits(needs, ladder)
             if enough == len(ladder):
-                raise DoesNotFitError(self._refusal(height, width), self.denoiser[-1] | self.vae[-1])
-            settings |= ladder[enough]
-            peak, without = max(peak, needed[enough]()), max(without, needed[0]())
-            host = max(host, self._needs_of_host(stages, height, width, ladder[enough]))
+                least = self.estimator.weights + needs[-1]()
+                raise DoesNotFitError(
+                    self._refusal(height, width, least), self.denoiser[-1].settings | self.vae[-1].settings
+                )
+            picked = ladder[enough].settings
+            settings = picked | settings
+            peak, without = max(peak, needs[enough]()), max(without, needs[0]())
+            host = max(host, self._needs_of_host(stages, height, width, picked))
         if host > (there := host_bytes() or host):
             raise DoesNotFitError(self._host_refusal(height, width, settings, host, there), _staying(settings))
         weights = self.estimator.weights
         return Plan(settings, self.limit, weights + peak, weights + without, host)
 
-    def _first_that_fits(self, needed: Sequence[Callable[[], int]]) -> int:
-        """The place of the first of some counts that fits, or their number: each is less than the one before."""
-        if needed[0]() <= self.room:
+    def _first_that_fits(self, needs: Sequence[Callable[[], int]], ladder: Sequence[Saver]) -> int:
+        """The place of the first on a ladder that fits, or its length: each needs no more than the one before.
+
+        Each count takes time. So the first are where `Saver.leaves` has it, and just before, or else at the end.
+        """
+        if needs[0]() <= self.room:
             return 0
-        first, last = 1, len(needed)
-        while first < last:
-            middle = (first + last - 1) // 2  # the later ones take longer to count
-            first, last = (first, middle) if needed[middle]() <= self.room else (middle + 1, last)
-        return first
+        above, fits, last = 0, len(ladder), len(ladder) - 1  # what does not fit, and what does
+        guess = next((i for i, saver in enumerate(ladder) if saver.leaves * needs[0]() <= self.room), last)
+        while fits - above > 1:
+            likely = (i for i in (guess, guess - 1, last) if above < i < fits)
+            tried = next(likely, (above + fits) // 2)
+            above, fits = (above, tried) if needs[tried]() <= self.room else (tried, fits)
+        return fits
 
     def _needs(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> int:
         """Bytes that the largest of some stages needs, beside the weights."""
@@ -213,56 +226,31 @@ class Planner:
             f"they need {gibibytes(needed)} of the host's memory; it has {gibibytes(there)}"
         )
 
-    def _refusal(self, height: int, width: int) -> str:
-        least = {stages: self._needs(stages, height, width, ladder[-1]) for stages, ladder in self._ladders}
+    def _refusal(self, height: int, width: int, least: int) -> str:
         largest: tuple[int, int] | None = (height, width)
-        for stages, ladder in sorted(self._ladders, key=lambda pair: least[pair[0]], reverse=True):
-            largest = largest and self._largest(stages, *largest, ladder[-1])
-        what_fits = "no size does" if largest is None else "the largest image of this shape that does is {1}x{0}"
+        for stages, ladder in self._ladders:
+            largest = largest and self._largest(stages, *largest, ladder[-1].settings)
+        what_fits = "no size does" if largest is None else "the largest image of this shape that does is about {1}x{0}"
         return (
             f"memory_limit of {gibibytes(self.limit)}, of which {gibibytes(margin(self.limit))} stay free, does not "
-            f"fit {width}x{height} sample pixels, which need "
-            f"{gibibytes(self.estimator.weights + max(least.values()))} with every saver that may be used; "
-            + what_fits.format(*largest or ())
+            f"fit {width}x{height} sample pixels, which need at least {gibibytes(least)} with every saver that may be "
+            "used; " + what_fits.format(*largest or ())
         )
 
     def _largest(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> tuple[int, int] | None:
-        """The largest size of nearly the same shape for which some stages fit: this one, or whole search steps."""
-        sides = [self._scaled(height, width, i) for i in range(1, ceil(min(height, width) / SEARCH_STEP))]
-        sides.append((height, width))
+        """The largest size of nearly the same shape for which some stages fit: this one, or one in search steps."""
 
-        def beyond(i: int) -> int:
-            return self._needs(stages, *sides[i], settings) - self.room
+        def needs(size: tuple[int, int]) -> int:
+            return self._needs(stages, *size, settings)
 
-        low, high = -1, len(sides)  # what fits, and what does not
-        probe, stride = high - 1, 1
-        for found in self._guesses([tall * wide for tall, wide in sides], beyond):
-            low, high = (max(low, found), high) if beyond(found) <= 0 else (low, min(high, found))
-            probe = found
-        while high - low > 1:  # away from the last guess, faster and faster, and then in halves
-            probe = low + stride if probe == low else high - stride
-            stride *= 2
-            if not low < probe < high:
-                probe = (low + high) // 2
-            low, high = (probe, high) if beyond(probe) <= 0 else (low, probe)
-        return sides[low] if low >= 0 else None
-
-    def _guesses(self, areas: list[int], beyond: Callable[[int], int]) -> Iterator[int]:
-        """Places of sizes among the `areas`, the largest first, then nearer and nearer to where nothing is `beyond`
-        what there is, if that grows as the area does, from nothing or along a line."""
-        last = len(areas) - 1
-        yield last
-        if beyond(last) <= 0:
-            return
-        points = [(0, -self.room), (areas[last], beyond(last))]
-        for _ in range(GUESSES):
-            (a, low), (b, high) = points[-2:]
-            if low == high:
-                return
-            guess = bisect(areas, b - high * (b - a) / (high - low)) - 1
-            guess = min(max(guess, 0), last - 1)
-            yield guess
-            points.append((areas[guess], beyond(guess)))
+        if needs((height, width)) <= self.room:
+            return height, width
+        sizes, i = [], 1
+        while i * SEARCH_STEP < min(height, width):
+            sizes.append(self._scaled(height, width, i))
+            i = max(i + 1, int(SEARCH_RATIO * i))
+        fitting = bisect(sizes, self.room, key=needs)
+        return sizes[fitting - 1] if fitting else None
 
     def _scaled(self, height: int, width: int, i: int) -> tuple[int, int]:
         """The size whose shorter side is `i` search steps, both in whole latent pixels."""

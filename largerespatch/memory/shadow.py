@@ -3,27 +3,24 @@
 import copy
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..core.families import Family, families_in
 from ..core.patching import PatchStack
 from ..core.pieces import rehearsal
-from ..core.planes import Map
 from ..core.tilings import PHASES
-from ..core.tokens import TokenMap
 from ..core.weights import offload_hooks
-from .counting import KernelsInOne, LiveBytes
+from .alike import ATOMS, Alike, makes_of
+from .counting import KernelsInOne
 from .devices import HOST, device_of, execution_device
-from .weightless import Look, Weightless, WithoutData
+from .weightless import Look, WithoutData
 
 # Weightless tensors on this stand for all accelerators.
 ACCELERATOR = "meta"
@@ -76,12 +73,11 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if type(value) in _CONTAINERS and not value:
                 vars(made)[name] = value.copy()
             else:
-                vars(made)[name] = value if type(value) in _ATOMS else copy.deepcopy(value, memo)
+                vars(made)[name] = value if type(value) in ATOMS else copy.deepcopy(value, memo)
     return copy.deepcopy(model, memo)
 
 
 _CONTAINERS = (dict, OrderedDict, set)
-_ATOMS = (NoneType, bool, int, float, str)
 
 
 def _copies_itself(kind: type) -> bool:
@@ -121,113 +117,6 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
                 each._parameters[name] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
 
 
-class _Alike:
-    """Runs one of several pieces of work that are alike and counts the others as that one: all need the same memory.
-
-    Work that gives back a part of what it was given, or something else than tensors that are new or were given to it,
-    is run each time.
-    """
-
-    def __init__(self, count: LiveBytes) -> None:
-        self.count = count
-        self.known: dict[Any, Any] = {}
-
-    def __call__(
-        self,
-        known: dict[Any, Any] | None,
-        key: Hashable,
-        work: Callable[..., Any],
-        given: tuple[Any, ...],
-        **named: Any,
-    ) -> Any:
-        known = self.known if known is None else known
-        look = key, _look(given), _look(named)
-        if look in known:
-            needed, results, structure = known[look]
-            self.count.rise(needed)
-            return tree_unflatten([_again(each, (given, named)) for each in results], structure)
-        before = self.count.alive
-        places = {id(_held(leaf)): i for i, leaf in enumerate(tree_leaves((given, named)))}
-        result, during = self.count.peak_of(lambda: work(*given, **named))
-        leaves, structure = tree_flatten(result)
-        results = [_made(leaf, places) for leaf in leaves]
-        new = sum(
-            each.size for each in results if isinstance(each, _New) and each.look.device.type == self.count.device
-        )
-        if self.count.alive - before >= new and all(
-            isinstance(each, _New | _Given | int | NoneType) for each in results
-        ):
-            known[look] = (during - before, results, structure)
-        return result
-
-
-class _Given(NamedTuple):
-    """One of the tensors that the work was given, and wrote to."""
-
-    place: int
-
-
-class _New(NamedTuple):
-    """A tensor that can be made again: how it lies in how many bytes of its own. `fills`: all of them are its."""
-
-    look: Look
-    offset: int
-    size: int
-    fills: bool
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "_New":
-        size = tensor.untyped_storage().nbytes()
-        spanned = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
-        return cls(Look.of(tensor), int(tensor.storage_offset()), size, size == spanned * tensor.element_size())
-
-    def again(self) -> torch.Tensor:
-        size, stride, dtype, device = self.look
-        if self.fills:
-            return torch.empty_strided(size, stride, dtype=dtype, device=device)
-        memory = torch.empty(self.size // dtype.itemsize, dtype=dtype, device=device)
-        return memory.as_strided(size, stride, self.offset)
-
-
-def _held(leaf: object) -> object:
-    """By what something that was given is known again: tokens on the host by their memory, all else by itself."""
-    return leaf.turned.memory if isinstance(leaf, TokenMap) and leaf.away else leaf
-
-
-def _made(leaf: Any, places: dict[int, int]) -> Any:
-    """A result as something that it can be made of again; `places` are those of what was given."""
-    if isinstance(leaf, torch.Tensor) and id(_held(leaf)) in places:
-        return _Given(places[id(_held(leaf))])
-    return _New.of(leaf) if type(leaf) in (torch.Tensor, Weightless) else leaf
-
-
-def _again(made: Any, given: Any) -> Any:
-    """The inverse, where something else is given."""
-    if isinstance(made, _Given):
-        leaf = tree_leaves(given)[made.place]
-        return leaf.claim() if isinstance(leaf, TokenMap) else leaf
-    return made.again() if isinstance(made, _New) else made
-
-
-def _look(given: Any) -> Any:
-    """All that memory may depend on, of what is given to some work."""
-    if isinstance(given, Map):
-        return type(given), given.shape, given.dtype, given.device, given.away, given.passing
-    if isinstance(given, torch.Tensor):
-        return Look.of(given)
-    if isinstance(given, tuple | list):
-        return type(given), *map(_look, given)
-    if isinstance(given, dict):
-        return *given, *map(_look, given.values())
-    return given if type(given) in _ATOMS else repr(given)
-
-
-def _make(block: nn.Module) -> Hashable:
-    """The kinds and sizes of all modules in a block."""
-    kinds = tuple((path, type(each), type(getattr(each, "processor", None))) for path, each in block.named_modules())
-    return kinds, tuple((path, weight.size(), weight.dtype) for path, weight in block.named_parameters())
-
-
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """Inside, nothing is searched for cycles of garbage, which would take longer than the work: it leaves few."""
@@ -238,6 +127,13 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+class Peaks(NamedTuple):
+    """The most bytes alive at once: on the pipeline's device, and in the host's memory, if that is elsewhere."""
+
+    device: int
+    host: int
 
 
 class Shadow:
@@ -252,11 +148,12 @@ class Shadow:
             name: (_without_weights(model, stacks), family) for name, (model, family) in families_in(pipe).items()
         }
         # Each block takes another of the tilings than the one before.
-        self._makes = [
-            (block, (i % PHASES, _make(block)))
+        self._phases = {
+            block: i % PHASES
             for model, family in self.models.values()
             for i, block in enumerate(family.repeated(model))
-        ]
+        }
+        self._makes = makes_of((model for model, _ in self.models.values()), self._phases)
         self.pipe = copy.copy(pipe)
         # A schedule is made of real tensors, and which step it is makes no difference to memory.
         copies = {name: model for name, (model, _) in self.models.items()}
@@ -275,17 +172,18 @@ class Shadow:
             vars(pipe)["components"] = pipe.components | others
         return pipe
 
-    def peak(self, work: Callable[[], object], place: str | None = None) -> int:
-        """The most bytes alive at once while `work` calls the copies: on the pipeline's device, or in another place."""
-        place = self.place if place is None else place
-        count = WithoutData(place)
-        alike = _Alike(count)
+    def peaks(self, work: Callable[[], object]) -> Peaks:
+        """The most bytes alive at once while `work` calls the copies."""
+        count = WithoutData(self.place, HOST)
+        alike = Alike(count, self._makes)
 
-        def forward(make: Hashable, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def forward(make: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return alike(None, make, original, args, **kwargs)
 
         with PatchStack() as stack, torch.no_grad(), _uncollected(), rehearsal(alike), count, KernelsInOne():
-            for block, make in self._makes:
-                stack.wrap(block, "forward", partial(forward, make), "forward")
+            for block in self._phases:
+                stack.wrap(block, "forward", partial(forward, self._makes[block]), "forward")
             work()
-        return count.peak + (0 if place == HOST else LIBRARIES)
+        if self.place == HOST:
+            return Peaks(count.peak, 0)
+        return Peaks(count.peak + LIBRARIES, count.peaks[HOST])

@@ -41,13 +41,15 @@ def heavy_tokens(
     judges: torch.Tensor,
     crowd: torch.Tensor,
     prepare: Prepare = lambda tokens: tokens,
+    width: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices ``[B, count]`` of those of the `tokens` that get the most attention, and which are heavy.
 
     Tokens are a tensor ``[B, N, C]``, or a map of so many on the host, which is read in runs.
     Measured for the queries of the tokens `judges`; a token counts by the head that wants it most. What all tokens
     together get is estimated from those of the `crowd`, a sample of them. `prepare` is what the attention does to
-    tokens first. Memory does not grow with N but for one number per token.
+    tokens first, `width` that of the map that they are the cells of. Memory does not grow with N but for one number per
+    token.
     """
 
     def heads(projected: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
@@ -64,6 +66,8 @@ def heavy_tokens(
 
     total = scores(some(crowd)).logsumexp(dim=-1, keepdim=True) + math.log(tokens.shape[1] / len(crowd))
     length = max(SCORES // query[..., 0].numel(), 1)
+    if length > width:  # whole rows of a map: else of some runs one more has to be read
+        length -= length % width
     received = assemble(
         Runs(tokens.shape[1], length),
         lambda run, keys: scores(keys).sub_(total).clamp_(max=0).exp_().sum(dim=-2).amax(dim=1),
@@ -112,7 +116,7 @@ class Context:
             return uploaded(sampled_cells(height, width, count, f"{seed} {purpose}"), tokens.device)
 
         judges, crowd, some = cells(JUDGES, "judges"), cells(CROWD, "crowd"), cells(sampled, "sampled")
-        wanted, is_heavy = heavy_tokens(attention, tokens, most, judges, crowd, prepare)
+        wanted, is_heavy = heavy_tokens(attention, tokens, most, judges, crowd, prepare, width)
         spare = cells(most, "instead of heavy") if most else some[:0]
         instead = F.pad(spare, (0, most - len(spare)), value=-1).expand(batch, -1)
         places = torch.cat([torch.where(is_heavy, wanted, instead), some.expand(batch, -1)], dim=1)

@@ -22,8 +22,11 @@ def rows_of(strip: Tile) -> tuple[slice, slice, slice]:
 class Strips:
     """How maps are cut: into strips of at most `rows` rows; `wrap` where top and bottom are neighbours.
 
-    Inputs are left as they are, for whoever else may read them: in a U-Net its skip connections.
+    Inputs are left as they are, for whoever else may read them: in a U-Net its skip connections. `repeats`: so modules
+    that are alike leave the same behind, of inputs that look the same; see `Holding`.
     """
+
+    repeats = True
 
     def __init__(self, rows: int, wrap: bool) -> None:
         self.rows = rows
@@ -55,7 +58,7 @@ class Strips:
         around = self.wrap and halo > 0
         first = part(plane, Tile(0, 0, halo, width)).clone() if around else None
         above = part(plane, Tile(height - halo, 0, height, width)).clone() if around else None
-        adjacent = [True, *(upper.bottom == lower.top for upper, lower in pairwise(strips))]
+        adjacent = [False, *(upper.bottom == lower.top for upper, lower in pairwise(strips))]
         runs = [
             (strip.top if follows and strip.top else max(outer.top, 0), min(outer.bottom, height))
             for strip, outer, follows in zip(strips, outers, adjacent, strict=True)

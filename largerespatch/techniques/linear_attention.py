@@ -74,7 +74,7 @@ class WalkedLinearAttention:
                 original(block)
             return noted[0]
 
-        pooled = torch.stack(collect(cuts, note, read=read)).sum(dim=0)
+        pooled = torch.stack(collect(cuts, note, read=read, carries=True)).sum(dim=0)
 
         def compute(strip: Tile, given: Block) -> torch.Tensor:
             above, block = given
@@ -88,6 +88,7 @@ class WalkedLinearAttention:
             into=plane if isinstance(plane, StoredMap) and plane.passing else None,
             make=lambda result: walk.empty(result, (*result.shape[:2], *plane.shape[2:])),
             read=read,
+            carries=True,
         )
 
     @contextmanager

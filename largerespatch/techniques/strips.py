@@ -119,7 +119,7 @@ class StripResnet:
 
         into = middle if residual is None else (residual, middle)
         read = partial(strips.read, source, reach(module.conv1))
-        assemble(strips.cut(source), compute, rows_of, into=into, read=read)
+        assemble(strips.cut(source), compute, rows_of, into=into, read=read, carries=True)
         return pool(recorded)
 
     def second_half(
@@ -144,7 +144,9 @@ class StripResnet:
         def read(cuts: Sequence[Tile]) -> Iterator[tuple[Block, Block]]:
             return zip(strips.read(middle, reach(module.conv2), cuts), strips.read(residual, 0, cuts), strict=True)
 
-        return assemble(strips.cut(residual), compute, rows_of, into=output, read=read)  # type: ignore[no-any-return]
+        return assemble(  # type: ignore[no-any-return]
+            strips.cut(residual), compute, rows_of, into=output, read=read, carries=True
+        )
 
     def _time(self, temb: torch.Tensor | None) -> TimeTerms:
         if temb is None:
@@ -220,6 +222,7 @@ class StripResample:
             place=lambda strip: (slice(None), slice(None), rows(strip)),
             make=lambda result: self.output(source, result, (*result.shape[:2], *size)),
             read=partial(self.strips.read, source, self.halo),
+            carries=True,
         )
 
     def output(self, source: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -63,6 +63,8 @@ class Walk(Strips):
         recompute: whether to do so at the cost of time.
     """
 
+    repeats = False
+
     def __init__(
         self,
         rows: int,
@@ -171,10 +173,10 @@ class WalkedResnet(StripResnet):
             own = slice(above, above + strip.height)
             return (block[:, :, own] + result[:, :, own]) / module.output_scale_factor  # type: ignore[no-any-return]
 
-        collect(cuts, note, read=partial(walk.read, plane, reach(module.conv1)))
+        collect(cuts, note, read=partial(walk.read, plane, reach(module.conv1)), carries=True)
         inner = pool(recorded)
         read = partial(walk.read, plane, reach(module.conv1) + reach(module.conv2))
-        return assemble(cuts, compute, rows_of, into=plane, read=read)  # type: ignore[no-any-return]
+        return assemble(cuts, compute, rows_of, into=plane, read=read, carries=True)  # type: ignore[no-any-return]
 
 
 class WalkedResample(StripResample):
