@@ -112,6 +112,11 @@ def _loop(pieces: Sequence[P], work: Callable[..., R], read: Callable[[Sequence[
     return results
 
 
+def side_by_side(*sources: Iterator[Any]) -> Iterator[tuple[Any, ...]]:
+    """What several sources yield, as `zip`, which would keep what it gave last while it asks for the next."""
+    return map(lambda *each: each, *sources)
+
+
 def assemble(
     pieces: Sequence[P],
     compute: Callable[..., Any],

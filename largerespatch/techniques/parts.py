@@ -9,7 +9,7 @@ from ..core.families import Order, Site
 from ..core.patching import PatchStack
 from .listening import silence
 from .stages import Split, Stage
-from .walk import Walk, can_be_walked, inner_modules, steps, walked
+from .walk import Walk, can_be_walked, inner_modules, steps
 
 
 class Parts:
@@ -46,20 +46,22 @@ class Parts:
         return seen
 
     @contextmanager
-    def alone(self, stages: range, walk: Walk) -> Iterator[None]:
+    def alone(self, stages: range, walk: Walk | None) -> Iterator[None]:
         """Inside, the model runs these stages and passes its input through the others.
 
-        What does not run in tiles does so strip by strip where its modules are known: exact, and smaller in memory.
+        On a `walk` they run strip by strip where their modules are known: exact, and smaller in memory.
         """
-        running = self.modules(stages)
         with PatchStack() as stack:
             for i in set(range(len(self.split.stages))) - set(stages):
                 self._leave_out(self.split.stages[i], stack)
-            for stage in filter(can_be_walked, running if stages != self.split.tiled else ()):
+            if walk is None:
+                yield
+                return
+            for stage in filter(can_be_walked, self.modules(stages)):
                 for place, module in steps(stage, self.paths[stage]):
-                    Site(module, place, Order.IN_STRIPS, walked(module, place, walk)).install(stack)
+                    Site(module, place, Order.IN_STRIPS, walk.technique(module, place)).install(stack)
             yield
-        walk.spare = None
+            walk.spare = None
 
     def _leave_out(self, stage: Stage, stack: PatchStack) -> None:
         path = self.paths[stage.module]

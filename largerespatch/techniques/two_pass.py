@@ -6,8 +6,10 @@ records what every group norm sees, normalized by the statistics of a sample of 
 what was recorded; pass two applies it.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from math import ceil
 
 import torch
@@ -17,10 +19,11 @@ from ..core.hosts import Host
 from ..core.maps import StoredMap
 from ..core.patching import PatchStack
 from ..core.pieces import assemble, collect
-from ..core.planes import part
+from ..core.planes import part, whole
+from ..core.statistics import GroupStatistics
 from ..core.tilings import Each, Run, Tile, Window, scatter, tiles, window
 from ..core.weights import weights_held
-from .alike import piece
+from .alike import looks, piece
 from .halves import Cutting, InPieces, delivered
 from .images import wanted
 from .listening import listeners
@@ -40,6 +43,28 @@ TILE_VALUES = 2**27
 
 # Sides of what is sampled before each pass, in those of a tile's window. All of it would cost more than it gains.
 SAMPLE = Fraction(2, 3)
+
+# Of a strip of a tile's map: small beside the map, which may measure half a gibibyte.
+TILE_STRIP_BYTES = 2**24
+
+
+class TileWalk(Walk):
+    """Strips of the maps of a tile, which are on the device; norms are given what they share with those of others.
+
+    They have as many rows as `TILE_STRIP_BYTES` allow: a tile's own height has nothing to do with it.
+    """
+
+    def __init__(self, wrap: bool, passing: bool, shared: Mapping[nn.Module, SharedGroupNorm]) -> None:
+        super().__init__(sys.maxsize, wrap, passing=passing)
+        self.shared = shared
+
+    def most_rows(self, plane: torch.Tensor) -> int:
+        return self.rows_in(TILE_STRIP_BYTES, plane)
+
+    def statistics(
+        self, plane: torch.Tensor, norm: nn.GroupNorm, seen: Sequence[GroupStatistics] = ()
+    ) -> GroupStatistics:
+        return self.shared[norm].of(whole(plane))
 
 
 class TwoPass(InPieces):
@@ -73,15 +98,15 @@ class TwoPass(InPieces):
         parts = self.choose(sample.shape, sample.element_size())
         walk = self._walk(parts.whole)
 
-        def run(plane: torch.Tensor, stages: range) -> torch.Tensor:
+        def run(stages: range, plane: torch.Tensor, walk: Walk | None) -> torch.Tensor:
             with parts.alone(stages, walk):
                 return original(plane)
 
         with PatchStack() as stack:
             self._silence(stack, parts.in_pieces())
-            plane = run(sample, parts.before) if parts.before else sample
-            plane = self._run_tiled(lambda tile: run(tile, parts.split.tiled), plane, parts, walk)
-            return delivered(run(plane, parts.after) if parts.after else plane, self.makes_pictures)
+            plane = run(parts.before, sample, walk) if parts.before else sample
+            plane = self._run_tiled(partial(run, parts.split.tiled), plane, parts, walk)
+            return delivered(run(parts.after, plane, walk) if parts.after else plane, self.makes_pictures)
 
     def choose(self, shape: torch.Size, itemsize: int) -> Parts:
         """For an input ``[B, C, H, W]`` of values of so many bytes."""
@@ -122,6 +147,15 @@ class TwoPass(InPieces):
         side = min(split.halo * 3 // 2, max(budget.height, budget.width) // 3)
         return scatter(budget, max(side // step, 2) * step, height, width, step)
 
+    def _walk_in_tiles(self, tiled: Sequence[nn.Module], shared: Mapping[nn.Module, SharedGroupNorm]) -> Walk | None:
+        """How tiles run: strip by strip where memory is short enough for a host, else all at once.
+
+        At once, too, where norms look elsewhere: over the edge of a tile they would see something else.
+        """
+        if self.host is None or looks(self.model):
+            return None
+        return TileWalk(self.cutting.wrap, not any(map(listeners, tiled)), shared)
+
     def _run_tiled(self, run: Forward, plane: torch.Tensor, parts: Parts, walk: Walk) -> torch.Tensor:
         """All of the tiled part's output: memory of `walk` where that reads it next, else a plain tensor."""
         split = parts.split
@@ -133,10 +167,11 @@ class TwoPass(InPieces):
             norms = [SharedGroupNorm(norm) for norm in shared]
             for module, technique in zip(shared, norms, strict=True):
                 stack.wrap(module, "forward", technique, f"{parts.paths[module]}.forward")
+            inside = self._walk_in_tiles(parts.tiled, dict(zip(shared, norms, strict=True)))
 
             def counted(*tiles: Tile) -> torch.Tensor:
                 with piece(tiles, width):
-                    result = run(_joined([_read(plane, tile) for tile in tiles], dim=0))
+                    result = run(_joined([_read(plane, tile) for tile in tiles], dim=0), inside)
                 bar.update()
                 return result
 
