@@ -21,6 +21,7 @@ from .core.families import Family, Site, check_multiple, factor_of, families_in,
 from .core.occupied import Occupied
 from .core.patching import PatchStack, beneath_hooks
 from .memory.estimate import Estimator, MemoryEstimate, bare
+from .memory.host_room import check_host
 from .memory.planner import DoesNotFitError, Plan, Planner, changing, limit_bytes
 from .memory.planner import told as told_settings
 from .options import Options, given, help_lines, signature
@@ -79,6 +80,7 @@ class LargeResPatch:
         self._sites()  # what these models cannot do is an error now
         self._stack, self._first_calls = PatchStack(), PatchStack()
         self._planned, self._waits = "", False
+        self._may_refuse = True
         self._given, self._kept = self.options, frozenset(chosen)
         if self.options.memory_limit not in (None, "auto"):
             planner = self._planner()
@@ -89,10 +91,13 @@ class LargeResPatch:
         """Install every replacement; what ``with`` does on entry.
 
         Raises:
-            ValueError: this patch or another one is already on the pipeline. Nothing is changed.
+            ValueError: this patch or another one is already on the pipeline, or the host has not the memory for the
+                maps that are to be there. Nothing is changed.
         """
         if self._given.memory_limit == "auto":
             self.options = self._given  # not what was planned when other things were loaded
+        if self._may_refuse and self._given.memory_limit in (None, "auto"):  # with an amount it has been planned
+            check_host(self.pipe, self.options, self.height, self.width, partial(self._estimator, self._on))
         sites = self._sites()
         models = models_of(self.pipe)
         _OCCUPIED.claim({name: models[name] for name, own in sites.items() if own}, self)
@@ -254,6 +259,7 @@ class LargeResPatch:
         other = copy.copy(self)
         other.pipe, other.options, other._given = pipe, options, replace(options, memory_limit=None)
         other._stack, other._first_calls = PatchStack(), PatchStack()
+        other._may_refuse = False  # an estimate tells of what there is no room for, too
         return other
 
     def _sites(self) -> dict[str, list[Site]]:
