@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 from diffusers.image_processor import VaeImageProcessor
+from test_weights import cpu_as_accelerator  # noqa: F401  a fixture
 from torch import nn
 
 import live
@@ -90,10 +91,12 @@ def block_group_offload(model):
 
 
 @OFFLOADS
+@pytest.mark.usefixtures("cpu_as_accelerator")  # older versions of diffusers have no group offload without one
 def test_weights_that_come_and_go_do_so_for_maps_on_a_host(offload, rows):
     check_offload(offload, rows)
 
 
+@pytest.mark.usefixtures("cpu_as_accelerator")
 def test_groups_of_blocks_that_come_and_go_do_so_for_maps_on_a_host(rows):
     check_offload(block_group_offload, rows)
 
@@ -215,7 +218,12 @@ def test_stable_diffusions_vae_takes_a_gibibyte_of_a_device_at_any_size(kind, si
     pipe = SimpleNamespace(
         components={"vae": vae}, vae=vae, progress_bar=lambda **_: bar, image_processor=VaeImageProcessor()
     )
-    for options in ({"vae_mode": "exact"}, {"vae_mode": "exact", "vae_recompute": True}, {"vae_mode": "two-pass"}):
+    for options in (
+        {"vae_mode": "exact"},
+        {"vae_mode": "exact", "vae_recompute": True},
+        {"vae_mode": "two-pass"},
+        {"vae_attn": "blocked"},
+    ):
         estimate = LargeResPatch(pipe, side, side, vae_offload=True, **options).estimate()
         picture = 3 * side**2 * VAES[kind].itemsize
         assert estimate.decode <= 2**30
