@@ -75,9 +75,7 @@ class Options:
         'image continues at its opposite edge), "reflect" or "replicate"',
     )
     vae_chunk_size_x: int = _count(64, "latent pixels", "width of a VAE tile")
-    vae_chunk_size_y: int = _count(
-        64, "latent pixels", "height of a VAE tile, and of an exact VAE's strips on every map"
-    )
+    vae_chunk_size_y: int = _count(64, "latent pixels", "height of a VAE tile, and at most of an exact VAE's strips")
     _: KW_ONLY
     attn_full_tokens: int = _count(16384, "tokens", "maps of at most so many are attended whole")
     attn_context: int | None = _count_or_none(

@@ -23,6 +23,7 @@ from .core.occupied import Occupied
 from .core.patching import PatchStack
 from .memory.auto import AUTO, outcome
 from .memory.estimate import Estimator, MemoryEstimate, bare
+from .memory.host_room import check_host
 from .memory.planner import Planner, Settings, limit_bytes
 from .options import Options, given, help_lines, signature
 
@@ -78,6 +79,7 @@ class LargeResPatch:
         self._sites()  # what these models cannot do is an error now
         self._stack, self._first_call = PatchStack(), FirstCall()
         self._planned = ""
+        self._may_refuse = True
         self._given, self._kept = self.options, frozenset(chosen)
         if self.options.memory_limit not in (None, "auto"):
             limit = limit_bytes(self.options.memory_limit, self.pipe, self.options)
@@ -89,10 +91,13 @@ class LargeResPatch:
         """Install every replacement; what ``with`` does on entry.
 
         Raises:
-            ValueError: this patch or another one is already on the pipeline. Nothing is changed.
+            ValueError: this patch or another one is already on the pipeline, or the host has not the memory for the
+                maps that are to be there. Nothing is changed.
         """
         if self._given.memory_limit == "auto":
             self.options = self._given  # not what was planned when other things were loaded
+        if self._may_refuse and self._given.memory_limit in (None, "auto"):  # with an amount it has been planned
+            check_host(self.pipe, self.options, self.height, self.width, partial(self._estimator, self._on))
         sites = self._sites()
         models = models_of(self.pipe)
         _OCCUPIED.claim({name: models[name] for name, own in sites.items() if own}, self)
@@ -216,6 +221,7 @@ class LargeResPatch:
         other = copy.copy(self)
         other.pipe, other.options, other._given = pipe, options, replace(options, memory_limit=None)
         other._stack, other._first_call = PatchStack(), FirstCall()
+        other._may_refuse = False  # an estimate tells of what there is no room for, too
         return other
 
     def _sites(self) -> dict[str, list[Site]]:

@@ -9,6 +9,8 @@ from unittest import mock
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
+from diffusers.image_processor import VaeImageProcessor
+from test_weights import cpu_as_accelerator  # noqa: F401  a fixture
 from torch import nn
 
 import live
@@ -89,10 +91,12 @@ def block_group_offload(model):
 
 
 @OFFLOADS
+@pytest.mark.usefixtures("cpu_as_accelerator")  # older versions of diffusers have no group offload without one
 def test_weights_that_come_and_go_do_so_for_maps_on_a_host(offload, rows):
     check_offload(offload, rows)
 
 
+@pytest.mark.usefixtures("cpu_as_accelerator")
 def test_groups_of_blocks_that_come_and_go_do_so_for_maps_on_a_host(rows):
     check_offload(block_group_offload, rows)
 
@@ -199,6 +203,31 @@ def test_a_decode_holds_less_than_one_map_of_the_latents_size(mode, monkeypatch)
     plane = 32 * latent[0, 0].nbytes
     assert count.peak["device"] - picture.nbytes < plane
     assert count.peak["host"] > 4 * plane
+
+
+VAES = {"in half precision": torch.float16, "in float32": torch.float32}
+
+
+@pytest.mark.parametrize("kind", VAES)
+@pytest.mark.parametrize("side", [2048, 4096, 8192, 16384])
+def test_stable_diffusions_vae_takes_a_gibibyte_of_a_device_at_any_size(kind, side):
+    """Simulated: beside its weights and a picture that it is given, which is the pipeline's."""
+    with torch.device("meta"):
+        vae = tiny.vae(block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32).to(VAES[kind])
+    bar = mock.MagicMock()
+    pipe = SimpleNamespace(
+        components={"vae": vae}, vae=vae, progress_bar=lambda **_: bar, image_processor=VaeImageProcessor()
+    )
+    for options in (
+        {"vae_mode": "exact"},
+        {"vae_mode": "exact", "vae_recompute": True},
+        {"vae_mode": "two-pass"},
+        {"vae_attn": "blocked"},
+    ):
+        estimate = LargeResPatch(pipe, side, side, vae_offload=True, **options).estimate()
+        picture = 3 * side**2 * VAES[kind].itemsize
+        assert estimate.decode <= 2**30
+        assert estimate.encode - picture <= 2**30
 
 
 def test_a_hook_of_the_user_may_keep_any_map(pipe, rows):

@@ -27,7 +27,7 @@ from largerespatch import LargeResPatch
 from largerespatch.autoencoders.hunyuan_image import HunyuanImage
 from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
-from largerespatch.techniques import chunked_attention
+from largerespatch.techniques import chunked_attention, two_pass
 
 
 def vae(**changes):
@@ -92,6 +92,18 @@ def test_maps_live_on_a_host_as_well(monkeypatch, half, host):
     for mode, most in (("exact", 1e-4), ("two-pass", 0.2)):
         with patched(model, vae_offload=True, vae_mode=mode):
             assert error(cut_up(lambda: run(model, x)), expected) < most
+
+
+@BOTH
+@pytest.mark.parametrize("padding", ["constant", "circular"])
+def test_tiles_in_strips_give_what_they_give_at_once(half, padding, monkeypatch):
+    """As they run where maps are on a host."""
+    monkeypatch.setattr(two_pass, "TILE_STRIP_BYTES", 2**17)
+    model, x, run, results = vae(), INPUTS[half](2, 17, 13), HALVES[half], []
+    for offload in (False, True):
+        with patched(model, vae_offload=offload, padding_mode=padding, vae_chunk_size_x=6, vae_chunk_size_y=5):
+            results.append(cut_up(lambda: run(model, x)))
+    assert error(*results) < 1e-4
 
 
 @BOTH

@@ -8,7 +8,7 @@ import torch
 
 from largerespatch import LargeResPatch
 from largerespatch.core.patching import PatchStack
-from largerespatch.memory import devices, planner
+from largerespatch.memory import devices, host_room, planner
 from largerespatch.memory.counting import gibibytes
 from largerespatch.memory.estimate import bare
 from largerespatch.memory.planner import Planner, Saver, changing, free_bytes, limit_bytes, margin
@@ -139,6 +139,52 @@ def test_what_the_host_has_no_memory_for_is_refused(no_margin, monkeypatch):
     assert refused.value.settings == {"unet_serial": True}
     monkeypatch.setattr(planner, "host_bytes", lambda: None)  # where it does not say
     assert planning.plan(64, 64).settings["unet_offload"] == "skips"
+
+
+ON_HOST = {
+    "maps": {"unet_offload": "maps"},
+    "the VAE": {"vae_offload": True},
+    "both": {"unet_offload": "skips", "vae_offload": True},
+}
+
+
+@pytest.mark.parametrize("case", ON_HOST)
+@pytest.mark.parametrize("limit", [None, "auto"])
+def test_without_an_amount_too_a_host_without_the_memory_is_told_before_anything_is_changed(
+    case, limit, pipe, monkeypatch
+):
+    options = ON_HOST[case]
+    for model in (pipe.unet, pipe.vae):
+        model.to("meta")
+    patch = LargeResPatch(pipe, 16384, 8192, **options, memory_limit=limit)
+    before = fingerprint(pipe)
+    needed = patch.estimate().host
+    assert 0 < needed < host_room.MOST_BYTES_A_PIXEL * 16384 * 8192
+    monkeypatch.setattr(host_room, "host_bytes", lambda: needed - 1)
+    told = ".*".join(f"{name}={value!r}" for name, value in options.items())
+    with pytest.raises(ValueError, match=rf"{told}: maps of 16384x8192 .* need .* it has .*; accepted .* .*=False"):
+        patch.enable()
+    assert fingerprint(pipe) == before
+    for enough in (needed, None):
+        monkeypatch.setattr(host_room, "host_bytes", lambda enough=enough: enough)
+        with patch:
+            assert fingerprint(pipe) != before
+    assert fingerprint(pipe) == before
+
+
+def test_where_maps_fit_in_any_case_or_stay_there_is_no_estimate(pipe, monkeypatch):
+    monkeypatch.setattr(LargeResPatch, "_estimator", lambda *_: pytest.fail("there is one"))
+    monkeypatch.setattr(host_room, "host_bytes", lambda: 1)
+    for options in ({}, ON_HOST["both"]):  # these models are on the host
+        with LargeResPatch(pipe, 16384, 8192, **options):
+            pass
+    for model in (pipe.unet, pipe.vae):
+        model.to("meta")
+    with LargeResPatch(pipe, 16384, 8192):
+        pass
+    monkeypatch.setattr(host_room, "host_bytes", lambda: host_room.MOST_BYTES_A_PIXEL * 16384 * 8192)
+    with LargeResPatch(pipe, 16384, 8192, **ON_HOST["both"]):
+        pass
 
 
 def test_the_host_says_what_it_has():

@@ -23,6 +23,7 @@ class AnyAutoencoder(Family):
     stages = ("encode", "decode")
     known = False
     entries = ("encode", "decode")
+    ends_in_picture = True  # whether what comes out of the last module of a decoder is the picture
 
     def matches(self, model: nn.Module) -> bool:
         return hasattr(model, "encode") and hasattr(model, "decode") and hasattr(model, "config")

@@ -14,7 +14,7 @@ from ..techniques.images import CHANNELS, writing, written
 @torch.no_grad()
 def decoded(pipe: Any, latents: torch.Tensor) -> Image.Image:
     """The image of a pipeline's `latents` ``[1, C, h, w]``. See `LargeResPatch.decode`."""
-    vae, factor = _autoencoder(pipe)
+    vae, factor, at_once = _autoencoder(pipe)
     channels = vae.config.latent_channels
     accepted = f"latents must be a tensor [1, {channels}, height, width] of latent pixels, of one image; got "
     if not isinstance(latents, torch.Tensor):
@@ -22,7 +22,7 @@ def decoded(pipe: Any, latents: torch.Tensor) -> Image.Image:
     if latents.ndim != 4 or latents.shape[:2] != (1, channels) or not latents.numel():
         raise ValueError(f"{accepted}{list(latents.shape)}")
     height, width = (factor * length for length in latents.shape[2:])
-    with writing(width, height) as image, _as_pipelines_decode(pipe, vae):
+    with writing(width, height, at_once) as image, _as_pipelines_decode(pipe, vae):
         # As they were before they were scaled for the denoiser.
         given = _unscaled(latents, vae.config).to(next(vae.parameters()).device, _dtype(vae))
         written(vae.decode(given, return_dict=False)[0], image)
@@ -31,8 +31,8 @@ def decoded(pipe: Any, latents: torch.Tensor) -> Image.Image:
     return image
 
 
-def _autoencoder(pipe: Any) -> tuple[Any, int]:
-    """The model that decodes, and sample pixels to a latent pixel.
+def _autoencoder(pipe: Any) -> tuple[Any, int, bool]:
+    """The model that decodes, sample pixels to a latent pixel, and whether its last layer makes the picture.
 
     Raises:
         ValueError: there is none whose latents are maps and whose images have three channels.
@@ -41,7 +41,7 @@ def _autoencoder(pipe: Any) -> tuple[Any, int]:
         config = getattr(model, "config", None)
         maps = getattr(config, "latent_channels", None) and getattr(config, "out_channels", None) == CHANNELS
         if "decode" in family.stages and maps and (factor := family.factor(model)):
-            return model, factor
+            return model, factor, getattr(family, "ends_in_picture", False)
     raise ValueError(
         "pipe must have an autoencoder that makes images of three channels of latents [B, C, height, width]; "
         f"{type(pipe).__name__} has none"

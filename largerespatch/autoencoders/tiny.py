@@ -32,6 +32,8 @@ SCALE = 2  # of its resamplers
 class Tiny(KL):
     """Convolutions, some with a stride, and upsamplers, in a row."""
 
+    ends_in_picture = False  # it is scaled
+
     def matches(self, model: nn.Module) -> bool:
         encoder, decoder = (getattr(model, half, None) for half in HALVES)
         kinds = type(encoder).__name__, type(decoder).__name__

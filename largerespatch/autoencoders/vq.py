@@ -97,8 +97,8 @@ class LookingResnet(WalkedResnet):
         self.latent = temb
         return self.run(input_tensor, TimeTerms)
 
-    def groups(self, norm: Any) -> int:
-        return int(norm.norm_layer.num_groups)
+    def group_norm(self, norm: Any) -> nn.GroupNorm:
+        return norm.norm_layer  # type: ignore[no-any-return]
 
     def normalized(self, norm: Any, block: torch.Tensor, statistics: GroupStatistics, top: int) -> torch.Tensor:
         height, width = block.shape[-2:]
@@ -140,5 +140,5 @@ def _of_vq(module: Any, walk: Walk) -> Any:
         case ResnetBlockCondNorm2D(upsample=None, downsample=None, norm1=SpatialNorm(), norm2=SpatialNorm()):
             return LookingResnet(module, walk) if bare(module.conv2).out_channels == module.out_channels else None
         case SpatialNorm():
-            return LookingNorm(walk, module.norm_layer.num_groups)
+            return LookingNorm(walk, module.norm_layer)
     return None

@@ -10,7 +10,7 @@ import torch
 
 from .hosts import Host
 from .maps import ComputedMap, JoinedMap, StoredMap, TurnedMap
-from .pieces import assemble
+from .pieces import assemble, side_by_side
 from .planes import OPERATIONS, Map, fetch, whole
 from .tilings import Run, Tile
 
@@ -82,7 +82,7 @@ def _combined(func: Callable[..., torch.Tensor], terms: Sequence[Any], first: Ma
         place=lambda run: (slice(None), slice(None), slice(*run)),
         make=lambda rows: StoredMap.empty((*rows.shape[:2], *first.shape[2:]), rows, host),
         into=into,
-        read=lambda runs: zip(*(fetch(plane, runs) for plane in planes), strict=True),
+        read=lambda runs: side_by_side(*(fetch(plane, runs) for plane in planes)),
     )
 
 

@@ -3,12 +3,14 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from .hosts import Host, HostRows, by_samples
+from .pieces import side_by_side
 from .planes import OPERATIONS, Map, copy, fetch, whole
 from .tilings import Run, Tile
 
@@ -147,8 +149,10 @@ class JoinedMap(Map):
         return plane
 
     def fetch(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
-        for rows in zip(*(fetch(part, runs) for part in self.parts), strict=True):
-            yield rows[0] if len(rows) == 1 else torch.cat(rows, dim=self.along)
+        if len(self.parts) == 1:
+            return fetch(self.parts[0], runs)
+        rows = side_by_side(*(fetch(part, runs) for part in self.parts))
+        return map(partial(torch.cat, dim=self.along), rows)
 
     def samples(self, which: slice) -> torch.Tensor:
         start, stop, _ = which.indices(len(self))

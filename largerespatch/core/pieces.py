@@ -127,6 +127,11 @@ def _loop(
     return results
 
 
+def side_by_side(*sources: Iterator[Any]) -> Iterator[tuple[Any, ...]]:
+    """What several sources yield, as `zip`, which would keep what it gave last while it asks for the next."""
+    return map(lambda *each: each, *sources)
+
+
 def assemble(
     pieces: Sequence[P],
     compute: Callable[..., Any],

@@ -10,6 +10,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
+from diffusers.models.attention_processor import SpatialNorm
+from torch import nn
 
 from ..core.tilings import Tile
 
@@ -36,6 +38,11 @@ def piece(tiles: Sequence[Tile], width: int) -> Iterator[None]:
         yield
     finally:
         _PIECE.reset(token)
+
+
+def looks(model: nn.Module) -> bool:
+    """Whether something in a model looks at a second input."""
+    return any(isinstance(module, SpatialNorm) for module in model.modules())
 
 
 def looking_there(

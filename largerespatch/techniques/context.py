@@ -24,7 +24,8 @@ CROWD = 2048
 # A heavy token gets more than so many times what a token gets on average.
 HEAVY = 4
 
-# Attention scores that are looked at together while heavy tokens are searched: 128 MiB in float32.
+# Attention scores, or values of tokens if these are more, that are looked at together while heavy tokens are searched:
+# 128 MiB in float32.
 SCORES = 2**25
 
 # What the search for heavy tokens must know the inside of: how queries and keys become scores.
@@ -65,7 +66,7 @@ def heavy_tokens(
         return torch.matmul(query, heads(attention.to_k(prepare(keys)), attention.norm_k).transpose(-1, -2))
 
     total = scores(some(crowd)).logsumexp(dim=-1, keepdim=True) + math.log(tokens.shape[1] / len(crowd))
-    length = max(SCORES // query[..., 0].numel(), 1)
+    length = max(SCORES // max(query[..., 0].numel(), len(tokens) * tokens.shape[2]), 1)
     if length > width:  # whole rows of a map: else of some runs one more has to be read
         length -= length % width
     received = assemble(

@@ -5,11 +5,12 @@ from fractions import Fraction
 from itertools import pairwise
 
 import torch
+from torch import nn
 
 from ..core.maps import ComputedMap
 from ..core.planes import fetch, part
-from ..core.statistics import GroupStatistics, record_by_rows
-from ..core.tilings import Tile, even_cuts, window
+from ..core.statistics import GroupStatistics, pool, record_by_rows
+from ..core.tilings import Run, Tile, even_cuts, window
 
 Block = tuple[int, torch.Tensor]  # how many rows of the halo are above a strip; the strip with its halo, [B, C, h, W]
 
@@ -39,13 +40,18 @@ class Strips:
         """
         height, width = plane.shape[-2:]
         step = 2 if isinstance(plane, ComputedMap) else scale.denominator
-        cuts = even_cuts(height // step, max(self.rows // max(scale.numerator, step), 1))
+        steps = min(self.rows // max(scale.numerator, step), self.most_rows(plane) // step)
+        cuts = even_cuts(height // step, max(steps, 1))
         edges = [*(step * cut for cut in cuts[:-1]), height]
         return [Tile(top, 0, bottom, width) for top, bottom in pairwise(edges)]
 
+    def most_rows(self, plane: torch.Tensor) -> int:
+        """Rows of ``[B, C, H, W]`` that its width allows at once, one at least."""
+        return self.rows
+
     def is_one(self, plane: torch.Tensor, made: Sequence[int] = ()) -> bool:
         """Whether the original takes a map at once; `made` is the shape of what it makes of it, if another one."""
-        return plane.shape[-2] <= self.rows
+        return plane.shape[-2] <= min(self.rows, self.most_rows(plane))
 
     def read(self, plane: torch.Tensor, halo: int, strips: Sequence[Tile]) -> Iterator[Block]:
         """Each strip with its halo, on the device.
@@ -63,8 +69,10 @@ class Strips:
             (strip.top if follows and strip.top else max(outer.top, 0), min(outer.bottom, height))
             for strip, outer, follows in zip(strips, outers, adjacent, strict=True)
         ]
-        for strip, outer, (top, _), rows in zip(strips, outers, runs, fetch(plane, runs), strict=True):
-            parts = [rows]
+
+        def with_halo(strip: Tile, outer: Tile, run: Run, rows: torch.Tensor) -> Block:
+            nonlocal above
+            parts, (top, _) = [rows], run
             if above is not None and top > outer.top:
                 parts.insert(0, above[:, :, outer.top - top :])
             if first is not None and outer.bottom > height:
@@ -73,10 +81,17 @@ class Strips:
             if halo:
                 end = strip.bottom - outer.top
                 above = block[:, :, max(end - halo, 0) : end].clone()
-            yield strip.top - outer.top, block
+            return strip.top - outer.top, block
 
-    def statistics(self, plane: torch.Tensor, groups: int) -> GroupStatistics:
-        return record_by_rows(plane, groups, [(strip.top, strip.bottom) for strip in self.cut(plane)])
+        # Not a loop with variables of its own: they would keep rows that are a part of a block by then.
+        yield from map(with_halo, strips, outers, runs, fetch(plane, runs))
+
+    def statistics(
+        self, plane: torch.Tensor, norm: nn.GroupNorm, seen: Sequence[GroupStatistics] = ()
+    ) -> GroupStatistics:
+        """Those that `norm` is given for a map; `seen` are those of its strips, where they are known."""
+        runs = [(strip.top, strip.bottom) for strip in self.cut(plane)]
+        return pool(seen) if seen else record_by_rows(plane, norm.num_groups, runs)
 
     def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Memory for a whole map, of the dtype of `like`."""

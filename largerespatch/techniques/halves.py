@@ -209,7 +209,7 @@ class Exact(InPieces):
                 return forward
 
             for path, module in self.steps.items():
-                Site(module, path, Order.IN_STRIPS, counted(walked(module, path, walk), path)).install(stack)
+                Site(module, path, Order.IN_STRIPS, counted(walk.technique(module, path), path)).install(stack)
             self._silence(stack, inner_modules(self.model, self.path))
             return delivered(original(sample), self.makes_pictures)
 

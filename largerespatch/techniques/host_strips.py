@@ -104,23 +104,22 @@ class HostDownsample(StripResample):
 class HostPointwise:
     """Takes the place of the ``forward`` of a norm or an activation of a map that is on the host.
 
-    `groups` is how many the norm has. What needs no statistics, and has no weights that might have left again, is
-    computed where its result is read.
+    What needs no statistics, and has no weights that might have left again, is computed where its result is read.
     """
 
-    def __init__(self, module: nn.Module, strips: HostStrips, groups: int | None = None) -> None:
+    def __init__(self, module: nn.Module, strips: HostStrips) -> None:
         self.module = module
         self.strips = strips
-        self.groups = groups
+        self.norm = module if isinstance(module, nn.GroupNorm) else None
 
     def applies(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> bool:
         away = isinstance(hidden_states, Map) and hidden_states.away
         return away and not is_differentiated(self.module, hidden_states)
 
     def __call__(self, original: Forward, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.groups is None:
+        if self.norm is None:
             return ComputedMap(hidden_states.shape, hidden_states, partial(_each, original, hidden_states))
-        statistics = self.strips.statistics(hidden_states, self.groups)
+        statistics = self.strips.statistics(hidden_states, self.norm)
 
         def normalized(strip: Tile, rows: torch.Tensor) -> torch.Tensor:
             with GivenStatistics(statistics):
@@ -161,7 +160,7 @@ def _of_ends(model: Any, strips: HostStrips) -> dict[nn.Module, Callable[..., An
     if conv_out is not None and isinstance(bare(conv_out), nn.Conv2d):
         found[conv_out] = HostConvolution(conv_out, strips, delivers=True)
     if isinstance(norm, nn.GroupNorm):
-        found |= {norm: HostPointwise(norm, strips, norm.num_groups)}
+        found |= {norm: HostPointwise(norm, strips)}
         found |= {model.conv_act: HostPointwise(model.conv_act, strips)}
     for convolution in getattr(model, "controlnet_down_blocks", ()):
         if isinstance(bare(convolution), nn.Conv2d):

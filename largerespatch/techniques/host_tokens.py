@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.families import Order, Site
 from ..core.maps import StoredMap
-from ..core.pieces import assemble
+from ..core.pieces import assemble, side_by_side
 from ..core.planes import fetch
 from ..core.statistics import GivenStatistics
 from ..core.tilings import Tile
@@ -52,7 +52,7 @@ class HostInput:
 
     def __call__(self, original: Callable[..., Any], hidden_states: torch.Tensor) -> tuple[TokenMap, int]:
         strips = self.strips
-        statistics = strips.statistics(hidden_states, self.transformer.norm.num_groups)
+        statistics = strips.statistics(hidden_states, self.transformer.norm)
         passing = not listeners(self.transformer)
 
         def compute(strip: Tile, rows: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ class HostOutput:
             return original(hidden_states=tokens, residual=rows, **others | size)
 
         def read(strips: Sequence[Tile]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            return zip(hidden_states.tiles(strips), _reading(residual)(strips), strict=True)
+            return side_by_side(hidden_states.tiles(strips), _reading(residual)(strips))
 
         return assemble(  # type: ignore[no-any-return]
             self.strips.cut(residual),

@@ -38,10 +38,13 @@ _WANTED: ContextVar[Image.Image | None] = ContextVar("wanted", default=None)
 
 
 @contextmanager
-def writing(width: int, height: int) -> Iterator[Image.Image]:
-    """Inside, a decoder whose result is of that size writes it to this image. Its memory is there before it starts."""
+def writing(width: int, height: int, at_once: bool = True) -> Iterator[Image.Image]:
+    """Inside, a decoder whose result is of that size writes it to this image, if `at_once`.
+
+    The image's memory is there before it starts.
+    """
     image = Image.new("RGB", (width, height))
-    token = _WANTED.set(image)
+    token = _WANTED.set(image if at_once else None)
     try:
         yield image
     finally:

@@ -9,7 +9,7 @@ from ..core.families import Order, Site
 from ..core.patching import PatchStack
 from .listening import silence
 from .stages import Split, Stage
-from .walk import Walk, can_be_walked, inner_modules, steps, walked
+from .walk import Walk, can_be_walked, inner_modules, steps
 
 
 class Parts:
@@ -59,7 +59,7 @@ class Parts:
     def _in_strips(self, stages: range, walk: Walk, stack: PatchStack) -> None:
         for stage in filter(can_be_walked, self.modules(stages)):
             for place, module in steps(stage, self.paths[stage]):
-                Site(module, place, Order.IN_STRIPS, walked(module, place, walk)).install(stack)
+                Site(module, place, Order.IN_STRIPS, walk.technique(module, place)).install(stack)
 
     def _leave_out(self, stage: Stage, stack: PatchStack) -> None:
         path = self.paths[stage.module]

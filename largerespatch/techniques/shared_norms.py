@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ..core.pieces import repeated
-from ..core.statistics import GivenStatistics, GroupStatistics, pool, record
+from ..core.planes import part
+from ..core.statistics import GivenStatistics, GroupStatistics, pool, record, record_by_rows
 from ..core.tilings import Window
 
 # How much more than the sample a plane may vary and still be taken to change in proportion.
@@ -79,6 +80,12 @@ class SharedGroupNorm:
         """The next maps are windows whose statistics are not wanted."""
         self._prepare = self._known
 
+    def of(self, plane: torch.Tensor) -> GroupStatistics:
+        """The statistics for the next map, which comes strip by strip: what is called before the next one are these."""
+        statistics = self._prepare(plane)
+        self._prepare = lambda strip: statistics
+        return statistics
+
     def __call__(self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
         with GivenStatistics(self._prepare(hidden_states)):
             return original(hidden_states)
@@ -98,7 +105,7 @@ class SharedGroupNorm:
 
     def _note(self, window: Window, share: float, hidden_states: torch.Tensor) -> GroupStatistics:
         known, owned = self._known(hidden_states), window.owned(*hidden_states.shape[-2:])
-        self._recorded.append(record(hidden_states[:, :, owned.rows, owned.columns], self.groups))
+        self._recorded.append(record_by_rows(part(hidden_states, owned), self.groups))
         if known is not self._sampled:
             return known
-        return repeated(_varying, known, record(hidden_states, self.groups), share)
+        return repeated(_varying, known, record_by_rows(hidden_states, self.groups), share)

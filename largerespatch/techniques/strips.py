@@ -18,8 +18,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from ..core.families import Order, Site
-from ..core.pieces import assemble
-from ..core.statistics import GivenStatistics, GroupStatistics, pool, record
+from ..core.pieces import assemble, side_by_side
+from ..core.statistics import GivenStatistics, GroupStatistics, record
 from ..core.tilings import Tile
 from .cuts import Block, Strips, rows_of
 
@@ -107,20 +107,20 @@ class StripResnet:
         Returns the statistics of `middle`.
         """
         module, strips = self.module, self.strips
-        statistics = strips.statistics(source, self.groups(module.norm1))
+        statistics = strips.statistics(source, self.group_norm(module.norm1))
         recorded = []
 
         def compute(strip: Tile, given: Block) -> Any:
             above, block = given
             own = slice(above, above + strip.height)
             result = self.conv1(block, statistics, time, strip.top - above)[:, :, own]
-            recorded.append(record(result, self.groups(module.norm2)))
+            recorded.append(record(result, self.group_norm(module.norm2).num_groups))
             return result if residual is None else (module.conv_shortcut(block[:, :, own]), result)
 
         into = middle if residual is None else (residual, middle)
         read = partial(strips.read, source, reach(module.conv1))
         assemble(strips.cut(source), compute, rows_of, into=into, read=read, carries=True)
-        return pool(recorded)
+        return strips.statistics(middle, self.group_norm(module.norm2), recorded)
 
     def second_half(
         self,
@@ -142,7 +142,7 @@ class StripResnet:
             return block / module.output_scale_factor  # type: ignore[no-any-return]
 
         def read(cuts: Sequence[Tile]) -> Iterator[tuple[Block, Block]]:
-            return zip(strips.read(middle, reach(module.conv2), cuts), strips.read(residual, 0, cuts), strict=True)
+            return side_by_side(strips.read(middle, reach(module.conv2), cuts), strips.read(residual, 0, cuts))
 
         return assemble(  # type: ignore[no-any-return]
             strips.cut(residual), compute, rows_of, into=output, read=read, carries=True
@@ -159,8 +159,9 @@ class StripResnet:
         scale, shift = embedding.chunk(2, dim=1)
         return TimeTerms(after=(1 + scale, shift))
 
-    def groups(self, norm: Any) -> int:
-        return int(norm.num_groups)
+    def group_norm(self, norm: Any) -> nn.GroupNorm:
+        """What of a norm of the block needs the statistics of the whole map."""
+        return norm  # type: ignore[no-any-return]
 
     def normalized(self, norm: Any, block: torch.Tensor, statistics: GroupStatistics, top: int) -> torch.Tensor:
         """A block whose first row is the map's row `top`: below zero where rows come from the opposite edge."""
@@ -169,17 +170,21 @@ class StripResnet:
         return result
 
     def conv1(self, block: torch.Tensor, statistics: GroupStatistics, time: Time, top: int) -> torch.Tensor:
-        block = self.normalized(self.module.norm1, block, statistics, top)
-        block = self.module.conv1(self.module.nonlinearity(block))
+        # In one expression, so that what is normalized is gone when what is activated of it is convolved.
+        nonlinearity, norm = self.module.nonlinearity, self.module.norm1
+        block = self.module.conv1(nonlinearity(self.normalized(norm, block, statistics, top)))
         before = time().before
         return block if before is None else block + before
 
     def conv2(self, block: torch.Tensor, statistics: GroupStatistics, time: Time, top: int) -> torch.Tensor:
-        block = self.normalized(self.module.norm2, block, statistics, top)
-        if (after := time().after) is not None:
+        def normalized() -> torch.Tensor:
+            result = self.normalized(self.module.norm2, block, statistics, top)
+            if (after := time().after) is None:
+                return result
             factor, term = after
-            block = block * factor + term
-        convolved: torch.Tensor = self.module.conv2(self.module.dropout(self.module.nonlinearity(block)))
+            return result * factor + term
+
+        convolved: torch.Tensor = self.module.conv2(self.module.dropout(self.module.nonlinearity(normalized())))
         return convolved
 
 

@@ -6,7 +6,9 @@ records what every group norm sees, normalized by the statistics of a sample of 
 what was recorded; pass two applies it.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,10 +16,11 @@ from torch import nn
 from ..core.hosts import Host
 from ..core.patching import PatchStack
 from ..core.pieces import assemble, collect
-from ..core.planes import part
+from ..core.planes import part, whole
+from ..core.statistics import GroupStatistics
 from ..core.tilings import Tile, Window
 from ..core.weights import weights_held
-from .alike import piece
+from .alike import looks, piece
 from .halves import Cutting, InPieces, delivered
 from .listening import listeners
 from .parts import Parts
@@ -30,6 +33,28 @@ from .walk import Walk, can_be_walked
 # What the stages that run whole may hold in activations. With less, big images would get large halos; with more,
 # the whole part rather than the tiles would decide how much memory a decode takes.
 WHOLE_BYTES = 2 * 2**30
+
+# Of a strip of a tile's map: small beside the map, which may measure half a gibibyte.
+TILE_STRIP_BYTES = 2**24
+
+
+class TileWalk(Walk):
+    """Strips of the maps of a tile, which are on the device; norms are given what they share with those of others.
+
+    They have as many rows as `TILE_STRIP_BYTES` allow: a tile's own height has nothing to do with it.
+    """
+
+    def __init__(self, wrap: bool, passing: bool, shared: Mapping[nn.Module, SharedGroupNorm]) -> None:
+        super().__init__(sys.maxsize, wrap, passing=passing)
+        self.shared = shared
+
+    def most_rows(self, plane: torch.Tensor) -> int:
+        return self.rows_in(TILE_STRIP_BYTES, plane)
+
+    def statistics(
+        self, plane: torch.Tensor, norm: nn.GroupNorm, seen: Sequence[GroupStatistics] = ()
+    ) -> GroupStatistics:
+        return self.shared[norm].of(whole(plane))
 
 
 class TwoPass(InPieces):
@@ -64,15 +89,15 @@ class TwoPass(InPieces):
         before, after = (self._walk(parts.modules(stages)) for stages in (parts.before, parts.after))
         after.delivers = not parts.after and self.makes_pictures
 
-        def run(plane: torch.Tensor, stages: range, walk: Walk | None) -> torch.Tensor:
+        def run(stages: range, plane: torch.Tensor, walk: Walk | None) -> torch.Tensor:
             with parts.alone(stages, walk):
                 return original(plane)
 
         with PatchStack() as stack:
             self._silence(stack, parts.in_pieces())
-            plane = run(sample, parts.before, before) if parts.before else sample
-            plane = self._run_tiled(lambda tile: run(tile, parts.split.tiled, None), plane, parts, after)
-            return delivered(run(plane, parts.after, after) if parts.after else plane, self.makes_pictures)
+            plane = run(parts.before, sample, before) if parts.before else sample
+            plane = self._run_tiled(partial(run, parts.split.tiled), plane, parts, after)
+            return delivered(run(parts.after, plane, after) if parts.after else plane, self.makes_pictures)
 
     def choose(self, shape: torch.Size, itemsize: int) -> Parts:
         """For an input ``[B, C, H, W]`` of values of so many bytes."""
@@ -86,6 +111,15 @@ class TwoPass(InPieces):
         passing = not any(map(listeners, whole))
         return Walk(self.cutting.strip_height, self.cutting.wrap, host, passing)
 
+    def _walk_in_tiles(self, tiled: Sequence[nn.Module], shared: Mapping[nn.Module, SharedGroupNorm]) -> Walk | None:
+        """How tiles run: strip by strip where memory is short enough for a host, else all at once.
+
+        At once, too, where norms look elsewhere: over the edge of a tile they would see something else.
+        """
+        if self.host is None or looks(self.model):
+            return None
+        return TileWalk(self.cutting.wrap, not any(map(listeners, tiled)), shared)
+
     def _run_tiled(self, run: Forward, plane: torch.Tensor, parts: Parts, walk: Walk) -> torch.Tensor:
         """All of the tiled part's output, in memory of `walk`."""
         tiled = TiledPart(parts.split, self.cutting, *plane.shape[-2:])
@@ -94,10 +128,11 @@ class TwoPass(InPieces):
         with weights_held(self.model.modules()), PatchStack() as stack, self._progress(bar_length) as bar:
             for module, norm in norms:
                 stack.wrap(module, "forward", norm, f"{parts.paths[module]}.forward")
+            inside = self._walk_in_tiles(parts.tiled, dict(norms))
 
             def counted(*tiles: Tile) -> torch.Tensor:
                 with piece(tiles, tiled.width):
-                    result = run(part(plane, *tiles))
+                    result = run(part(plane, *tiles), inside)
                 bar.update()
                 return result
 

@@ -24,10 +24,11 @@ from ..core.maps import ComputedMap, StoredMap
 from ..core.pieces import assemble, collect
 from ..core.planes import Map, fetch
 from ..core.statistics import GivenStatistics, pool, record
-from ..core.tilings import Tile
+from ..core.tilings import Run, Tile
 from .alike import piece
 from .cuts import Block, Strips, rows_of
 from .images import wanted
+from .stages import measure
 from .strips import (
     Forward,
     StripResample,
@@ -51,9 +52,15 @@ LEANS_ON = (
     "diffusers.models.downsampling.Downsample2D.forward",
 )
 
+# Of a strip of a map on the host, or of what is made of it, whichever is more: it is there about seven times over,
+# normalized, activated, convolved and in the workspace of convolutions. At 16384 x 16384 in float32 it has four rows.
+STRIP_BYTES = 2**26
+
 
 class Walk(Strips):
     """Strips of maps that are passed on from module to module, and the memory that is free meanwhile.
+
+    Where maps live on a host, strips have fewer rows of wide ones, so that the device holds no more of them.
 
     Args:
         rows, wrap: see `Strips`.
@@ -81,6 +88,28 @@ class Walk(Strips):
         self.recompute = recompute
         self.spare: StoredMap | None = None
         self.delivers = False  # whether what is made now is the result
+        self.values = Fraction(0)  # most that is made now of a cell that is read
+
+    def technique(self, module: nn.Module, path: str) -> Forward:
+        """The strip-wise forward of a module. See `walked`."""
+        strip_wise, values = walked(module, path, self), measure(module).values
+
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            self.values = values
+            return strip_wise(*args, **kwargs)  # type: ignore[no-any-return]
+
+        return forward
+
+    def most_rows(self, plane: torch.Tensor) -> int:
+        if self.host is None or not self.host.serves(plane.device):
+            return super().most_rows(plane)
+        return self.rows_in(STRIP_BYTES, plane)
+
+    def rows_in(self, size: int, plane: torch.Tensor) -> int:
+        """Rows of a map of which no more than so many bytes are there, or are made."""
+        batch, channels, _, width = plane.shape
+        row = batch * max(Fraction(channels), self.values) * width * plane.element_size()
+        return int(size / (2 * row if isinstance(plane, ComputedMap) else row))  # which is there to compute it
 
     def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         host = self.host
@@ -157,13 +186,13 @@ class WalkedResnet(StripResnet):
     def _at_once(self, plane: torch.Tensor, time: Time) -> torch.Tensor:
         """The block in place: the middle map is computed once for its statistics and once more to be used."""
         module, walk = self.module, self.strips
-        outer = walk.statistics(plane, self.groups(module.norm1))
+        outer = walk.statistics(plane, self.group_norm(module.norm1))
         cuts, recorded = walk.cut(plane), []
 
         def note(strip: Tile, given: Block) -> None:
             above, block = given
             middle = self.conv1(block, outer, time, strip.top - above)[:, :, above : above + strip.height]
-            recorded.append(record(middle, self.groups(module.norm2)))
+            recorded.append(record(middle, self.group_norm(module.norm2).num_groups))
 
         def compute(strip: Tile, given: Block) -> torch.Tensor:
             above, block = given
@@ -209,31 +238,34 @@ class WalkedUpsample(StripUpsample):
         if 2 * height != walk.finest or not walk.recompute:
             return super().run(original, source, *args, **kwargs)
 
-        def compute(runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        def compute(run: Run, half: Tile, given: Block) -> torch.Tensor:
+            (top, bottom), (above, block) = run, given
+            start = 2 * above + top - 2 * half.top
+            return original(block, *args, **kwargs)[:, :, start : start + bottom - top]
+
+        def fetch(runs: Sequence[Run]) -> Iterator[torch.Tensor]:
             halves = [Tile(top // 2, 0, (bottom + 1) // 2, width) for top, bottom in runs]
-            for (top, bottom), half, (above, block) in zip(runs, halves, walk.read(source, 1, halves), strict=True):
-                start = 2 * above + top - 2 * half.top
-                yield original(block, *args, **kwargs)[:, :, start : start + bottom - top]
+            return map(compute, runs, halves, walk.read(source, 1, halves))
 
         shape = (batch, self.module.out_channels, 2 * height, 2 * width)
-        return ComputedMap(shape, source, compute, walk.passing)
+        return ComputedMap(shape, source, fetch, walk.passing)
 
 
 class WalkedPointwise:
     """Takes the place of the ``forward`` of a norm or an activation: in place, where its input was passed on.
 
-    `groups` is how many the norm has; None for what needs no statistics.
+    `norm` is what needs the statistics of the whole map, if anything does.
     """
 
-    def __init__(self, walk: Walk, groups: int | None = None) -> None:
+    def __init__(self, walk: Walk, norm: nn.GroupNorm | None = None) -> None:
         self.walk = walk
-        self.groups = groups
+        self.norm = norm
 
     def __call__(self, original: Forward, hidden_states: torch.Tensor) -> torch.Tensor:
-        walk, groups = self.walk, self.groups
+        walk, norm = self.walk, self.norm
         if walk.is_one(hidden_states):
             return original(hidden_states)
-        statistics = None if groups is None else walk.statistics(hidden_states, groups)
+        statistics = None if norm is None else walk.statistics(hidden_states, norm)
 
         def compute(strip: Tile, block: torch.Tensor) -> torch.Tensor:
             with piece([strip], strip.width), nullcontext() if statistics is None else GivenStatistics(statistics):
@@ -294,7 +326,7 @@ def _of_convolutions(module: Any, walk: Walk) -> Any:
         case nn.Conv2d(stride=(1, 1)):
             return WalkedResample(walk, Fraction(1), halo=reach(module))
         case nn.GroupNorm():
-            return WalkedPointwise(walk, module.num_groups)
+            return WalkedPointwise(walk, module)
         case nn.SiLU() | nn.ReLU() | nn.ReLU6() | nn.GELU() | nn.Mish():
             return WalkedPointwise(walk)
         case Attention():
