@@ -237,6 +237,29 @@ def test_an_upsampler_needs_its_output_alone():
     assert strips.peak["cpu"] < 1.3 * result.nbytes
 
 
+@pytest.mark.parametrize(("mode", "rows"), [("constant", [2 * (20 + 2), 10 * (4 + 2)]), ("circular", [2 * 30, 10 * 8])])
+def test_no_row_of_a_halo_is_convolved_in_vain(mode, rows):
+    """But at the edges of a map, where convolutions pad, and where they pad otherwise. Upsamplers see rows twice."""
+    modules = (
+        ResnetBlock2D(in_channels=16, out_channels=16, groups=8, temb_channels=None),
+        Upsample2D(16, use_conv=True),
+    )
+    made = []
+    for module in modules:
+        for each in module.modules():
+            if isinstance(each, torch.nn.Conv2d):
+                each.register_forward_hook(lambda _, __, output: made.append(output.shape[2]))
+    for module, expected_rows in zip(modules, rows, strict=True):
+        x = torch.randn(1, 16, 20, 6)
+        with PatchStack() as stack:
+            install(stack, padding_sites(module, "module", mode))
+            expected = module(x, None)
+            made.clear()
+            install_in_unet(stack, module, 4, wrap=mode == "circular")
+            torch.testing.assert_close(module(x, None), expected, **ROUNDING)
+        assert sum(made) == expected_rows
+
+
 def test_strips_lower_the_peak_of_a_unet():
     unet = tiny.unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type=None)
     arguments = unet_arguments(1, 256, 8)

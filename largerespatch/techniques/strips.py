@@ -7,15 +7,18 @@ strip goes through the original forward.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import cache, partial
 from math import ceil
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..core.families import Order, Site
 from ..core.pieces import assemble
@@ -52,6 +55,39 @@ def is_differentiated(module: nn.Module, *tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (*tensors, *module.parameters())
     )
+
+
+class HaloForPadding(TorchFunctionMode):
+    """Makes ``F.conv2d`` pad at the sides alone, for strips that have a halo: no row of that is computed in vain.
+
+    What pads before it calls that, as convolutions with circular padding do, gives as many rows as ever.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.conv2d and len(args) > _PADDING and isinstance(args[_PADDING], tuple):
+            args = (*args[:_PADDING], (0, args[_PADDING][1]), *args[_PADDING + 1 :])
+        return func(*args, **(kwargs or {}))
+
+
+_PADDING = 4  # its place among the arguments
+
+
+def own_rows(
+    work: Callable[[torch.Tensor], torch.Tensor], strip: Tile, given: Block, halo: int, scale: Fraction = Fraction(1)
+) -> torch.Tensor:
+    """A strip's own rows of what `work`, convolutions one after another, makes of it, given with up to so much halo.
+
+    At the map's edges, where there is no halo, they pad.
+    """
+    above, block = given
+    inside = halo > 0 and above == halo and block.shape[-2] == strip.height + 2 * halo
+    with HaloForPadding() if inside else nullcontext():
+        result = work(block)
+    missing = int(block.shape[-2] * scale) - result.shape[-2] if inside else 0
+    first = int(above * scale) - missing // 2
+    return result[:, :, first : first + ceil(strip.height * scale)]
 
 
 class TimeTerms(NamedTuple):
@@ -107,18 +143,18 @@ class StripResnet:
         Returns the statistics of `middle`.
         """
         module, strips = self.module, self.strips
-        statistics = strips.statistics(source, self.groups(module.norm1))
+        statistics, halo = strips.statistics(source, self.groups(module.norm1)), reach(module.conv1)
         recorded = []
 
         def compute(strip: Tile, given: Block) -> Any:
             above, block = given
-            own = slice(above, above + strip.height)
-            result = self.conv1(block, statistics, time, strip.top - above)[:, :, own]
+            result = own_rows(lambda rows: self.conv1(rows, statistics, time, strip.top - above), strip, given, halo)
             recorded.append(record(result, self.groups(module.norm2)))
+            own = slice(above, above + strip.height)
             return result if residual is None else (module.conv_shortcut(block[:, :, own]), result)
 
         into = middle if residual is None else (residual, middle)
-        read = partial(strips.read, source, reach(module.conv1))
+        read = partial(strips.read, source, halo)
         assemble(strips.cut(source), compute, rows_of, into=into, read=read)
         return pool(recorded)
 
@@ -133,16 +169,17 @@ class StripResnet:
     ) -> torch.Tensor:
         """``(residual + conv2(act(norm2(middle)))) / scale`` into `output`, which may be either of the two."""
         module, strips = self.module, self.strips
-        shortcut = None if shortcut_done else module.conv_shortcut
+        shortcut, halo = None if shortcut_done else module.conv_shortcut, reach(module.conv2)
 
         def compute(strip: Tile, given: tuple[Block, Block]) -> torch.Tensor:
-            (above, block), (_, own) = given
-            block = self.conv2(block, statistics, time, strip.top - above)[:, :, above : above + strip.height]
+            around, (_, own) = given
+            top = strip.top - around[0]
+            block = own_rows(lambda rows: self.conv2(rows, statistics, time, top), strip, around, halo)
             block = block + (own if shortcut is None else shortcut(own))
             return block / module.output_scale_factor  # type: ignore[no-any-return]
 
         def read(cuts: Sequence[Tile]) -> Iterator[tuple[Block, Block]]:
-            return zip(strips.read(middle, reach(module.conv2), cuts), strips.read(residual, 0, cuts), strict=True)
+            return zip(strips.read(middle, halo, cuts), strips.read(residual, 0, cuts), strict=True)
 
         return assemble(strips.cut(residual), compute, rows_of, into=output, read=read)  # type: ignore[no-any-return]
 
@@ -184,13 +221,15 @@ class StripResnet:
 class StripResample:
     """Takes the place of the ``forward`` of a convolution, an ``Upsample2D`` or a ``Downsample2D``.
 
-    `halo` counts cells of the input.
+    `halo` counts cells of the input. `plain` says that the module is a convolution with no shortcut around it, so that
+    the halo may take the place of padding.
     """
 
-    def __init__(self, strips: Strips, scale: Fraction, halo: int) -> None:
+    def __init__(self, strips: Strips, scale: Fraction, halo: int, plain: bool = False) -> None:
         self.strips = strips
         self.scale = scale
         self.halo = halo
+        self.plain = plain
 
     def __call__(self, original: Forward, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.strips.is_one(hidden_states) or hidden_states.shape[-2] < self.halo:
@@ -210,9 +249,9 @@ class StripResample:
             return slice(int(strip.top * self.scale), min(ceil(strip.bottom * self.scale), size[0]))
 
         def compute(strip: Tile, given: Block) -> torch.Tensor:
-            above, block = given
-            own, first = rows(strip), int(above * self.scale)
-            return work(block, strip.top - above)[:, :, first : first + own.stop - own.start]
+            own, top = rows(strip), strip.top - given[0]
+            result = own_rows(lambda block: work(block, top), strip, given, self.halo if self.plain else 0, self.scale)
+            return result[:, :, : own.stop - own.start]
 
         return assemble(  # type: ignore[no-any-return]
             self.strips.cut(source, self.scale),
@@ -235,7 +274,7 @@ class StripUpsample(StripResample):
     """
 
     def __init__(self, module: Upsample2D, strips: Strips) -> None:
-        super().__init__(strips, Fraction(2), halo=1)
+        super().__init__(strips, Fraction(2), halo=1, plain=True)
         self.module: Any = module
 
     def __call__(
