@@ -23,7 +23,6 @@ from halves import (
     live,
     padded,
     patched,
-    picture,
     told,
 )
 from largerespatch import LargeResPatch
@@ -111,17 +110,6 @@ def test_passes_come_close_and_as_many_as_there_are_norms_are_exact(half, mode):
             errors.append(error(cut_up(lambda: run(model, x)), expected))
     assert 1e-4 < errors[0] < 0.2
     assert errors[1] < 1e-4
-
-
-@BOTH
-def test_half_of_the_untiled_memory_is_enough(half):
-    """At 512 x 512, with as many channels beside each other at the finest level as the published model has."""
-    model = vae(block_out_channels=(32, 64, 64, 64, 64, 64), spatial_compression_ratio=32, latent_channels=8)
-    x = picture(1, 512, 512) if half == "encode" else latent(1, 16, 16).repeat(1, 2, 1, 1)
-    untiled = live(lambda: HALVES[half](model, x))
-    for mode in ("exact", "two-pass"):
-        with patched(model, vae_mode=mode, vae_chunk_size_x=8, vae_chunk_size_y=8):
-            assert live(lambda: HALVES[half](model, x)) <= 0.5 * untiled, mode
 
 
 @pytest.mark.parametrize("widens", [1, 2, 4])
