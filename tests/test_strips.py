@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import tiny
 from largerespatch.core.families import install
 from largerespatch.core.patching import PatchStack
+from largerespatch.techniques.halos import HaloForPadding
 from largerespatch.techniques.padding import padding_sites
 from largerespatch.techniques.strips import Strips, strip_sites
 from live import LiveBytes
@@ -235,6 +237,21 @@ def test_an_upsampler_needs_its_output_alone():
         with LiveBytes() as strips:
             result = module(x)
     assert strips.peak["cpu"] < 1.3 * result.nbytes
+
+
+def test_a_halo_takes_the_place_of_padding_however_that_is_told():
+    """Adapters tell it by name, and their results are added to the convolution's."""
+    x, weight = torch.randn(1, 2, 8, 5), torch.randn(3, 2, 3, 3)
+    padded = F.conv2d(x, weight, padding=1)
+    with HaloForPadding():
+        for result in (
+            F.conv2d(x, weight, None, (1, 1), (1, 1)),
+            F.conv2d(x, weight, padding=(1, 1)),
+            F.conv2d(input=x, weight=weight, padding=1),
+        ):
+            torch.testing.assert_close(result, padded[:, :, 1:-1])
+        torch.testing.assert_close(F.conv2d(x, weight), padded[:, :, 1:-1, 1:-1])
+    torch.testing.assert_close(F.conv2d(x, weight, padding=1), padded)
 
 
 @pytest.mark.parametrize(("mode", "rows"), [("constant", [2 * (20 + 2), 10 * (4 + 2)]), ("circular", [2 * 30, 10 * 8])])

@@ -7,24 +7,22 @@ strip goes through the original forward.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from fractions import Fraction
 from functools import cache, partial
 from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..core.families import Order, Site
 from ..core.pieces import assemble
 from ..core.statistics import GivenStatistics, GroupStatistics, pool, record
 from ..core.tilings import Tile
 from .cuts import Block, Strips, rows_of
+from .halos import own_rows
 
 Forward = Callable[..., torch.Tensor]
 
@@ -55,39 +53,6 @@ def is_differentiated(module: nn.Module, *tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (*tensors, *module.parameters())
     )
-
-
-class HaloForPadding(TorchFunctionMode):
-    """Makes ``F.conv2d`` pad at the sides alone, for strips that have a halo: no row of that is computed in vain.
-
-    What pads before it calls that, as convolutions with circular padding do, gives as many rows as ever.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.conv2d and len(args) > _PADDING and isinstance(args[_PADDING], tuple):
-            args = (*args[:_PADDING], (0, args[_PADDING][1]), *args[_PADDING + 1 :])
-        return func(*args, **(kwargs or {}))
-
-
-_PADDING = 4  # its place among the arguments
-
-
-def own_rows(
-    work: Callable[[torch.Tensor], torch.Tensor], strip: Tile, given: Block, halo: int, scale: Fraction = Fraction(1)
-) -> torch.Tensor:
-    """A strip's own rows of what `work`, convolutions one after another, makes of it, given with up to so much halo.
-
-    At the map's edges, where there is no halo, they pad.
-    """
-    above, block = given
-    inside = halo > 0 and above == halo and block.shape[-2] == strip.height + 2 * halo
-    with HaloForPadding() if inside else nullcontext():
-        result = work(block)
-    missing = int(block.shape[-2] * scale) - result.shape[-2] if inside else 0
-    first = int(above * scale) - missing // 2
-    return result[:, :, first : first + ceil(strip.height * scale)]
 
 
 class TimeTerms(NamedTuple):

@@ -27,6 +27,7 @@ from ..core.statistics import GivenStatistics, pool, record
 from ..core.tilings import Tile
 from .alike import piece
 from .cuts import Block, Strips, rows_of
+from .halos import own_rows
 from .images import wanted
 from .strips import (
     Forward,
@@ -36,7 +37,6 @@ from .strips import (
     Time,
     can_be_resnet,
     can_be_upsampler,
-    own_rows,
     reach,
 )
 
