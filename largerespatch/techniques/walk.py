@@ -163,8 +163,8 @@ class WalkedResnet(StripResnet):
         module, walk = self.module, self.strips
         outer = walk.statistics(plane, self.groups(module.norm1))
         cuts, recorded = walk.cut(plane), []
-
         halo = reach(module.conv1)
+        around = halo + reach(module.conv2)
 
         def note(strip: Tile, given: Block) -> None:
             middle = own_rows(lambda rows: self.conv1(rows, outer, time, strip.top - given[0]), strip, given, halo)
@@ -185,7 +185,6 @@ class WalkedResnet(StripResnet):
 
         collect(cuts, note, read=partial(walk.read, plane, halo))
         inner = pool(recorded)
-        around = halo + reach(module.conv2)
         read = partial(walk.read, plane, around)
         return assemble(cuts, compute, rows_of, into=plane, read=read)  # type: ignore[no-any-return]
 
