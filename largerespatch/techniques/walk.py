@@ -86,14 +86,7 @@ class Walk(Strips):
 
     def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         image = wanted(like, shape) if self.delivers else None
-        if image is not None:
-            return image
-        away = self.host is not None and self.host.serves(like.device)
-        if self.by_rows and shape[2] == self.finest and not away:
-            batch, channels, height, width = shape
-            memory = like.new_empty(batch, height, channels, width).transpose(1, 2)
-            return StoredMap.of(memory, self.host, self.passing)
-        return StoredMap.empty(shape, like, self.host, self.passing)
+        return StoredMap.empty(shape, like, self.host, self.passing) if image is None else image
 
     def reuse(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The same, or the memory that the last residual block has no more use for, where it fits."""
@@ -203,8 +196,15 @@ class WalkedResample(StripResample):
         return super().run(original, source, *args, **kwargs)
 
     def output(self, source: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        fits = isinstance(source, StoredMap) and source.passing and (source.shape, source.dtype) == (shape, like.dtype)
-        return source if fits else super().output(source, like, shape)
+        walk = self.strips
+        if isinstance(source, StoredMap) and source.passing and (source.shape, source.dtype) == (shape, like.dtype):
+            return source
+        away = walk.host is not None and walk.host.serves(like.device)
+        if walk.by_rows and shape[2] == walk.finest and not away:
+            batch, channels, height, width = shape
+            rows = like.new_empty(batch, height, channels, width)
+            return StoredMap.of(rows.transpose(1, 2), walk.host, walk.passing)
+        return super().output(source, like, shape)
 
 
 class WalkedUpsample(StripUpsample):
