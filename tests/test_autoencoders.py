@@ -8,20 +8,23 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import accelerate
+import autoencoders as published
 import pytest
 import test_asymmetric
 import test_causal
 import test_dc
-import test_flux_2_vae
 import test_hunyuan_vae
+import test_kl
 import test_tiny
 import test_vq
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 from diffusers.hooks.group_offloading import GroupOffloadingType
 from diffusers.image_processor import VaeImageProcessor
 from test_weights import cpu_as_accelerator, offload_on_a_stream  # noqa: F401  fixtures
 
 import halves
+from _common import Candidate, cost_on_paper
 from conftest import quiet
 from halves import HALVES, MODES, Bar, cut_up, error, in_pieces, latent, live, patched, picture
 from largerespatch import LargeResPatch
@@ -44,6 +47,12 @@ class Case(NamedTuple):
     width: int = 6  # of what is compared in half precision, where so few cells round alike
 
 
+def flux_2_pipeline():
+    """The batch norm over packed latents is outside of its autoencoder."""
+    texts = dict.fromkeys(("transformer", "text_encoder", "tokenizer"))
+    return quiet(Flux2Pipeline(vae=test_kl.flux_2(), scheduler=FlowMatchEulerDiscreteScheduler(), **texts))
+
+
 CASES = {
     "HunyuanImage": Case(test_hunyuan_vae.vae, test_hunyuan_vae.pipeline),
     "DC": Case(test_dc.vae, test_dc.pipeline, width=8),
@@ -55,7 +64,7 @@ CASES = {
         EVERY_WAY[:2],  # upstream has no group offload for it
         "movq",
     ),
-    "Flux 2": Case(test_flux_2_vae.flux_2, test_flux_2_vae.pipeline, width=12),
+    "Flux 2": Case(test_kl.flux_2, flux_2_pipeline, width=12),
     "asymmetric": Case(
         test_asymmetric.vae,
         test_asymmetric.pipeline,
@@ -120,6 +129,29 @@ def test_the_estimate_is_what_a_real_run_holds(name, mode, half):
         held = live(run) + pictures
     assert getattr(patch.estimate(), half) == pytest.approx(held, rel=0.1)
     assert getattr(patch.estimate(patched=False), half) == pytest.approx(bare, rel=0.1)
+
+
+# Built alike are Flux 2's and Stable Diffusion's, Qwen-Image's and Wan's.
+@pytest.mark.parametrize("name", sorted(set(published.AUTOENCODERS) - {"AutoencoderKL (SD)", "AutoencoderKLWan"}))
+@halves.BOTH
+def test_half_of_the_untiled_memory_is_enough(name, half):
+    """At 512 x 512, of the published configurations, on models that hold no data."""
+    vae, peaks = published.build(name, "meta"), {}
+    for way, context in published.ways(name, vae, 512, 256).items():
+        if way != published.OWN:
+            call = partial(published.run, half, vae, published.source(name, half, vae, 512))
+            peaks[way] = cost_on_paper(Candidate(call, context)).peak_live_bytes
+    for way in (published.DEFAULT, published.EXACT):
+        assert peaks[way] <= 0.5 * peaks[published.UNTILED], way
+
+
+@MODES
+def test_a_large_picture_takes_little_beside_the_weights_with_maps_on_the_host(mode):
+    """In half precision. The others take less."""
+    vae = published.build("AutoencoderKLWan (2.2)", "meta", torch.float16)
+    pipe = SimpleNamespace(components={"vae": vae}, vae=vae, progress_bar=Bar, image_processor=VaeImageProcessor())
+    estimate = LargeResPatch(pipe, 4096, 4096, vae_mode=mode, vae_offload=True).estimate()
+    assert max(estimate.encode, estimate.decode) < 1.5 * 2**30
 
 
 BUILT = {name: (case.build, 8) for name, case in CASES.items()} | {

@@ -222,21 +222,6 @@ def test_circular_padding_makes_an_autoencoder_commute_with_rolling(half, kind, 
     assert error(run(vae, x.roll(there, (3, 4))).roll(back, (3, 4)), run(vae, x)) > 100 * CLOSE
 
 
-def peak(run, vae, x):
-    with LiveBytes("cpu") as count:
-        run(vae, x)
-    return count.peak
-
-
-@BOTH
-@MODES
-def test_half_of_the_untiled_memory_is_enough(half, mode):
-    vae, x, run = autoencoder(base_dim=16), inputs(half, 1, 64, 64), HALVES[half]
-    untiled = peak(run, vae, x)
-    with in_pieces(vae, 16, 16, vae_mode=mode):
-        assert peak(run, vae, x) <= 0.5 * untiled
-
-
 def bytes_by_device(half, mode, height):
     """Peaks on a device and on its host, played by fake tensors on ``meta`` and on ``cpu``: nothing is computed."""
     with fake():

@@ -4,7 +4,9 @@ import json
 import math
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
+import autoencoders
 import nbformat
 import numpy as np
 import pytest
@@ -310,17 +312,34 @@ def test_transformer_fidelity(run, tmp_path, capsys):
 def test_autoencoders(run, tmp_path, capsys):
     out = tmp_path / "autoencoders.json"
     small = ("--autoencoders", "AutoencoderTiny", "--size", 128, "--tile", 64, "--large", 1024, "--threads", 1)
-    run(BENCHMARKS / "autoencoders.py", *small, "--out", out)
+    run(BENCHMARKS / "autoencoders.py", *small, "--halves", "decode", "--out", out)
+    (first,) = [row for row in json.loads(out.read_text())["rows"] if row["way"] == "exact"]
+    assert "nothing is left" in capsys.readouterr().out
+    run(BENCHMARKS / "autoencoders.py", *small, "--resume", "--out", out)
     report = json.loads(out.read_text())
     check_environment(report)
-    rows = {row["way"]: row for row in report["rows"]}
-    assert list(rows) == ["untiled", "own tiling", "default", "exact"]
-    for way in ("default", "exact"):
-        assert rows[way]["peak_live_bytes"] < rows["untiled"]["peak_live_bytes"]
-        assert rows[way]["relative_error"] < 1e-5 < rows["own tiling"]["relative_error"]
+    assert first in report["rows"]  # seconds and all: it was not measured again
+    for half in ("decode", "encode"):
+        rows = {row["way"]: row for row in report["rows"] if row["half"] == half}
+        assert sorted(rows) == ["default", "exact", "own tiling", "untiled"]
+        assert rows["own tiling"].get("relative_error", 1) > 1e-2  # upstream's encodes to what is no number
+        for way in ("default", "exact"):
+            assert rows[way]["peak_live_bytes"] < rows["untiled"]["peak_live_bytes"]
+            assert rows[way]["relative_error"] < 1e-5
     (simulated,) = report["simulated"]
-    assert simulated["decode_bytes"]["exact"] < simulated["decode_bytes"]["untiled"]
-    assert "AutoencoderTiny, 1024²" in capsys.readouterr().out
+    for half in ("decode", "encode"):
+        assert simulated[f"{half}_bytes"]["exact"] < simulated[f"{half}_bytes"]["untiled"]
+    assert "AutoencoderTiny, decode, 1024²" in capsys.readouterr().out
+
+
+def test_a_result_that_float64_does_not_know_is_told(monkeypatch):
+    """Of what is no further from the untiled result than rounding nothing is told."""
+    options = SimpleNamespace(device="cpu", size=64, tile=32, rounds=1, clock="cpu")
+    for most, told in ((0.0, True), (1e-4, False)):
+        monkeypatch.setattr(autoencoders, "EXACT_TO", most)
+        rows = {row["way"]: row for row in autoencoders.measure("AutoencoderTiny", "decode", options)}
+        assert ("to_float64" in rows["exact"]) == told and "to_float64" not in rows["default"]
+    assert 0 < rows["exact"]["relative_error"] < 1e-5
 
 
 def test_vae(run, tmp_path, capsys):

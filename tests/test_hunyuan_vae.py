@@ -1,8 +1,11 @@
 """The autoencoder of HunyuanImage 2.1 in pieces, against itself untiled."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanImage, AutoencoderKLHunyuanImageRefiner
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanimage import HunyuanImageDownsample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +23,6 @@ from halves import (
     live,
     padded,
     patched,
-    picture,
     told,
 )
 from largerespatch import LargeResPatch
@@ -28,6 +30,8 @@ from largerespatch.autoencoders.hunyuan_image import HunyuanImage
 from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
 from largerespatch.techniques import chunked_attention, two_pass
+from largerespatch.techniques.halved import WalkedDownsample
+from largerespatch.techniques.walk import Walk
 
 
 def vae(**changes):
@@ -120,17 +124,29 @@ def test_passes_come_close_and_as_many_as_there_are_norms_are_exact(half, mode):
     assert errors[1] < 1e-4
 
 
-@BOTH
-def test_half_of_the_untiled_memory_is_enough(half):
-    """At 512 x 512, with as many channels beside each other at the finest level as the published model has."""
-    model = vae(block_out_channels=(32, 64, 64, 64, 64, 64), spatial_compression_ratio=32, latent_channels=8)
-    x = picture(1, 512, 512) if half == "encode" else latent(1, 16, 16).repeat(1, 2, 1, 1)
-    untiled = live(lambda: HALVES[half](model, x))
-    for mode in ("exact", "two-pass"):
-        with patched(model, vae_mode=mode, vae_chunk_size_x=8, vae_chunk_size_y=8):
-            # A halved map and the one that it is made of are half of what there is untiled; strips come on top.
-            most = 0.58 if half == "encode" and mode == "exact" else 0.5
-            assert live(lambda: HALVES[half](model, x)) <= most * untiled, mode
+@pytest.mark.parametrize("widens", [1, 2, 4])
+@pytest.mark.parametrize("rows_apart", [False, True])
+def test_a_halved_map_lies_in_the_memory_of_the_whole_one_where_it_fits(widens, rows_apart):
+    """Row by row; what is spare of it is another map of that size, and so on for what is halved next."""
+    finest = 16 if rows_apart else None
+    walk = Walk(4, wrap=False, finest=finest, by_rows=True)
+    source = torch.randn(2, 8, 16, 12)
+    plane = walk.empty(source, source.shape)
+    plane[:, :, :] = source
+    memory = plane.whole().untyped_storage()
+    for channels in (8, 8 * widens):
+        module = HunyuanImageDownsample(channels, channels * widens).requires_grad_(False)
+        expected = module(source)
+        plane = WalkedDownsample(walk, Fraction(1, 2), halo=2)(module, plane)
+        assert error(plane.whole(), expected) < 1e-5
+        fits = rows_apart and widens < 4
+        assert (plane.whole().untyped_storage().data_ptr() == memory.data_ptr()) == fits
+        assert (walk.spare is not None) == fits
+        if fits:
+            assert walk.spare.shape == plane.shape
+            walk.spare[:, :, :] = torch.full(plane.shape, 9.0)  # as the next block does
+            assert error(plane.whole(), expected) < 1e-5
+        source = expected
 
 
 @BOTH

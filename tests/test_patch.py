@@ -7,6 +7,7 @@ import weakref
 from itertools import pairwise
 from types import SimpleNamespace
 
+import diffusers as d
 import numpy as np
 import pytest
 import torch
@@ -377,6 +378,34 @@ def test_an_unknown_transformer_is_left_alone_and_named():
         assert before == [(type(module), dict(vars(module))) for module in transformer.modules()]
         assert "forward" in vars(pipe.components["unet"])
         assert repr(patch).endswith("\n  transformer (CogVideoXTransformer3DModel): left as it is")
+
+
+FILMS = {
+    "CogVideoX": lambda: d.AutoencoderKLCogVideoX(
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+    ),
+    "LTX": lambda: d.AutoencoderKLLTXVideo(
+        block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8), latent_channels=8
+    ),
+    "Mochi": lambda: d.AutoencoderKLMochi(
+        encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, latent_channels=4
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILMS)
+def test_an_autoencoder_of_films_is_left_alone_and_named(kind):
+    pipe, vae = Empty(), FILMS[kind]()
+    pipe.components |= {"unet": tiny.unet(), "vae": vae}
+    name = type(vae).__name__
+    before = [(type(module), dict(vars(module))) for module in vae.modules()]
+    with pytest.warns(RuntimeWarning, match=f"^{name} is an autoencoder of no known kind") as warned:
+        patch = LargeResPatch(pipe, 64, 64, **SMALL)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    with patch:
+        assert before == [(type(module), dict(vars(module))) for module in vae.modules()]
+        assert "forward" in vars(pipe.components["unet"])
+        assert repr(patch).endswith(f"\n  vae ({name}): left as it is")
 
 
 def test_temporal_attention_is_left_alone():

@@ -6,6 +6,7 @@ from functools import cache, partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from largerespatch.core.families import install
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.pieces import collect, rehearsal
 from largerespatch.memory.weightless import WithoutData
+from largerespatch.techniques.halos import HaloForPadding
 from largerespatch.techniques.padding import padding_sites
 from largerespatch.techniques.strips import Strips, strip_sites
 from live import LiveBytes
@@ -260,6 +262,44 @@ def test_an_upsampler_needs_its_output_alone():
         with LiveBytes() as strips:
             result = module(x)
     assert strips.peak["cpu"] < 1.3 * result.nbytes
+
+
+def test_a_halo_takes_the_place_of_padding_however_that_is_told():
+    """Adapters tell it by name, and their results are added to the convolution's."""
+    x, weight = torch.randn(1, 2, 8, 5), torch.randn(3, 2, 3, 3)
+    padded = F.conv2d(x, weight, padding=1)
+    with HaloForPadding():
+        for result in (
+            F.conv2d(x, weight, None, (1, 1), (1, 1)),
+            F.conv2d(x, weight, padding=(1, 1)),
+            F.conv2d(input=x, weight=weight, padding=1),
+        ):
+            torch.testing.assert_close(result, padded[:, :, 1:-1])
+        torch.testing.assert_close(F.conv2d(x, weight), padded[:, :, 1:-1, 1:-1])
+    torch.testing.assert_close(F.conv2d(x, weight, padding=1), padded)
+
+
+@pytest.mark.parametrize(("mode", "rows"), [("constant", [2 * (20 + 2), 10 * (4 + 2)]), ("circular", [2 * 30, 10 * 8])])
+def test_no_row_of_a_halo_is_convolved_in_vain(mode, rows):
+    """But at the edges of a map, where convolutions pad, and where they pad otherwise. Upsamplers see rows twice."""
+    modules = (
+        ResnetBlock2D(in_channels=16, out_channels=16, groups=8, temb_channels=None),
+        Upsample2D(16, use_conv=True),
+    )
+    made = []
+    for module in modules:
+        for each in module.modules():
+            if isinstance(each, torch.nn.Conv2d):
+                each.register_forward_hook(lambda _, __, output: made.append(output.shape[2]))
+    for module, expected_rows in zip(modules, rows, strict=True):
+        x = torch.randn(1, 16, 20, 6)
+        with PatchStack() as stack:
+            install(stack, padding_sites(module, "module", mode))
+            expected = module(x, None)
+            made.clear()
+            install_in_unet(stack, module, 4, wrap=mode == "circular")
+            torch.testing.assert_close(module(x, None), expected, **ROUNDING)
+        assert sum(made) == expected_rows
 
 
 def test_strips_lower_the_peak_of_a_unet():

@@ -141,21 +141,6 @@ def test_of_images_of_no_whole_latent_pixels_all_is_encoded(mode, size):
 
 @BOTH
 @MODES
-def test_half_of_the_untiled_memory_is_enough(half, mode):
-    vae, x, run = autoencoder(**PUBLISHED), INPUTS[half](1, 64, 64), HALVES[half]
-
-    def peak():
-        with LiveBytes("cpu") as count:
-            run(vae, x)
-        return count.peak
-
-    untiled = peak()
-    with in_pieces(vae, 16, 16, vae_mode=mode):
-        assert peak() <= 0.5 * untiled
-
-
-@BOTH
-@MODES
 def test_where_maps_live_elsewhere_none_is_whole_here(half, mode, monkeypatch):
     """But the picture: what is computed on is never as large as a map."""
     vae, x, run, largest = autoencoder(), INPUTS[half](1, 32, 8), HALVES[half], []

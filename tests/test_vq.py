@@ -17,7 +17,6 @@ from halves import (
     cut_up,
     error,
     latent,
-    live,
     padded,
     patched,
     picture,
@@ -161,19 +160,6 @@ def test_maps_live_on_a_host_as_well(monkeypatch, half, mode):
         with patched(model, vae_offload=offload, vae_mode=mode):
             results.append(cut_up(lambda: run(model, x)))
     assert error(*results) < 1e-4
-
-
-@MODES
-def test_half_of_the_untiled_memory_is_enough(mode):
-    """At 512 x 512, with the levels of the published model."""
-    up = {"up_block_types": ("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 3)}
-    model = vae(
-        block_out_channels=(32, 64, 64, 128), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4, **up
-    )
-    z = latent(1, 64, 64)
-    untiled = live(lambda: model.decode(z))
-    with patched(model, vae_mode=mode, vae_chunk_size_x=16, vae_chunk_size_y=16):
-        assert live(lambda: cut_up(lambda: model.decode(z))) <= 0.5 * untiled
 
 
 def test_it_is_told_and_leaves_nothing_behind():

@@ -1,15 +1,21 @@
-"""Autoencoders of today, decoding: in pieces, untiled, and by their own tiling; what each takes and how near it comes.
+"""Autoencoders of today: in pieces, untiled, and by their own tiling; what each takes and how near it comes.
 
 Real architectures as their published configurations have them, with random weights. Live bytes are counted on torch's
 meta device, from the shapes of the real calls; what a large picture needs with its maps on the host is the library's
-own estimate. Time and the distance from the untiled result are of real runs on this machine.
+own estimate. Time and the distance from the untiled result are of real runs on this machine. Where that distance is
+more than rounding should be, the result in float64 says which of the two is nearer to the truth.
+
+All of it takes the better part of an hour on one core. ``--minutes`` ends it early and ``--resume`` goes on.
 """
 
 import argparse
+import json
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -140,15 +146,20 @@ AUTOENCODERS: dict[str, Published] = {
     ),
 }
 WITH_FRAMES = (AutoencoderKLQwenImage, AutoencoderKLWan)
+HALVES = ("decode", "encode")
+EXACT_TO = 1e-4  # of the largest value, in float32
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--autoencoders", choices=AUTOENCODERS, nargs="+", default=list(AUTOENCODERS), help="(all)")
+    parser.add_argument("--halves", choices=HALVES, nargs="+", default=list(HALVES), help="(both)")
     parser.add_argument("--size", type=positive, default=512, metavar="N", help="side of the picture (%(default)s)")
     parser.add_argument("--large", type=positive, default=4096, metavar="N", help="of the estimate (%(default)s)")
     parser.add_argument("--tile", type=positive, default=256, metavar="N", help="of sample pixels (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=1, help="(%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="keep what --out has of this size, and measure the rest")
+    parser.add_argument("--minutes", type=positive, metavar="N", help="begin nothing more after so long (no limit)")
     add_device_options(parser)
     add_common_options(parser, "autoencoders")
     return parser.parse_args()
@@ -163,11 +174,23 @@ def build(name: str, device: str, dtype: torch.dtype = torch.float32) -> Any:
     return vae.eval().requires_grad_(False)
 
 
-def latent(name: str, vae: Any, size: int) -> torch.Tensor:
+def source(name: str, half: str, vae: Any, size: int) -> torch.Tensor:
+    """What goes in, of a picture of ``size x size`` sample pixels."""
     kind, _, channels, factor = AUTOENCODERS[name]
     frames = (1,) if kind in WITH_FRAMES else ()
-    shape = (1, channels, *frames, size // factor, size // factor)
-    return torch.randn(shape, device=vae.device, dtype=vae.dtype, generator=_generator(vae.device))
+    cells = (channels, *frames, size // factor, size // factor) if half == "decode" else (3, *frames, size, size)
+    return torch.randn((1, *cells), device=vae.device, dtype=vae.dtype, generator=_generator(vae.device))
+
+
+def run(half: str, vae: Any, given: torch.Tensor) -> torch.Tensor:
+    """As pipelines call it."""
+    if half == "decode":
+        as_called = {"force_not_quantize": True} if isinstance(vae, VQModel) else {}
+        decoded: torch.Tensor = vae.decode(given, **as_called).sample
+        return decoded
+    encoded = vae.encode(given)
+    result: torch.Tensor = encoded.latent_dist.mode() if "latent_dist" in encoded else next(iter(encoded.values()))
+    return result
 
 
 def _generator(device: torch.device) -> torch.Generator | None:
@@ -189,90 +212,127 @@ def ways(name: str, vae: Any, size: int, tile: int) -> Ways:
     return found
 
 
-def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, half: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each way."""
     vae, shadow = build(name, options.device), build(name, "meta")
-    source, unseen = latent(name, vae, options.size), latent(name, shadow, options.size)
+    given, unseen = (source(name, half, each, options.size) for each in (vae, shadow))
     results: dict[str, torch.Tensor] = {}
 
-    def decode(way: str) -> None:
-        results[way] = vae.decode(source).sample
+    def note(way: str) -> None:
+        results[way] = run(half, vae, given)
 
-    timed = {
-        way: Candidate(partial(decode, way), context)
-        for way, context in ways(name, vae, options.size, options.tile).items()
-    }
-    counted = {
-        way: Candidate(lambda: shadow.decode(unseen).sample, context)
-        for way, context in ways(name, shadow, options.size, options.tile).items()
-    }
+    found = ways(name, shadow, options.size, options.tile)
+    peaks, failures = {}, {}
+    for way, context in found.items():
+        try:
+            peaks[way] = cost_on_paper(Candidate(partial(run, half, shadow, unseen), context)).peak_live_bytes
+        except Exception as failure:
+            if way != OWN:
+                raise
+            failures[way] = f"{type(failure).__name__}: {failure}"
+    contexts = ways(name, vae, options.size, options.tile)
+    timed = {way: Candidate(partial(note, way), contexts[way]) for way in peaks}
     samples = interleaved(timed, options.rounds, options.device, options.clock)
-    reference = results[UNTILED]
-    width = float(reference.max() - reference.min())
-    return [
-        {
-            "autoencoder": name,
+    reference, about = results[UNTILED], {"autoencoder": name, "half": half, "size": options.size, "tile": options.tile}
+    rows = [about | {"way": way, "fails": why} for way, why in failures.items()]
+    for way in timed:
+        if results[way].shape != reference.shape or not results[way].isfinite().all():
+            rows.append(about | {"way": way, "fails": "gives another size, or what is no number"})
+            continue
+        row = about | {
             "way": way,
-            "size": options.size,
             "seconds": samples[way],
             "median_seconds": statistics.median(samples[way]),
             "time_ratio": ratio_of_medians(samples[way], samples[UNTILED]),
-            "peak_live_bytes": cost_on_paper(counted[way]).peak_live_bytes,
-            "psnr": psnr(results[way], reference, width),
-            "relative_error": maximum_error(results[way], reference) / float(reference.abs().max()),
+            "peak_live_bytes": peaks[way],
+            "psnr": psnr(results[way], reference, float(reference.max() - reference.min())),
+            "relative_error": relative_error(results[way], reference),
         }
-        for way in timed
-    ]
+        if way == EXACT and row["relative_error"] > EXACT_TO:
+            truth = run(half, vae.to(torch.float64), given.double())
+            row["to_float64"] = {each: relative_error(results[each], truth) for each in (UNTILED, EXACT)}
+        rows.append(row)
+    return rows
+
+
+def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest error, to the largest value."""
+    return maximum_error(result, reference) / float(reference.abs().max())
 
 
 def simulate(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a large picture needs beside the weights in half precision, its maps on the host."""
     pipe, size = vae_pipeline(build(name, "meta", torch.float16)), options.large
     needs = {
-        mode: LargeResPatch(pipe, size, size, vae_mode=mode, vae_offload=True, memory_limit=None).estimate().decode
+        mode: LargeResPatch(pipe, size, size, vae_mode=mode, vae_offload=True, memory_limit=None).estimate()
         for mode in ("two-pass", "exact")
     }
-    needs[UNTILED] = LargeResPatch(pipe, size, size).estimate(patched=False).decode
-    return {"autoencoder": name, "large": size, "decode_bytes": needs}
+    needs[UNTILED] = LargeResPatch(pipe, size, size).estimate(patched=False)
+    return {
+        "autoencoder": name,
+        "large": size,
+        **{f"{half}_bytes": {way: getattr(each, half) for way, each in needs.items()} for half in HALVES},
+    }
+
+
+def kept(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that are there already."""
+    if not options.resume or not options.out.exists():
+        return []
+    rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if (row["size"], row["tile"]) == (options.size, options.tile)]
 
 
 def main() -> None:
     options = parse_arguments()
+    start, rows = time.monotonic(), kept(options)
     report: dict[str, Any] = {
         "question": __doc__.splitlines()[0],
         "environment": prepare(options),
         "note": options.note,
-        "rows": [],
-        "simulated": [],
+        "rows": rows,
+        "simulated": [simulate(name, options) for name in options.autoencoders],
     }
-    for name in options.autoencoders:
+    done = {(row["autoencoder"], row["half"]) for row in rows}
+    left = [pair for pair in product(options.autoencoders, options.halves) if pair not in done]
+    for name, half in left:
+        if options.minutes and time.monotonic() - start > 60 * options.minutes:
+            break
         with torch.no_grad():
-            report["rows"] += measure(name, options)
-            report["simulated"].append(simulate(name, options))
+            rows += measure(name, half, options)
+        done.add((name, half))
         write_json(options.out, report)
+    order = list(product(AUTOENCODERS, HALVES))
+    rows.sort(key=lambda row: order.index((row["autoencoder"], row["half"])))
+    write_json(options.out, report)
     print_rows(report)
-    print(f"written to {options.out}")
+    missing = sum(pair not in done for pair in left)
+    print(
+        f"written to {options.out}; " + (f"{missing} more to measure with --resume" if missing else "nothing is left")
+    )
 
 
 def print_rows(report: dict[str, Any]) -> None:
     print_table(
-        ("autoencoder", "way", "seconds", "of untiled", "MiB", "PSNR", "relative error"),
-        [
-            [
-                row["autoencoder"],
-                row["way"],
-                f"{row['median_seconds']:.1f}",
-                f"{row['time_ratio']:.2f}",
-                f"{row['peak_live_bytes'] / MIB:.0f}",
-                f"{row['psnr']:.0f} dB",
-                f"{row['relative_error']:.0e}",
-            ]
-            for row in report["rows"]
-        ],
+        ("autoencoder", "half", "way", "seconds", "of untiled", "MiB", "PSNR", "relative error"),
+        [[row["autoencoder"], row["half"], row["way"], *_figures(row)] for row in report["rows"]],
     )
     for row in report["simulated"]:
-        needs = ", ".join(f"{way} {size / 2**30:.2f} GiB" for way, size in row["decode_bytes"].items())
-        print(f"{row['autoencoder']}, {row['large']}²: {needs}")
+        for half in HALVES:
+            needs = ", ".join(f"{way} {size / 2**30:.2f} GiB" for way, size in row[f"{half}_bytes"].items())
+            print(f"{row['autoencoder']}, {half}, {row['large']}²: {needs}")
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    if "fails" in row:
+        return ["fails", "", "", "", ""]
+    return [
+        f"{row['median_seconds']:.1f}",
+        f"{row['time_ratio']:.2f}",
+        f"{row['peak_live_bytes'] / MIB:.0f}",
+        "" if row["psnr"] is None else f"{row['psnr']:.0f} dB",  # without end, as it was written
+        f"{row['relative_error']:.0e}",
+    ]
 
 
 if __name__ == "__main__":

@@ -127,25 +127,38 @@ QUESTIONS = {"unblocked": "nothing blocked: unpatched result", "blocked": "block
 
 
 def autoencoder_table() -> str:
-    """A row for each autoencoder: time, live bytes and distance of each way to decode; what a large picture needs."""
+    """A row for each half of an autoencoder: time, live bytes and distance of each way; what a large picture needs."""
     report = load("autoencoders")
-    needs = {row["autoencoder"]: row["decode_bytes"] for row in report["simulated"]}
-    found: dict[str, dict[str, Any]] = {}
+    needs = {row["autoencoder"]: row for row in report["simulated"]}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for row in report["rows"]:
-        found.setdefault(row["autoencoder"], {})[row["way"]] = row
+        found.setdefault((row["autoencoder"], row["half"]), {})[row["way"]] = row
     rows = []
-    for name, ways in found.items():
-        own = ways.get("own tiling")
-        cells = ["" if own is None else f"{own['time_ratio']:.2f}, {own['psnr']:.0f} dB"]
-        for way in ("default", "exact"):
-            each = ways[way]
-            memory = each["peak_live_bytes"] / ways["untiled"]["peak_live_bytes"]
-            cells.append(f"{each['time_ratio']:.2f}, {memory:.2f}, {each['relative_error']:.0e}")
-        amounts = (needs[name][way] / GIB for way in ("untiled", "two-pass", "exact"))
-        rows.append([name, *cells, *(f"{amount:.1f}" for amount in amounts)])
-    size, large = report["rows"][0]["size"], report["simulated"][0]["large"]
-    headings = (f"decode, {size}²", "own tiling", "default", "exact", f"GiB, {large}²: untiled", "default", "exact")
-    return f"{markdown(headings, rows)}\n\n{where(report, len(report['rows'][0]['seconds']))}"
+    for (name, half), ways in found.items():
+        cells = [_own_tiling(ways.get("own tiling")), *(_in_pieces(ways[way], ways) for way in ("default", "exact"))]
+        amounts = (needs[name][f"{half}_bytes"][way] / GIB for way in ("untiled", "two-pass", "exact"))
+        size = f"{ways['untiled']['size']}²"
+        rows.append([name, half, size, *cells, *(f"{amount:.2f}" for amount in amounts)])
+    large = f"GiB, {report['simulated'][0]['large']}²: untiled"
+    headings = ("autoencoder", "half", "image", "own tiling", "default", "exact", large, "default", "exact")
+    rounds = max(len(row.get("seconds", ())) for row in report["rows"])
+    return f"{markdown(headings, rows)}\n\n{where(report, rounds)}"
+
+
+def _own_tiling(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if "fails" in row:
+        return "fails"
+    return f"{row['time_ratio']:.2f}, " + ("equal" if row["psnr"] is None else f"{row['psnr']:.0f} dB")
+
+
+def _in_pieces(row: dict[str, Any], ways: dict[str, Any]) -> str:
+    memory = row["peak_live_bytes"] / ways["untiled"]["peak_live_bytes"]
+    told = f"{row['time_ratio']:.2f}, {memory:.2f}, {row['relative_error']:.0e}"
+    if "to_float64" not in row:
+        return told
+    return told + " (to float64: {exact:.0e}, untiled {untiled:.0e})".format(**row["to_float64"])
 
 
 def transformer_table() -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..core.calls import latent_size, new_like, takes
-from ..core.families import Family, Site, factor_of, register
+from ..core.families import Family, Site, factor_of, register, warn_of_unknown
 from ..techniques.padding import padding_sites
 
 # In which a pipeline would rather not run an autoencoder that overflows in half precision. (All encode in float32.)
@@ -17,7 +17,10 @@ UPCAST = {"encode": (torch.float16, torch.bfloat16), "decode": (torch.float16,)}
 
 @register
 class AnyAutoencoder(Family):
-    """Models that encode images and decode latents. A family of autoencoders inherits from this one."""
+    """Models that encode images and decode latents. A family of autoencoders inherits from this one.
+
+    Of those that no other family knows, autoencoders of films among them, a warning tells.
+    """
 
     rank = -1
     stages = ("encode", "decode")
@@ -30,6 +33,10 @@ class AnyAutoencoder(Family):
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
         yield from padding_sites(model, name, options.padding_mode)
+
+    def check(self, model: Any, pipe: Any, height: int, width: int) -> None:
+        if not self.known:
+            warn_of_unknown(model, "an autoencoder")
 
     def call(self, stage: str, model: Any, pipe: Any, height: int, width: int) -> None:
         if stage == "encode":

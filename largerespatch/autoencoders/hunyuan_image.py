@@ -10,6 +10,7 @@ from torch import nn
 from ..core.families import register
 from ..techniques.attention import Blocking
 from ..techniques.cell_attention import CellAttention, Projections
+from ..techniques.halved import WalkedDownsample
 from ..techniques.stages import Skip, Split, measure, register_scaling
 from ..techniques.strips import Forward, bare, reach
 from ..techniques.walk import (
@@ -91,7 +92,7 @@ def _of_hunyuan_image(module: Any, walk: Walk) -> Any:
         case "HunyuanImageUpsample":
             return WalkedResample(walk, Fraction(2), halo=reach(module.conv))
         case "HunyuanImageDownsample":
-            return WalkedResample(walk, Fraction(1, 2), halo=2 * reach(module.conv))
+            return WalkedDownsample(walk, Fraction(1, 2), halo=2 * reach(module.conv))
         case "HunyuanImageAttentionBlock":
             return WalkedWhole(walk)
     return None

@@ -5,6 +5,7 @@ estimate, planner and restore ask the registry and name no family.
 """
 
 import pkgutil
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -161,6 +162,16 @@ def unknown_call(model: nn.Module) -> ValueError:
     return ValueError(
         "pipe must have models whose memory can be estimated; it is not known how pipelines call "
         f"{type(model).__name__}"
+    )
+
+
+def warn_of_unknown(model: nn.Module, kind: str) -> None:
+    """To be called by `Family.check` of those for models that nobody else knows, where these take much."""
+    warnings.warn(
+        f"{type(model).__name__} is {kind} of no known kind: it is left as it is, and takes as much memory and time as "
+        "without this patch",
+        RuntimeWarning,
+        stacklevel=4,
     )
 
 

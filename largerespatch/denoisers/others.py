@@ -1,13 +1,12 @@
 """Models of diffusers that nobody else knows: only their convolutions, where these are to pad in another way."""
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from ..core.calls import takes
-from ..core.families import Family, Site, register
+from ..core.families import Family, Site, register, warn_of_unknown
 from ..techniques.padding import padding_sites
 
 # The parameters by which denoisers are told a timestep.
@@ -32,9 +31,4 @@ class Others(Family):
     def check(self, model: Any, pipe: Any, height: int, width: int) -> None:
         has_map = any(key.endswith(("in_channels", "patch_size")) for key in getattr(model, "config", ()))
         if has_map and TIMESTEPS & takes(type(model).forward):
-            warnings.warn(
-                f"{type(model).__name__} is a denoiser of no known kind: it is left as it is, and takes as much memory "
-                "and time as without this patch",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warn_of_unknown(model, "a denoiser")

@@ -179,6 +179,7 @@ class Exact(InPieces):
         ways = {place: walked(module, place, Walk(1, False)) for place, module in self.steps.items()}
         upsamplers = [place for place, way in ways.items() if isinstance(way, WalkedUpsample)]
         self.doublings = sum(getattr(way, "scale", 1) == 2 for way in ways.values())
+        self.by_rows = any(getattr(way, "by_rows", False) for way in ways.values())
         self.recompute = recompute and any(getattr(way, "saves_if_recomputed", False) for way in ways.values())
         # Called when their block is done.
         self.late = self._around(upsamplers[-1]) if recompute and upsamplers else []
@@ -194,7 +195,8 @@ class Exact(InPieces):
         passing = not listeners(self.model)
         # What a hook may keep has to have memory of its own.
         finest = sample.shape[-2] * 2**self.doublings if passing else None
-        walk = Walk(self.cutting.strip_height, self.cutting.wrap, self.host, passing, finest, self.recompute)
+        ways = self.recompute, self.by_rows
+        walk = Walk(self.cutting.strip_height, self.cutting.wrap, self.host, passing, finest, *ways)
         late = self.late if passing else []
         last = list(self.steps)[-1] if self.makes_pictures else ""
         with weights_held(late), PatchStack() as stack, self._progress(len(self.steps)) as bar:

@@ -73,7 +73,7 @@ class HostConvolution(StripResample):
     """
 
     def __init__(self, module: nn.Module, strips: HostStrips, delivers: bool = False) -> None:
-        super().__init__(strips, Fraction(1), reach(module))
+        super().__init__(strips, Fraction(1), reach(module), plain=True)
         self.module = module
         self.delivers = delivers
 

@@ -22,6 +22,7 @@ from ..core.pieces import assemble, side_by_side
 from ..core.statistics import GivenStatistics, GroupStatistics, record
 from ..core.tilings import Tile
 from .cuts import Block, Strips, rows_of
+from .halos import own_rows
 
 Forward = Callable[..., torch.Tensor]
 
@@ -107,18 +108,18 @@ class StripResnet:
         Returns the statistics of `middle`.
         """
         module, strips = self.module, self.strips
-        statistics = strips.statistics(source, self.group_norm(module.norm1))
+        statistics, halo = strips.statistics(source, self.group_norm(module.norm1)), reach(module.conv1)
         recorded = []
 
         def compute(strip: Tile, given: Block) -> Any:
             above, block = given
-            own = slice(above, above + strip.height)
-            result = self.conv1(block, statistics, time, strip.top - above)[:, :, own]
+            result = own_rows(lambda rows: self.conv1(rows, statistics, time, strip.top - above), strip, given, halo)
             recorded.append(record(result, self.group_norm(module.norm2).num_groups))
+            own = slice(above, above + strip.height)
             return result if residual is None else (module.conv_shortcut(block[:, :, own]), result)
 
         into = middle if residual is None else (residual, middle)
-        read = partial(strips.read, source, reach(module.conv1))
+        read = partial(strips.read, source, halo)
         assemble(strips.cut(source), compute, rows_of, into=into, read=read, carries=True)
         return strips.statistics(middle, self.group_norm(module.norm2), recorded)
 
@@ -133,16 +134,17 @@ class StripResnet:
     ) -> torch.Tensor:
         """``(residual + conv2(act(norm2(middle)))) / scale`` into `output`, which may be either of the two."""
         module, strips = self.module, self.strips
-        shortcut = None if shortcut_done else module.conv_shortcut
+        shortcut, halo = None if shortcut_done else module.conv_shortcut, reach(module.conv2)
 
         def compute(strip: Tile, given: tuple[Block, Block]) -> torch.Tensor:
-            (above, block), (_, own) = given
-            block = self.conv2(block, statistics, time, strip.top - above)[:, :, above : above + strip.height]
+            around, (_, own) = given
+            top = strip.top - around[0]
+            block = own_rows(lambda rows: self.conv2(rows, statistics, time, top), strip, around, halo)
             block = block + (own if shortcut is None else shortcut(own))
             return block / module.output_scale_factor  # type: ignore[no-any-return]
 
         def read(cuts: Sequence[Tile]) -> Iterator[tuple[Block, Block]]:
-            return side_by_side(strips.read(middle, reach(module.conv2), cuts), strips.read(residual, 0, cuts))
+            return side_by_side(strips.read(middle, halo, cuts), strips.read(residual, 0, cuts))
 
         return assemble(  # type: ignore[no-any-return]
             strips.cut(residual), compute, rows_of, into=output, read=read, carries=True
@@ -191,13 +193,15 @@ class StripResnet:
 class StripResample:
     """Takes the place of the ``forward`` of a convolution, an ``Upsample2D`` or a ``Downsample2D``.
 
-    `halo` counts cells of the input.
+    `halo` counts cells of the input. `plain` says that the module is a convolution with no shortcut around it, so that
+    the halo may take the place of padding.
     """
 
-    def __init__(self, strips: Strips, scale: Fraction, halo: int) -> None:
+    def __init__(self, strips: Strips, scale: Fraction, halo: int, plain: bool = False) -> None:
         self.strips = strips
         self.scale = scale
         self.halo = halo
+        self.plain = plain
 
     def __call__(self, original: Forward, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.strips.is_one(hidden_states) or hidden_states.shape[-2] < self.halo:
@@ -217,9 +221,9 @@ class StripResample:
             return slice(int(strip.top * self.scale), min(ceil(strip.bottom * self.scale), size[0]))
 
         def compute(strip: Tile, given: Block) -> torch.Tensor:
-            above, block = given
-            own, first = rows(strip), int(above * self.scale)
-            return work(block, strip.top - above)[:, :, first : first + own.stop - own.start]
+            own, top = rows(strip), strip.top - given[0]
+            result = own_rows(lambda block: work(block, top), strip, given, self.halo if self.plain else 0, self.scale)
+            return result[:, :, : own.stop - own.start]
 
         return assemble(  # type: ignore[no-any-return]
             self.strips.cut(source, self.scale),
@@ -243,7 +247,7 @@ class StripUpsample(StripResample):
     """
 
     def __init__(self, module: Upsample2D, strips: Strips) -> None:
-        super().__init__(strips, Fraction(2), halo=1)
+        super().__init__(strips, Fraction(2), halo=1, plain=True)
         self.module: Any = module
 
     def __call__(

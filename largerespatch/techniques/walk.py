@@ -27,6 +27,7 @@ from ..core.statistics import GivenStatistics, pool, record
 from ..core.tilings import Run, Tile
 from .alike import piece
 from .cuts import Block, Strips, rows_of
+from .halos import own_rows
 from .images import wanted
 from .stages import measure
 from .strips import (
@@ -68,6 +69,7 @@ class Walk(Strips):
         passing: whether maps may be written over by their reader.
         finest: height of the largest maps, where these may be computed anew rather than kept; None: they may not.
         recompute: whether to do so at the cost of time.
+        by_rows: whether the largest maps lie row by row, where they are on the device (see `techniques.halved`).
     """
 
     repeats = False
@@ -80,12 +82,14 @@ class Walk(Strips):
         passing: bool = True,
         finest: int | None = None,
         recompute: bool = False,
+        by_rows: bool = False,
     ) -> None:
         super().__init__(rows, wrap)
         self.host = host
         self.passing = passing
         self.finest = finest
         self.recompute = recompute
+        self.by_rows = by_rows
         self.spare: StoredMap | None = None
         self.delivers = False  # whether what is made now is the result
         self.values = Fraction(0)  # most that is made now of a cell that is read
@@ -189,22 +193,29 @@ class WalkedResnet(StripResnet):
         outer = walk.statistics(plane, self.group_norm(module.norm1))
         cuts, recorded = walk.cut(plane), []
 
+        halo = reach(module.conv1)
+
         def note(strip: Tile, given: Block) -> None:
-            above, block = given
-            middle = self.conv1(block, outer, time, strip.top - above)[:, :, above : above + strip.height]
+            middle = own_rows(lambda rows: self.conv1(rows, outer, time, strip.top - given[0]), strip, given, halo)
             recorded.append(record(middle, self.group_norm(module.norm2).num_groups))
 
         def compute(strip: Tile, given: Block) -> torch.Tensor:
             above, block = given
-            # The outermost rows saw padding in place of their neighbours, but no row of the strip's own sees them.
             top = strip.top - above
-            result = self.conv2(self.conv1(block, outer, time, top), inner, time, top)
-            own = slice(above, above + strip.height)
-            return (block[:, :, own] + result[:, :, own]) / module.output_scale_factor  # type: ignore[no-any-return]
 
-        collect(cuts, note, read=partial(walk.read, plane, reach(module.conv1)), carries=True)
+            def both(rows: torch.Tensor) -> torch.Tensor:
+                middle = self.conv1(rows, outer, time, top)
+                return self.conv2(middle, inner, time, top + (rows.shape[-2] - middle.shape[-2]) // 2)
+
+            # At an edge the outermost rows saw padding in place of their neighbours, but no row of the strip's own
+            # sees them.
+            result = own_rows(both, strip, given, around)
+            return (block[:, :, above : above + strip.height] + result) / module.output_scale_factor  # type: ignore[no-any-return]
+
+        collect(cuts, note, read=partial(walk.read, plane, halo), carries=True)
         inner = pool(recorded)
-        read = partial(walk.read, plane, reach(module.conv1) + reach(module.conv2))
+        around = halo + reach(module.conv2)
+        read = partial(walk.read, plane, around)
         return assemble(cuts, compute, rows_of, into=plane, read=read, carries=True)  # type: ignore[no-any-return]
 
 
@@ -324,7 +335,7 @@ def _of_convolutions(module: Any, walk: Walk) -> Any:
         case Downsample2D(norm=None, use_conv=True, padding=0):
             return WalkedResample(walk, Fraction(1, 2), halo=2)
         case nn.Conv2d(stride=(1, 1)):
-            return WalkedResample(walk, Fraction(1), halo=reach(module))
+            return WalkedResample(walk, Fraction(1), halo=reach(module), plain=True)
         case nn.GroupNorm():
             return WalkedPointwise(walk, module)
         case nn.SiLU() | nn.ReLU() | nn.ReLU6() | nn.GELU() | nn.Mish():
