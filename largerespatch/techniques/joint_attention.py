@@ -3,8 +3,8 @@
 A block's own forward runs on the text's tokens and those of one tile, with every argument that has a row for each token
 cut alike: all that it does is bounded by the tile, and whatever others have put in it works. What a tile sees of the
 others joins inside its attention (see `largerespatch.techniques.joining`), for each part of the tile what its queries
-look for: keys and values of all tokens come from a first walk over the tiles, which leaves the block there. Text attends to all of them. Approximate, but for the text;
-exact, to rounding, with as many tokens of context as there are.
+look for: keys and values of all tokens come from a first walk over the tiles, which leaves the block there. Text
+attends to all of them. Approximate, but for the text; exact, to rounding, with as many tokens of context as there are.
 """
 
 import inspect

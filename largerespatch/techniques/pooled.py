@@ -25,8 +25,8 @@ COARSE = 4
 # Rows of cells that are pooled at once.
 ROWS = 32
 
-# The finest cells whose means are kept, by level. Those of 2x2 tokens would take a quarter of what the tokens do; they
-# are pooled again where a tile looks at some.
+# The finest cells whose means are kept, by level, if the map has much coarser ones. Those of 2x2 tokens would take a
+# quarter of what the tokens do; they are pooled again where some are looked at.
 KEPT = 2
 
 
@@ -65,8 +65,8 @@ class PooledMap:
             height, width = self.sizes[-1]
             self.sizes.append((-(-height // 2), -(-width // 2)))
         self.levels: dict[int, tuple[torch.Tensor, ...]] = {0: (keys, values)}
-        finest = 0
-        for level in range(KEPT, len(self.sizes) - 1):
+        finest, top = 0, len(self.sizes) - 1
+        for level in range(max(min(KEPT, top - 1), 1), top):  # of the coarsest cells all quarters are looked at
             self.levels[level] = tuple(self._coarser(each, finest, level) for each in self.levels[finest])
             finest = level
 
