@@ -148,12 +148,13 @@ class PooledMap:
         parts = self._means(level - 1, *quarters)
         keys, values = (each.float().view(*rows.shape, 4, each.shape[-1]) for each in parts)
         counts = self._outside(level - 1, *quarters, tile).view(*rows.shape, 4)
-        scores = (keys * middle[:, :, None]).sum(dim=-1) + counts.log()
+        scores = (keys.flatten(2, 3) @ middle.transpose(-1, -2)).view(counts.shape) + counts.log()
         mass = scores.logsumexp(dim=-1, keepdim=True)
-        shares = (scores - mass.clamp(min=torch.finfo(mass.dtype).min)).exp_()[..., None]
-        key, value = (shares * keys).sum(dim=3), (shares * values).sum(dim=3)
-        spread = (shares * (keys - key[:, :, :, None]).square()).sum(dim=(3, 4))
-        return Keys(key, value, mass[..., 0] - (key * middle).sum(dim=-1)), spread
+        shares = (scores - mass.clamp(min=torch.finfo(mass.dtype).min)).exp_()[..., None, :]
+        key, value = ((shares @ each)[..., 0, :] for each in (keys, values))
+        squares = (shares @ _square(keys))[..., 0, 0]
+        spread = (squares - _square(key)[..., 0]).clamp(min=0)
+        return Keys(key, value, mass[..., 0] - (key @ middle.transpose(-1, -2))[..., 0]), spread
 
     def _outside(self, level: int, rows: torch.Tensor, columns: torch.Tensor, tile: Tile) -> torch.Tensor:
         """How many tokens outside the tile cells of a level hold, by their places ``[B, heads, n]``."""
@@ -168,6 +169,12 @@ def _rows(whole: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     batch, heads, count, channels = whole.shape
     starts = torch.arange(batch * heads, device=places.device).view(batch, heads, 1) * count
     return whole.flatten(0, 2).index_select(0, (places + starts).flatten()).view(*places.shape, channels)
+
+
+def _square(vectors: torch.Tensor) -> torch.Tensor:
+    """Their squared lengths, ``[..., 1]``."""
+    lengths: torch.Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return lengths.square()
 
 
 def _halved(plane: torch.Tensor) -> torch.Tensor:
