@@ -87,7 +87,51 @@ def test_heads_choose_the_tokens_that_their_own_queries_want():
         assert favourite.sum() == 1 and found.log_weights[0, head, favourite] == 0
 
 
+def attended(queries, keys, values, log_weights):
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=log_weights[:, :, None], scale=1)
+
+
+@given(tiled_maps())
+def test_a_cell_of_four_tokens_does_to_the_query_that_it_is_for_what_these_do(case):
+    size, tile = case
+    judge = noise(2, 3, 1, 4, seed=8)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("largerespatch.techniques.pooled.COARSE", 1)
+        keys, values, few = chosen(size, tile, max(-(-size[0] // 2) * -(-size[1] // 2), 1), judge)
+    inside = torch.zeros(*size)
+    inside[tile.rows, tile.columns] = -torch.inf
+    weights = inside.flatten().expand(2, 3, -1)
+    if tile.area < size[0] * size[1]:
+        expected = attended(judge, keys, values, weights)
+        torch.testing.assert_close(attended(judge, *few), expected, rtol=1e-4, atol=1e-5)
+        scores = (keys @ judge.transpose(-1, -2))[..., 0] + weights
+        pooled = (few.keys @ judge.transpose(-1, -2))[..., 0] + few.log_weights
+        torch.testing.assert_close(pooled.logsumexp(dim=-1), scores.logsumexp(dim=-1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_part_of_a_map_that_keys_start_with_another_thing_is_its_own():
+    keys, values, expected = chosen((16, 16), Tile(0, 0, 2, 8), 20)
+    parts = [torch.cat([noise(2, 3, 5, each.shape[3], seed=9), each], dim=2) for each in (keys, values)]
+    found = PooledMap(*parts, (16, 16), 20, start=5)
+    found = found.chosen(Tile(0, 0, 2, 8), torch.zeros(2, 3, 7, 4), torch.zeros(2, 3, 7, 1))
+    for some, same in zip(found, expected, strict=True):
+        torch.testing.assert_close(some, same)
+
+
 # --- where tokens are ---
+
+
+@given(tiled_maps(), st.integers(0, 20), st.integers(0, 20), st.integers(0, 3))
+def test_parts_of_a_piece_have_each_of_its_tokens_once(case, tall, wide, halvings):
+    size, tile = case
+    maps, cpu = Maps((size, (tall, wide))), torch.device("cpu")
+    piece = maps.piece(tile)
+    parts = piece.parts(halvings)
+    places = [piece.places(part, cpu) for part in parts]
+    assert sorted(torch.cat(places).tolist()) == list(range(piece.area))
+    assert len(parts) <= 2**halvings and all(part.area for part in parts)
+    for part, there in zip(parts, places, strict=True):
+        assert torch.equal(maps.places(piece, cpu)[there], maps.places(part, cpu))
 
 
 @given(tiled_maps(), st.integers(0, 20), st.integers(0, 20))

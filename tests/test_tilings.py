@@ -14,6 +14,7 @@ from largerespatch.core.tilings import (
     Tile,
     bricks,
     even_cuts,
+    halved,
     sampled_cells,
     scatter,
     staggered_cuts,
@@ -124,6 +125,13 @@ def test_the_four_phases_of_the_default_bricks():
 @pytest.mark.parametrize("phase", range(PHASES))
 def test_a_plane_that_fits_one_tile_is_not_cut(cover, phase):
     assert list(cover(7, 5, phase, 8, 8)) == [Tile(0, 0, 7, 5)]
+
+
+def test_a_tile_is_halved_across_its_longer_side():
+    assert halved(Tile(0, 4, 4, 12), 1) == [Tile(0, 4, 4, 8), Tile(0, 8, 4, 12)]
+    parts = halved(Tile(3, 0, 67, 128), 3)
+    assert len(parts) == 8 and {part.size() for part in parts} == {(32, 32)}
+    assert halved(Tile(0, 0, 1, 1), 1) == [Tile(0, 0, 1, 0), Tile(0, 0, 1, 1)]
 
 
 def test_scaled_keeps_the_rectangle_in_place():

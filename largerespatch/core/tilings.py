@@ -57,6 +57,20 @@ class Tile(NamedTuple):
         return Tile(*(int(factor * edge) for edge in self))
 
 
+def halved(tile: Tile, times: int) -> list[Tile]:
+    """A tile cut in two across its longer side, the parts likewise, and so on: `2**times` parts, some of them empty."""
+    if not times:
+        return [tile]
+    top, left, bottom, right = tile
+    if tile.height > tile.width:
+        middle = (top + bottom) // 2
+        parts = Tile(top, left, middle, right), Tile(middle, left, bottom, right)
+    else:
+        middle = (left + right) // 2
+        parts = Tile(top, left, bottom, middle), Tile(top, middle, bottom, right)
+    return [each for part in parts for each in halved(part, times - 1)]
+
+
 def even_cuts(length: int, longest: int) -> list[int]:
     """Ends and cuts of the fewest near-equal runs of at most `longest` cells: ``[0, ..., length]``."""
     runs = -(-length // longest)

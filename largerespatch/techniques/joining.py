@@ -24,6 +24,8 @@ LEANS_ON = ("diffusers.models.attention_dispatch._native_attention",)
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
+Rows = slice | torch.Tensor  # places of some, if they are not one after another
+
 
 @dataclass
 class Attending:
@@ -61,7 +63,7 @@ class Attending:
         value: torch.Tensor = self.given["value"]
         return value.new_zeros(*self.given["query"].shape[:-1], value.shape[-1])
 
-    def part(self, name: str, rows: slice) -> torch.Tensor:
+    def part(self, name: str, rows: Rows) -> torch.Tensor:
         """Some rows of ``"query"``, ``"key"`` or ``"value"``, ``[B, heads, n, C]``."""
         part: torch.Tensor = self.given[name][:, :, rows]
         return part
@@ -87,7 +89,7 @@ class Attending:
         mixed = self.attend(**self.given | {"query": query, "key": keys, "value": values, "attn_mask": mask})
         return mixed.reshape(batch, heads, count, values.shape[-1])
 
-    def joined(self, queries: slice, others: Sequence[Keys]) -> torch.Tensor:
+    def joined(self, queries: Rows, others: Sequence[Keys]) -> torch.Tensor:
         """The attention of some queries to the call's keys and others."""
         mask, query = self._mask(queries), self.part("query", queries)
         key = self._with_copies([self.given["key"], *(each.keys for each in others)])
@@ -115,7 +117,7 @@ class Attending:
         joined = torch.cat(list(parts), dim=2) if len(parts) > 1 else parts[0]
         return joined.repeat_interleave(self.copies, dim=1) if self.copies > 1 else joined
 
-    def _mask(self, queries: slice) -> torch.Tensor | None:
+    def _mask(self, queries: Rows) -> torch.Tensor | None:
         """Of the call, for some queries, with a column for each key: ``[.., .., 1 or queries, K]``."""
         mask: torch.Tensor | None = self.given.get("attn_mask")
         if mask is None:

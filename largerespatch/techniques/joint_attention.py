@@ -2,9 +2,9 @@
 
 A block's own forward runs on the text's tokens and those of one tile, with every argument that has a row for each token
 cut alike: all that it does is bounded by the tile, and whatever others have put in it works. What a tile sees of the
-others joins inside its attention (see `largerespatch.techniques.joining`): keys and values of all tokens come from a
-first walk over the tiles, which leaves the block there. Text attends to all of them. Approximate, but for the text;
-exact, to rounding, with as many tokens of context as there are.
+others joins inside its attention (see `largerespatch.techniques.joining`), for each part of the tile what its queries
+look for: keys and values of all tokens come from a first walk over the tiles, which leaves the block there. Text
+attends to all of them. Approximate, but for the text; exact, to rounding, with as many tokens of context as there are.
 """
 
 import inspect
@@ -36,8 +36,11 @@ from .pooled import Keys, PooledMap
 # Tokens of context where nothing else is asked for: with rotary positions attention is sharp, and wants them fine.
 CONTEXT = 2048
 
-# Queries of a tile that say what it attends to.
-JUDGES = 256
+# How often a tile is cut in two for its context: queries that lie together look for the same.
+HALVINGS = 3
+
+# Keys of a tile that say how much it attends to itself, and queries of a part that say what it attends to.
+JUDGED, JUDGES = 256, 32
 
 
 class MapsNote:
@@ -273,42 +276,57 @@ class _Source:
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, call: _Call) -> None:
         self.keys, self.values, self.context = keys, values, call.context
-        image = slice(call.first, call.first + call.maps.area)
         self.pooled = [
-            PooledMap(keys[:, :, image][:, :, run], values[:, :, image][:, :, run], size, self.context)
+            PooledMap(keys, values, size, self.context, call.first + run.start)
             for size, run in zip(call.maps, call.maps.runs(), strict=True)
             if self.context
         ]
 
     def attended(self, attending: Attending, piece: Piece, text_too: bool) -> torch.Tensor:
-        """The attention of a piece's tokens to themselves, the text and their context; that of the text to all, or
-        as that of the others.
-        """
-        context = self._context(attending, piece)
-        if not text_too or not attending.others:
-            return attending.joined(slice(None), context)
-        text, image = attending.among(self.keys, self.values), attending.joined(attending.image, context)
-        return torch.cat([text, image] if attending.text_first else [image, text], dim=2)
+        """The attention of a piece's tokens to the piece, the text and their context; that of the text to all, or none.
 
-    def _context(self, attending: Attending, piece: Piece) -> list[Keys]:
+        Each part of the piece has a context of its own.
+        """
+        device = attending.given["query"].device
+        result = attending.nothing()
+        if text_too and attending.others:
+            result[:, :, attending.text] = attending.among(self.keys, self.values)
+        seen = attending.part("key", attending.image_keys)[:, :, uploaded(_spread(piece, JUDGED), device)]
+
+        def places(part: Piece) -> torch.Tensor:
+            there: torch.Tensor = piece.places(part, device) + attending.image.start
+            return there
+
+        def joined(part: Piece) -> torch.Tensor:
+            return attending.joined(places(part), self._context(attending, piece, part, places(part), seen))
+
+        parts = piece.parts(HALVINGS if self.pooled else 0)
+        assemble(parts, joined, place=lambda part: (slice(None), slice(None), places(part)), into=result)
+        return result
+
+    def _context(
+        self, attending: Attending, piece: Piece, part: Piece, places: torch.Tensor, seen: torch.Tensor
+    ) -> list[Keys]:
+        """Of a part of a piece, whose queries are at `places`. Some keys of the piece are `seen`, for all of them."""
         if not self.pooled:
             return []
-        places = uploaded(_judges(piece), attending.given["query"].device)
-        judges = attending.grouped(attending.part("query", attending.image)[:, :, places])
-        own = attending.part("key", attending.image_keys)[:, :, places].float()
-        total = (judges @ own.transpose(-1, -2)).logsumexp(dim=-1, keepdim=True) + math.log(piece.area / len(places))
+        judging = places[uploaded(_spread(part, JUDGES), places.device)]
+        judges = attending.grouped(attending.part("query", judging))
+        total = (judges @ seen.float().transpose(-1, -2)).logsumexp(dim=-1, keepdim=True)
+        total = total + math.log(piece.area / seen.shape[2])
         pairs = zip(self.pooled, piece.tiles, strict=True)
         return [pooled.chosen(tile, judges, total) for pooled, tile in pairs]
 
 
-def _judges(piece: Piece) -> list[int]:
-    """Places, among a piece's tokens, of those whose queries say what all of them want."""
+def _spread(piece: Piece, count: int) -> list[int]:
+    """Places of about so many tokens among a piece's, spread evenly."""
     places: list[int] = []
     start = 0
     for tile in piece.tiles:
         if tile.area:
-            cells = sampled_cells(*tile.size(), JUDGES // len(piece.tiles), "judges")
-            places += [start + cell for cell in cells]
+            places += [
+                start + cell for cell in sampled_cells(*tile.size(), max(count // len(piece.tiles), 1), "judges")
+            ]
         start += tile.area
     return places
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from ..core.tilings import Tile
+from ..core.tilings import Tile, halved
 
 Size = tuple[int, int]
 
@@ -41,6 +41,19 @@ class Piece(NamedTuple):
     @property
     def area(self) -> int:
         return sum(tile.area for tile in self.tiles)
+
+    def parts(self, halvings: int) -> list["Piece"]:
+        """This piece cut up so many times, in parts that lie together; those without tokens are left out."""
+        parts = map(Piece, zip(*(halved(tile, halvings) for tile in self.tiles), strict=True))
+        return [part for part in parts if part.area]
+
+    def places(self, part: "Piece", device: torch.device) -> torch.Tensor:
+        """Where the tokens of a part are among those of this piece."""
+        moved = (
+            Tile(top - whole.top, left - whole.left, bottom - whole.top, right - whole.left)
+            for (top, left, bottom, right), whole in zip(part.tiles, self.tiles, strict=True)
+        )
+        return Maps(tile.size() for tile in self.tiles).places(Piece(tuple(moved)), device)
 
 
 class Maps(tuple[Size, ...]):

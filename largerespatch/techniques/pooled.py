@@ -1,14 +1,14 @@
-"""What a tile of a map of tokens attends to of the rest: cells of it, the finer the more its queries look there.
+"""What some queries of a tile attend to of the rest of a map: cells of it, the finer the more they look there.
 
-Cells are squares of tokens, known by the means of their keys and values, and weigh as many tokens as they hold. From
-the coarsest on, those that the tile's queries want most are cut in four, again and again. What is left of some in the
-end are *own* tokens, the tile's favourites; all other cells are *pooled*. Each head has its own. So as many keys stand
-for a map of any size, and finding them takes work that grows with the logarithm of its size. Approximate; with room for
-all tokens a tile attends as dense attention does.
+Cells are squares of tokens. From the coarsest on, those that the queries want most are cut in four, again and again.
+What is left of some in the end are *own* tokens, the queries' favourites; all other cells are *pooled*. Each head has
+its own. So as many keys stand for a map of any size, and finding them takes work that grows with the logarithm of its
+size. Approximate; with room for all tokens a tile attends as dense attention does.
 
-A cell whose keys differ gets more attention than as many keys like their mean would, since the exponential is convex:
-to second order half the variance of its scores. Its weight takes that in, and what is cut first is where mass and
-variance are large.
+A cell is one key and one value. What it gets of attention is the sum of what its tokens get, and what it gives is the
+mean of their values, each by its share; plain means are that for a query that all keys are alike to. Here the queries'
+own mean is looked through instead: for it a cell, made of its quarters, does what these do together, and to first order
+so it does for queries near by. That makes it worth the while to look for few queries at a time, which lie together.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,9 @@ COARSE = 4
 # Rows of cells that are pooled at once.
 ROWS = 32
 
-# The finest cells whose means are kept, by level. Those of 2x2 tokens would take a quarter of what the tokens do; they
-# are pooled again where a tile looks at some.
+# The finest cells whose means are kept, by level, if the map has much coarser ones. Those of 2x2 tokens would take a
+# quarter of what the tokens do; they are pooled again where some are looked at.
 KEPT = 2
-
-# Of what the second order adds to a weight: all of it is too much where keys differ widely. By trial.
-SECOND_ORDER = 0.25
 
 
 class Keys(NamedTuple):
@@ -44,27 +41,32 @@ class Keys(NamedTuple):
     def of(cls, parts: "Sequence[Keys]") -> "Keys":
         """All of them, one after another."""
         keys, values, log_weights = zip(*parts, strict=True)
-        return cls(torch.cat(keys, dim=2), torch.cat(values, dim=2), torch.cat(log_weights, dim=2))
+        kind = keys[-1].dtype  # of the tokens
+        return cls(torch.cat(keys, dim=2).to(kind), torch.cat(values, dim=2).to(kind), torch.cat(log_weights, dim=2))
+
+    def at(self, places: torch.Tensor) -> "Keys":
+        """Those at places ``[B, heads, n]``."""
+        return Keys(_rows(self.keys, places), _rows(self.values, places), self.log_weights.gather(2, places))
 
 
 class PooledMap:
-    """Keys and values of a map of ``(height, width)`` tokens, ``[B, heads, height * width, C]``, row by row.
+    """Keys and values ``[B, heads, N, C]``, of which those from `start` on are a map's, row by row.
 
-    They are kept, with the means over cells of 4, 8, ... tokens along each axis, so that `count` keys can stand for the
-    map; and the mean of the keys' squares, which tells how much they differ.
+    They are kept, with the means over cells of 4, 8, ... of the map's ``(height, width)`` tokens along each axis, so
+    that `count` keys can stand for it.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, size: tuple[int, int], count: int) -> None:
-        self.size, self.count = size, count
-        # Not by squaring: a map of the keys in single precision would be larger than they are.
-        squares = torch.linalg.vector_norm(keys, dim=-1, keepdim=True, dtype=torch.float32).square()
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, size: tuple[int, int], count: int, start: int = 0
+    ) -> None:
+        self.size, self.count, self.start = size, count, start
         self.sizes = [size]
         while self._cells(-1) > count // COARSE and self._cells(0) > count and self._cells(-1) > 1:
             height, width = self.sizes[-1]
             self.sizes.append((-(-height // 2), -(-width // 2)))
-        self.levels: dict[int, tuple[torch.Tensor, ...]] = {0: (keys, values, squares)}
-        finest = 0
-        for level in range(KEPT, len(self.sizes)):
+        self.levels: dict[int, tuple[torch.Tensor, ...]] = {0: (keys, values)}
+        finest, top = 0, len(self.sizes) - 1
+        for level in range(max(min(KEPT, top - 1), 1), top):  # of the coarsest cells all quarters are looked at
             self.levels[level] = tuple(self._coarser(each, finest, level) for each in self.levels[finest])
             finest = level
 
@@ -77,6 +79,7 @@ class PooledMap:
         Cells at the lower and right edge may hold less. They take the mean of those cells that are there, as if each
         held as much: it is nearly so, and all is exact where cells are tokens.
         """
+        means = means if finer else means.narrow(2, self.start, self._cells(0))
         plane = means.view(*means.shape[:2], *self.sizes[finer], means.shape[3])
         steps = level - finer
 
@@ -95,12 +98,12 @@ class PooledMap:
         return coarse.flatten(2, 3)
 
     def _means(self, level: int, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Mean keys, values and squares of cells of a level, by their places ``[B, heads, n]``."""
+        """Mean keys and values of cells of a level, by their places ``[B, heads, n]``."""
         height, width = self.sizes[level]
         rows, columns = rows.clamp(max=height - 1), columns.clamp(max=width - 1)
         if level in self.levels:
-            places = (rows * width + columns)[..., None]
-            return tuple(each.gather(2, places.expand(-1, -1, -1, each.shape[-1])) for each in self.levels[level])
+            places = rows * width + columns + (0 if level else self.start)
+            return tuple(_rows(each, places) for each in self.levels[level])
         parts = self._means(level - 1, *_quarters(rows, columns))
         return tuple(each.view(*rows.shape, 4, each.shape[-1]).mean(dim=3) for each in parts)
 
@@ -108,44 +111,70 @@ class PooledMap:
     def chosen(self, tile: Tile, judges: torch.Tensor, total: torch.Tensor) -> Keys:
         """What stands for all tokens outside a tile, at most `count` keys or as many as there are coarsest cells.
 
-        `judges` are some of the tile's queries, ``[B, heads, J, C]``, scaled; `total` the logarithm of what their
+        `judges` are queries that it is for, ``[B, heads, J, C]``, scaled; `total` the logarithm of what their
         attention to all else sums up to, ``[B, heads, J, 1]``.
         """
         top = len(self.sizes) - 1
         spare = self.count - self._cells(top)
-        strength = judges.square().mean(dim=(-1, -2))[..., None]
+        middle = judges.mean(dim=2, keepdim=True)
         shape = (*self.levels[0][0].shape[:2], -1)
         cells = torch.arange(self._cells(top), device=judges.device).expand(shape)
         rows, columns = cells // self.sizes[top][1], cells % self.sizes[top][1]
         parts = []
         for level in range(top, 0, -1):
-            keys, variances = self._at(level, rows, columns, tile, strength)
-            scores = judges @ keys.keys.float().transpose(-1, -2) + keys.log_weights[:, :, None]
+            known, spread = self._seen(level, rows, columns, tile, middle)
+            scores = judges @ known.keys.transpose(-1, -2) + known.log_weights[:, :, None]
             if level == top:
                 total = torch.logaddexp(total, scores.logsumexp(dim=-1, keepdim=True))
-            wanted = (scores - total).exp_().sum(dim=2) * variances
+            wanted = (scores - total).exp_().sum(dim=2) * spread
             order = wanted.argsort(dim=-1, descending=True, stable=True)
-            finer, rest = order.tensor_split([min(spare // (3 * top), order.shape[-1])], dim=-1)
-            parts.append(self._at(level, rows.gather(2, rest), columns.gather(2, rest), tile, strength)[0])
-            rows, columns = _quarters(rows.gather(2, finer), columns.gather(2, finer))
-        return Keys.of([*parts, self._at(0, rows, columns, tile, strength)[0]])
+            cut, rest = order.tensor_split([min(spare // (3 * level), order.shape[-1])], dim=-1)
+            spare -= 3 * cut.shape[-1]
+            parts.append(known.at(rest))
+            rows, columns = _quarters(rows.gather(2, cut), columns.gather(2, cut))
+        keys, values = self._means(0, rows, columns)
+        parts.append(Keys(keys, values, self._outside(0, rows, columns, tile).log()))
+        return Keys.of(parts)
 
-    def _at(
-        self, level: int, rows: torch.Tensor, columns: torch.Tensor, tile: Tile, strength: torch.Tensor
+    def _seen(
+        self, level: int, rows: torch.Tensor, columns: torch.Tensor, tile: Tile, middle: torch.Tensor
     ) -> tuple[Keys, torch.Tensor]:
-        """Cells of a level by their places ``[B, heads, n]``, and the variances of their scores.
+        """Cells of a level, by their places ``[B, heads, n]``, as a query `middle` ``[B, heads, 1, C]`` sees them.
 
-        Those without tokens outside the tile weigh nothing. `strength` is the mean square of channels of queries.
+        They are made of their quarters; how much the keys of these differ is told, too, ``[B, heads, n]``. Those
+        without tokens outside the tile weigh nothing.
         """
-        keys, values, squares = self._means(level, rows, columns)
+        quarters = _quarters(rows, columns)
+        parts = self._means(level - 1, *quarters)
+        keys, values = (each.float().view(*rows.shape, 4, each.shape[-1]) for each in parts)
+        counts = self._outside(level - 1, *quarters, tile).view(*rows.shape, 4)
+        scores = (keys.flatten(2, 3) @ middle.transpose(-1, -2)).view(counts.shape) + counts.log()
+        mass = scores.logsumexp(dim=-1, keepdim=True)
+        shares = (scores - mass.clamp(min=torch.finfo(mass.dtype).min)).exp_()[..., None, :]
+        key, value = ((shares @ each)[..., 0, :] for each in (keys, values))
+        squares = (shares @ _square(keys))[..., 0, 0]
+        spread = (squares - _square(key)[..., 0]).clamp(min=0)
+        return Keys(key, value, mass[..., 0] - (key @ middle.transpose(-1, -2))[..., 0]), spread
+
+    def _outside(self, level: int, rows: torch.Tensor, columns: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """How many tokens outside the tile cells of a level hold, by their places ``[B, heads, n]``."""
         top, left, bottom, right = tile
         tall, inside_tall = _shared(rows, 2**level, self.size[0], top, bottom)
         wide, inside_wide = _shared(columns, 2**level, self.size[1], left, right)
-        outside = (tall * wide - inside_tall * inside_wide).float()
-        # By the means of squares, in which tokens, whose keys do not differ, would differ by rounding.
-        spread = squares[..., 0] - keys.float().square().sum(dim=-1)
-        variances = spread.clamp(min=0) * strength if level else torch.zeros_like(outside)
-        return Keys(keys, values, outside.log() + SECOND_ORDER * variances), variances
+        return (tall * wide - inside_tall * inside_wide).float()
+
+
+def _rows(whole: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Those rows of ``[B, heads, N, C]`` that are at places ``[B, heads, n]``: not by `gather`, which is slow."""
+    batch, heads, count, channels = whole.shape
+    starts = torch.arange(batch * heads, device=places.device).view(batch, heads, 1) * count
+    return whole.flatten(0, 2).index_select(0, (places + starts).flatten()).view(*places.shape, channels)
+
+
+def _square(vectors: torch.Tensor) -> torch.Tensor:
+    """Their squared lengths, ``[..., 1]``."""
+    lengths: torch.Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return lengths.square()
 
 
 def _halved(plane: torch.Tensor) -> torch.Tensor:
