@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from typing import Any
 
+from .core.bands import process_group
 from .core.checks import boolean, one_of, switch_or_one_of, whole_number, whole_number_or_none
 from .core.tilings import COVERS
 from .memory.counting import amount
@@ -18,6 +19,16 @@ PADDING_MODES = ("constant", "circular", "reflect", "replicate")
 VAE_MODES = ("two-pass", "exact")
 VAE_ATTENTIONS = ("full", "blocked")
 UNET_OFFLOADS = ("skips", "maps")
+
+_HOST = "since rows that other processes ask for are not looked for on the host"
+# What options have to be where several processes share an image, and why.
+WITH_A_GROUP = {
+    "vae_mode": ("exact", "whose processes pool the statistics of the whole map"),
+    "vae_recompute": (False, "since maps that are not there have no rows for other processes"),
+    "unet_strip_rows": (None, "since each process has the U-Net run on its band as it is"),
+    "unet_offload": (False, _HOST),
+    "vae_offload": (False, _HOST),
+}
 
 Check = Callable[[str, object], Any]
 
@@ -37,13 +48,21 @@ def _count_or_none(unit: str, text: str, least: int = 1) -> Any:
     return _option(None, lambda option, value: whole_number_or_none(option, value, unit, least), accepts, text)
 
 
+def _quoted(accepted: Sequence[str]) -> str:
+    return " or ".join(f'"{each}"' for each in accepted)
+
+
 def _word(default: str, accepted: Sequence[str], text: str) -> Any:
     return _option(
         default,
         lambda option, value: one_of(option, value, accepted),
-        " or ".join(f'"{each}"' for each in accepted),
+        _quoted(accepted),
         text,
     )
+
+
+def _group(accepts: str, text: str) -> Any:
+    return _option(None, process_group, accepts, text)
 
 
 def _switch(text: str) -> Any:
@@ -86,11 +105,12 @@ class Options:
         "*sampled*; in joint attention *own* favourites and *pooled* cells. None: 512, there 2048. 0 for none",
         least=0,
     )
-    vae_mode: str = _word(
-        "two-pass",
-        VAE_MODES,
+    vae_mode: str = _option(
+        None,
+        lambda option, value: None if value is None else one_of(option, value, VAE_MODES),
+        f"None or {_quoted(VAE_MODES)}",
         '"two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map, about as '
-        "fast as untiled, with half of its memory",
+        'fast as untiled, with half of its memory. None: "two-pass", with a process_group "exact"',
     )
     vae_passes: int = _count(
         2, "", 'passes of "two-pass", the last of which makes the result: the more, the closer to exact', least=2
@@ -134,15 +154,29 @@ class Options:
         '"auto" is what an accelerator has free when the first call in the block starts; on the host nothing is '
         "picked. None: never",
     )
+    process_group: Any = _group(
+        "None or a `torch.distributed.ProcessGroup` that this process is a member of",
+        "whose processes make one image together, each with a band of its rows: all enter the block and call the "
+        "pipeline alike, and all get the first one's image. Exact. None: this process alone",
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
             checked = option.metadata["check"](option.name, getattr(self, option.name))
             object.__setattr__(self, option.name, checked)  # the way of frozen dataclasses to finish themselves
+        if self.vae_mode is None:
+            object.__setattr__(self, "vae_mode", "two-pass" if self.process_group is None else "exact")
+        if self.process_group is not None:
+            self._check_shared()
         if self.vae_mode != "exact" and self.vae_recompute:
             raise ValueError(f"vae_recompute=True needs vae_mode 'exact'; got vae_mode {self.vae_mode!r}")
         if self.vae_mode != "two-pass" and self.vae_passes != 2:
             raise ValueError(f"vae_passes={self.vae_passes} needs vae_mode 'two-pass'; got vae_mode {self.vae_mode!r}")
+
+    def _check_shared(self) -> None:
+        for name, (only, why) in WITH_A_GROUP.items():
+            if (value := getattr(self, name)) != only:
+                raise ValueError(f"{name} must be {only!r} with a process_group, {why}; got {value!r}")
 
 
 def signature(**leading: type) -> inspect.Signature:

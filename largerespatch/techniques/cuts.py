@@ -6,10 +6,11 @@ from itertools import pairwise
 
 import torch
 
+from ..core.bands import Bands
 from ..core.maps import ComputedMap
-from ..core.planes import fetch, part
-from ..core.statistics import GroupStatistics, record_by_rows
-from ..core.tilings import Tile, even_cuts, window
+from ..core.planes import fetch
+from ..core.statistics import GroupStatistics, pool, record_by_rows
+from ..core.tilings import Tile, even_cuts
 
 Block = tuple[int, torch.Tensor]  # how many rows of the halo are above a strip; the strip with its halo, [B, C, h, W]
 
@@ -22,12 +23,17 @@ def rows_of(strip: Tile) -> tuple[slice, slice, slice]:
 class Strips:
     """How maps are cut: into strips of at most `rows` rows; `wrap` where top and bottom are neighbours.
 
+    Of several processes each cuts its band, `bands` says which (and then whether top and bottom are neighbours).
     Inputs are left as they are, for whoever else may read them: in a U-Net its skip connections.
     """
 
-    def __init__(self, rows: int, wrap: bool) -> None:
+    def __init__(self, rows: int, wrap: bool, bands: Bands | None = None) -> None:
         self.rows = rows
-        self.wrap = wrap
+        self.bands = bands or Bands(wrap=wrap)
+
+    @property
+    def wrap(self) -> bool:
+        return self.bands.wrap
 
     def cut(self, plane: torch.Tensor, scale: Fraction = Fraction(1)) -> list[Tile]:
         """Strips of ``[B, C, H, W]``, for a module that scales them: no more rows than allowed before and after.
@@ -42,7 +48,7 @@ class Strips:
 
     def is_one(self, plane: torch.Tensor, made: Sequence[int] = ()) -> bool:
         """Whether the original takes a map at once; `made` is the shape of what it makes of it, if another one."""
-        return plane.shape[-2] <= self.rows
+        return self.bands.alone and plane.shape[-2] <= self.rows
 
     def read(self, plane: torch.Tensor, halo: int, strips: Sequence[Tile]) -> Iterator[Block]:
         """Each strip with its halo, on the device.
@@ -50,30 +56,35 @@ class Strips:
         A strip's own rows may be overwritten before the next one is asked for: what later strips need of them is kept
         aside. The block may be the very memory of the map.
         """
-        height, width = plane.shape[-2:]
-        outers = [window(strip, halo, height, width, self.wrap).outer for strip in strips]
-        around = self.wrap and halo > 0
-        first = part(plane, Tile(0, 0, halo, width)).clone() if around else None
-        above = part(plane, Tile(height - halo, 0, height, width)).clone() if around else None
+        height = plane.shape[2]
+        above, first = self.bands.of(plane).around(plane, halo, halo)() if halo else (None, None)
+        highest = 0 if above is None else -above.shape[2]
+        lowest = height if first is None else height + first.shape[2]
+        outers = [(max(strip.top - halo, highest), min(strip.bottom + halo, lowest)) for strip in strips]
         adjacent = [True, *(upper.bottom == lower.top for upper, lower in pairwise(strips))]
         runs = [
-            (strip.top if follows and strip.top else max(outer.top, 0), min(outer.bottom, height))
-            for strip, outer, follows in zip(strips, outers, adjacent, strict=True)
+            (strip.top if follows and strip.top else max(start, 0), min(stop, height))
+            for strip, (start, stop), follows in zip(strips, outers, adjacent, strict=True)
         ]
-        for strip, outer, (top, _), rows in zip(strips, outers, runs, fetch(plane, runs), strict=True):
+        for strip, (start, stop), (top, _), rows in zip(strips, outers, runs, fetch(plane, runs), strict=True):
             parts = [rows]
-            if above is not None and top > outer.top:
-                parts.insert(0, above[:, :, outer.top - top :])
-            if first is not None and outer.bottom > height:
-                parts.append(first[:, :, : outer.bottom - height])
+            if above is not None and top > start:
+                parts.insert(0, above[:, :, start - top :])
+            if first is not None and stop > height:
+                parts.append(first[:, :, : stop - height])
             block = torch.cat(parts, dim=2) if len(parts) > 1 else rows
             if halo:
-                end = strip.bottom - outer.top
+                end = strip.bottom - start
                 above = block[:, :, max(end - halo, 0) : end].clone()
-            yield strip.top - outer.top, block
+            yield strip.top - start, block
 
     def statistics(self, plane: torch.Tensor, groups: int) -> GroupStatistics:
-        return record_by_rows(plane, groups, [(strip.top, strip.bottom) for strip in self.cut(plane)])
+        recorded = record_by_rows(plane, groups, [(strip.top, strip.bottom) for strip in self.cut(plane)])
+        return self.bands.of(plane).pooled(recorded)
+
+    def pooled(self, plane: torch.Tensor, parts: Sequence[GroupStatistics]) -> GroupStatistics:
+        """Of a map as large as `plane`, of what is known of its strips."""
+        return self.bands.of(plane).pooled(pool(parts))
 
     def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Memory for a whole map, of the dtype of `like`."""

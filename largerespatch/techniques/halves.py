@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.bands import ALONE, Bands
 from ..core.families import Order, Site
 from ..core.hosts import Host
 from ..core.maps import StoredMap
@@ -34,7 +35,7 @@ class Cutting:
     `latent_scale` is the size of its input relative to the latent (1 for a decoder, 8 for SD's encoder), `wrap` says
     whether the plane's opposite edges are neighbours (circular padding), `progress_bar` is the pipeline's, called with
     ``total``, and `title` goes with it. `in_turns` says whether the samples of a batch run one after another, `factor`
-    how many sample pixels a latent pixel measures.
+    how many sample pixels a latent pixel measures. Of several processes each runs its band, which is one of `bands`.
     """
 
     tile_height: int
@@ -45,6 +46,7 @@ class Cutting:
     title: str
     in_turns: bool = False
     factor: int = COMMON_FACTOR
+    bands: Bands = ALONE
 
     @property
     def strip_height(self) -> int:
@@ -95,9 +97,9 @@ class InPieces(ABC):
                 return _together(collect(range(len(sample)), lambda i: run(sample[i : i + 1])))
 
     def is_one(self, sample: torch.Tensor) -> bool:
-        """Whether an input ``[..., H, W]`` is of at most one tile."""
+        """Whether an input ``[..., H, W]`` is of at most one tile, and no band."""
         height, width = self._size(sample)
-        return height <= self.cutting.tile_height and width <= self.cutting.tile_width
+        return self.cutting.bands.alone and height <= self.cutting.tile_height and width <= self.cutting.tile_width
 
     @property
     def makes_pictures(self) -> bool:
@@ -192,7 +194,8 @@ class Exact(InPieces):
         passing = not listeners(self.model)
         # What a hook may keep has to have memory of its own.
         finest = sample.shape[-2] * 2**self.doublings if passing else None
-        walk = Walk(self.cutting.strip_height, self.cutting.wrap, self.host, passing, finest, self.recompute)
+        rows, wrap, bands = self.cutting.strip_height, self.cutting.wrap, self.cutting.bands
+        walk = Walk(rows, wrap, self.host, passing, finest, self.recompute, None if bands.alone else bands)
         late = self.late if passing else []
         last = list(self.steps)[-1] if self.makes_pictures else ""
         with weights_held(late), PatchStack() as stack, self._progress(len(self.steps)) as bar:

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..core.families import Order, Site
 from ..core.pieces import assemble
-from ..core.statistics import GivenStatistics, GroupStatistics, pool, record
+from ..core.statistics import GivenStatistics, GroupStatistics, record
 from ..core.tilings import Tile
 from .cuts import Block, Strips, rows_of
 
@@ -120,7 +120,7 @@ class StripResnet:
         into = middle if residual is None else (residual, middle)
         read = partial(strips.read, source, reach(module.conv1))
         assemble(strips.cut(source), compute, rows_of, into=into, read=read)
-        return pool(recorded)
+        return strips.pooled(middle, recorded)
 
     def second_half(
         self,

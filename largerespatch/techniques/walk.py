@@ -19,11 +19,12 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from ..core.bands import Bands
 from ..core.hosts import Host
 from ..core.maps import ComputedMap, StoredMap
 from ..core.pieces import assemble, collect
 from ..core.planes import Map, fetch
-from ..core.statistics import GivenStatistics, pool, record
+from ..core.statistics import GivenStatistics, record
 from ..core.tilings import Tile
 from .alike import piece
 from .cuts import Block, Strips, rows_of
@@ -56,7 +57,7 @@ class Walk(Strips):
     """Strips of maps that are passed on from module to module, and the memory that is free meanwhile.
 
     Args:
-        rows, wrap: see `Strips`.
+        rows, wrap, bands: see `Strips`.
         host: where maps live; None: on the device.
         passing: whether maps may be written over by their reader.
         finest: height of the largest maps, where these may be computed anew rather than kept; None: they may not.
@@ -71,8 +72,9 @@ class Walk(Strips):
         passing: bool = True,
         finest: int | None = None,
         recompute: bool = False,
+        bands: Bands | None = None,
     ) -> None:
-        super().__init__(rows, wrap)
+        super().__init__(rows, wrap, bands)
         self.host = host
         self.passing = passing
         self.finest = finest
@@ -167,7 +169,7 @@ class WalkedResnet(StripResnet):
             return (block[:, :, own] + result[:, :, own]) / module.output_scale_factor  # type: ignore[no-any-return]
 
         collect(cuts, note, read=partial(walk.read, plane, reach(module.conv1)))
-        inner = pool(recorded)
+        inner = walk.pooled(plane, recorded)
         read = partial(walk.read, plane, reach(module.conv1) + reach(module.conv2))
         return assemble(cuts, compute, rows_of, into=plane, read=read)  # type: ignore[no-any-return]
 
