@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from typing import Any
 
-from .core.bands import process_group
+from .core.agreement import process_group
 from .core.checks import boolean, one_of, switch_or_one_of, whole_number, whole_number_or_none
 from .core.tilings import COVERS
 from .memory.counting import amount
@@ -59,10 +59,6 @@ def _word(default: str, accepted: Sequence[str], text: str) -> Any:
         _quoted(accepted),
         text,
     )
-
-
-def _group(accepts: str, text: str) -> Any:
-    return _option(None, process_group, accepts, text)
 
 
 def _switch(text: str) -> Any:
@@ -154,7 +150,9 @@ class Options:
         '"auto" is what an accelerator has free when the first call in the block starts; on the host nothing is '
         "picked. None: never",
     )
-    process_group: Any = _group(
+    process_group: Any = _option(  # noqa: RUF009  a field, as the others
+        None,
+        process_group,
         "None or a `torch.distributed.ProcessGroup` that this process is a member of",
         "whose processes make one image together, each with a band of its rows: all enter the block and call the "
         "pipeline alike, and all get the first one's image. Exact. None: this process alone",

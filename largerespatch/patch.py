@@ -5,25 +5,28 @@ import logging
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
+import diffusers
 import torch
 from PIL import Image
 from torch import nn
 
 from . import autoencoders, denoisers  # noqa: F401  the families register themselves
 from .autoencoders.decoding import decoded
+from .core.agreement import agreeing, check_group, facts_of, least, process_group
 from .core.checks import whole_number
-from .core.families import Family, Site, check_multiple, factor_of, families_in, install, models_of, told
+from .core.families import Family, Site, check_multiple, check_shared, factor_of, families_in, install, models_of, told
 from .core.occupied import Occupied
 from .core.patching import PatchStack, beneath_hooks
+from .memory.devices import execution_device
 from .memory.estimate import Estimator, MemoryEstimate, bare
 from .memory.planner import DoesNotFitError, Plan, Planner, changing, limit_bytes
 from .memory.planner import told as told_settings
-from .options import Options, given, help_lines, signature
+from .options import WITH_A_GROUP, Options, given, help_lines, signature
 
 # Of a side: a map of both sides so long, with 2^14 channels, has as many values as a 64-bit index can count.
 MOST_PIXELS = 2**24
@@ -62,7 +65,11 @@ class LargeResPatch:
     __signature__: ClassVar = signature(pipe=Any, width=int, height=int)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        chosen = given(self.__signature__, args, kwargs)
+        group = process_group("process_group", kwargs.get("process_group"))
+        with agreeing(group, self._facts):
+            self._check(given(self.__signature__, args, kwargs))
+
+    def _check(self, chosen: dict[str, Any]) -> None:
         self.pipe = chosen.pop("pipe")
         width, height = chosen.pop("width"), chosen.pop("height")
         self.options = Options(**chosen)
@@ -76,14 +83,26 @@ class LargeResPatch:
             halvings = max((family.halvings(model) for model, family in families.values()), default=0)
             _check_reflection("width", self.width, factor, halvings)
             _check_reflection("height", self.height, factor, halvings)
+        kept = frozenset(chosen)
+        if (group := self.options.process_group) is not None:
+            check_shared(self.pipe)
+            check_group(group, execution_device(self.pipe), self.height, factor)
+            kept |= WITH_A_GROUP.keys()
         self._sites()  # what these models cannot do is an error now
         self._stack, self._first_calls = PatchStack(), PatchStack()
         self._planned, self._waits = "", False
-        self._given, self._kept = self.options, frozenset(chosen)
+        self._given, self._kept = self.options, kept
         if self.options.memory_limit not in (None, "auto"):
             planner = self._planner()
             assert planner is not None  # an amount is one
             self._settle(planner.plan(self.height, self.width))
+
+    def _facts(self) -> dict[str, object]:
+        """What has to be the same in all processes that make one image."""
+        chosen = {option.name: getattr(self.options, option.name) for option in fields(self.options)}
+        del chosen["process_group"]
+        sizes: dict[str, object] = {"width": self.width, "height": self.height, "diffusers": diffusers.__version__}
+        return sizes | chosen | facts_of(self.pipe)
 
     def enable(self) -> Self:
         """Install every replacement; what ``with`` does on entry.
@@ -174,6 +193,8 @@ class LargeResPatch:
         """None where "auto" has no limit."""
         given = self._given
         limit = None if given.memory_limit is None else limit_bytes(given.memory_limit, self.pipe, given)
+        if limit is not None and given.memory_limit == "auto":
+            limit = least(given.process_group, limit)  # all plan alike
         return None if limit is None else Planner(self._estimator(self._on), limit, self._given, self._kept)
 
     def _plan_at_first_call(self, names: Iterable[str]) -> None:

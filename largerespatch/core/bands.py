@@ -197,26 +197,6 @@ class Bands:
 ALONE = Bands()
 
 
-def process_group(option: str, value: object) -> Any:
-    """Checks that `value` is None or a group that this process is a member of, and returns it.
-
-    Raises:
-        TypeError: it is no group.
-        ValueError: it is one of others.
-    """
-    accepted = (
-        f"{option} must be None or a torch.distributed.ProcessGroup that this process is a member of (of "
-        f"`torch.distributed.init_process_group` it is `torch.distributed.group.WORLD`); got {value!r}"
-    )
-    if value is None:
-        return None
-    if value is getattr(dist.GroupMember, "NON_GROUP_MEMBER", None):
-        raise ValueError(f"{accepted}, which stands for a group of other processes")
-    if not isinstance(value, dist.ProcessGroup):
-        raise TypeError(accepted)
-    return value
-
-
 @dataclass(frozen=True)
 class Band:
     """What this process has of one map, cut as `rows` says, and how it comes by the rest."""

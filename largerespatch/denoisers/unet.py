@@ -155,7 +155,7 @@ class ControlNets(WithSkips):
     """`ControlNetModel` and its kin, alone or several. A U-Net's step calls them: they have no stage of their own."""
 
     stages = ()
-    shared = "their ControlNets"
+    shared = "ControlNets of such U-Nets"
     joins = False
 
     def can_be_shared(self, model: Any) -> bool:
