@@ -67,35 +67,31 @@ class LargeResPatch:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         group = process_group("process_group", kwargs.get("process_group"))
         with agreeing(group, self._facts):
-            self._check(given(self.__signature__, args, kwargs))
-
-    def _check(self, chosen: dict[str, Any]) -> None:
-        self.pipe = chosen.pop("pipe")
-        width, height = chosen.pop("width"), chosen.pop("height")
-        self.options = Options(**chosen)
-        families = _known_families(self.pipe)
-        factor = factor_of(self.pipe)
-        self.width = _image_size("width", width, factor)
-        self.height = _image_size("height", height, factor)
-        for model, family in families_in(self.pipe).values():
-            family.check(model, self.pipe, self.height, self.width)
-        if self.options.padding_mode == "reflect":
-            halvings = max((family.halvings(model) for model, family in families.values()), default=0)
-            _check_reflection("width", self.width, factor, halvings)
-            _check_reflection("height", self.height, factor, halvings)
-        kept = frozenset(chosen)
-        if (group := self.options.process_group) is not None:
-            check_shared(self.pipe)
-            check_group(group, execution_device(self.pipe), self.height, factor)
-            kept |= WITH_A_GROUP.keys()
-        self._sites()  # what these models cannot do is an error now
-        self._stack, self._first_calls = PatchStack(), PatchStack()
-        self._planned, self._waits = "", False
-        self._given, self._kept = self.options, kept
-        if self.options.memory_limit not in (None, "auto"):
-            planner = self._planner()
-            assert planner is not None  # an amount is one
-            self._settle(planner.plan(self.height, self.width))
+            chosen = given(self.__signature__, args, kwargs)
+            self.pipe = chosen.pop("pipe")
+            width, height = chosen.pop("width"), chosen.pop("height")
+            self.options = Options(**chosen)
+            families = _known_families(self.pipe)
+            factor = factor_of(self.pipe)
+            self.width = _image_size("width", width, factor)
+            self.height = _image_size("height", height, factor)
+            for model, family in families_in(self.pipe).values():
+                family.check(model, self.pipe, self.height, self.width)
+            if self.options.padding_mode == "reflect":
+                halvings = max((family.halvings(model) for model, family in families.values()), default=0)
+                _check_reflection("width", self.width, factor, halvings)
+                _check_reflection("height", self.height, factor, halvings)
+            if group is not None:
+                check_shared(self.pipe)
+                check_group(group, execution_device(self.pipe), self.height, factor)
+            self._sites()  # what these models cannot do is an error now
+            self._stack, self._first_calls = PatchStack(), PatchStack()
+            self._planned, self._waits = "", False
+            self._given, self._kept = self.options, frozenset(chosen) | (WITH_A_GROUP.keys() if group else frozenset())
+            if self.options.memory_limit not in (None, "auto"):
+                planner = self._planner()
+                assert planner is not None  # an amount is one
+                self._settle(planner.plan(self.height, self.width))
 
     def _facts(self) -> dict[str, object]:
         """What has to be the same in all processes that make one image."""
@@ -154,7 +150,8 @@ class LargeResPatch:
 
         Found by running copies of the models on tensors without data, in seconds; nothing is allocated. The pipeline
         stays as it is, inside the block and outside. Hooks on its modules are left out, but for what they keep off the
-        device; so is the private workspace of kernels.
+        device; so is the private workspace of kernels. With a `process_group` it is that of the process whose band is
+        the tallest, and no other one is asked.
 
         Args:
             patched: with this patch on; else as the pipeline is without any.

@@ -36,7 +36,7 @@ _SENT: ContextVar["Counter[str] | None"] = ContextVar("sent", default=None)
 
 @contextmanager
 def counting_sent() -> Iterator["Counter[str]"]:
-    """Inside, the bytes that this process sends to others are counted, by what they are for."""
+    """Inside, the bytes that this process sends to others, or would but for a rehearsal, are counted by kind."""
     token = _SENT.set(Counter())
     try:
         counter = _SENT.get()
@@ -125,11 +125,12 @@ class Bands:
         """What the first process has in the place of this one's tensors, in whatever structure."""
 
         def told(tensor: torch.Tensor) -> torch.Tensor:
-            if self.alone or rehearsing():
+            if self.alone:
                 return tensor
             copy = tensor.contiguous().clone()
-            with self._talking("input", copy.nbytes * (self.rank == 0)):
-                dist.broadcast(copy, src=dist.get_global_rank(self.group, 0), group=self.group)
+            with self._talking("input", copy.nbytes * (self.rank == 0)) as heard:
+                if heard:
+                    dist.broadcast(copy, src=dist.get_global_rank(self.group, 0), group=self.group)
             return copy
 
         return tree_map_only(torch.Tensor, told, tensors)
@@ -139,15 +140,15 @@ class Bands:
         if self.alone:
             return values[None]
         everything = values.new_empty(self.count, *values.shape)
-        if not rehearsing():
-            with self._talking(kind, values.nbytes * (self.count - 1)):
+        with self._talking(kind, values.nbytes * (self.count - 1)) as heard:
+            if heard:
                 dist.all_gather(list(everything.unbind()), values.contiguous(), group=self.group)
         return everything
 
     def summed(self, values: torch.Tensor, kind: str) -> torch.Tensor:
         """The sum of what each process has; `values` may be written over."""
-        if not self.alone and not rehearsing():
-            with self._talking(kind, 2 * values.nbytes * (self.count - 1) // self.count):
+        with self._talking(kind, 2 * values.nbytes * (self.count - 1) // self.count) as heard:
+            if heard:
                 dist.all_reduce(values, group=self.group)
         return values
 
@@ -166,15 +167,15 @@ class Bands:
         received = like.new_empty(sum(sizes))
         parts = [tensor.reshape(-1) for tensors in give for tensor in tensors]
         sent = torch.cat(parts) if parts else like.new_empty(0)
+        lengths = [sum(tensor.numel() for tensor in tensors) for tensors in give]
         work = None
-        if not rehearsing():
-            with self._talking(kind, sent.nbytes):
-                lengths = [sum(tensor.numel() for tensor in tensors) for tensors in give]
+        with self._talking(kind, sent.nbytes) as heard:
+            if heard:
                 work = dist.all_to_all_single(received, sent, sizes, lengths, group=self.group, async_op=True)
 
         def finished() -> list[list[torch.Tensor]]:
-            if work is not None:
-                with self._talking(kind, 0):
+            with self._talking(kind, 0):
+                if work is not None:
                     work.wait()
             ends = iter(received.split_with_sizes([prod(shape) for shapes in take for shape in shapes]))
             return [[next(ends).view(*shape) for shape in shapes] for shapes in take]
@@ -182,11 +183,12 @@ class Bands:
         return finished
 
     @contextmanager
-    def _talking(self, kind: str, size: int) -> Iterator[None]:
+    def _talking(self, kind: str, size: int) -> Iterator[bool]:
+        """What is sent inside is counted; yields whether there is anybody to hear it."""
         if (counter := _SENT.get()) is not None:
             counter[kind] += size
         try:
-            yield
+            yield not rehearsing()
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {self.group.rank()} of {self.count}, at {_PLACE.get()}: no answer from the others; another rank "

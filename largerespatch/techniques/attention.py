@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
-from ..core.bands import ALONE, Band, Bands
+from ..core.bands import ALONE, Band, Bands, at
 from ..core.dealt_tiles import Compute, tile_by_tile
 from ..core.maps import StoredMap, taken
 from ..core.pieces import rehearsing
@@ -89,6 +89,7 @@ class BlockedAttention:
             is not so is attended whole.
         bands: of several processes each has a band of the map, one of these; then keys of a map that is attended whole
             come from all. The tiles and the context are those of one process.
+        path: of the attention, for messages.
     """
 
     sees_tiles = True  # once its context is known, it sees no token of the map but those of the tile
@@ -101,6 +102,7 @@ class BlockedAttention:
         layer: int,
         map_note: MapNote | None = None,
         bands: Bands = ALONE,
+        path: str = "attention",
     ) -> None:
         self.attention: Any = attention
         self.blocking = blocking
@@ -108,6 +110,7 @@ class BlockedAttention:
         self.layer = layer
         self.map_note = map_note
         self.bands = bands
+        self.path = path
         self.tile: tuple[Tile, Context | None] | None = None
 
     @contextmanager
@@ -171,7 +174,7 @@ class BlockedAttention:
             return result.new_empty(*cells.shape[:3], result.shape[-1])
 
         band = self.bands.sized(*size)
-        with self._normalizing(cells.permute(0, 3, 1, 2), band):
+        with at(self.path), self._normalizing(cells.permute(0, 3, 1, 2), band):
             if not self.blocks(*band.size):
                 return self._attended_whole(original, plane, cells.flatten(1, 2), band, kwargs)
             attend = self._attending(original, cells.flatten(1, 2), band, kwargs)

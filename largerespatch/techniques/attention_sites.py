@@ -46,11 +46,11 @@ def attention_sites(
             yield Site(transformer, place, Order.MAP_NOTED, noting)
             for path, module in transformer.named_modules(prefix=place):
                 if isinstance(module, Attention) and not module.is_cross_attention:
-                    blocked = BlockedAttention(module, blocking, step_note, layer, note, bands)
+                    blocked = BlockedAttention(module, blocking, step_note, layer, note, bands, path)
                     yield Site(module, path, Order.IN_BLOCKS, blocked, says=says)
                     layer += 1
     for path, module in model.named_modules(prefix=name):
         if attends_map(module):
-            blocked = BlockedAttention(module, blocking, step_note, layer, bands=bands)
+            blocked = BlockedAttention(module, blocking, step_note, layer, None, bands, path)
             yield Site(module, path, Order.IN_BLOCKS, blocked, says=says)
             layer += 1

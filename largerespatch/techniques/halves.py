@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.bands import ALONE, Bands
+from ..core.bands import ALONE, Bands, at
 from ..core.families import Order, Site
 from ..core.hosts import Host
 from ..core.maps import StoredMap
@@ -203,7 +203,8 @@ class Exact(InPieces):
             def counted(technique: Forward, path: str) -> Forward:
                 def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
                     walk.delivers = path == last
-                    result = technique(*args, **kwargs)
+                    with at(path):
+                        result = technique(*args, **kwargs)
                     bar.update()
                     return result
 
