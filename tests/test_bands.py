@@ -316,7 +316,7 @@ def test_calls_that_bands_cannot_make_are_refused(pool):
 # Faults
 
 
-def fault(rank, group, how):
+def fault(rank, group, how, where):
     """What is said of the others by a process that goes on, and whether the model is as it was."""
     model = tiny.unet()
     pipe = SimpleNamespace(components={"unet": model}, unet=model, scheduler=None, vae_scale_factor=8)
@@ -327,7 +327,7 @@ def fault(rank, group, how):
         raise KeyboardInterrupt if how == "is interrupted" else RuntimeError("out of memory")
 
     if rank == 1:
-        model.mid_block.register_forward_pre_hook(fail)
+        model.get_submodule(where).register_forward_pre_hook(fail)
     said = ""
     try:
         with LargeResPatch(pipe, 64, 64, process_group=group):
@@ -337,12 +337,20 @@ def fault(rank, group, how):
     return said, [path for path, module in model.named_modules() if "forward" in vars(module)]
 
 
-@pytest.mark.parametrize("how", ["dies", "raises", "is interrupted"])
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+FAULTS = {  # where one process fails, and where another one meets that
+    "dies": ("mid_block", "mid_block.resnets.0.norm1"),
+    "raises": (ATTENTION, ATTENTION),
+    "is interrupted": ("up_blocks.0.upsamplers.0", "up_blocks.0.upsamplers.0.conv"),
+}
+
+
+@pytest.mark.parametrize("how", FAULTS)
 def test_the_others_of_a_process_that_fails_end_with_an_error_that_says_where(how):
-    (said, left), failed = processes.alone(fault, 2, 2, how)
-    assert (
-        "rank 0 of 2, at unet.mid_block.resnets.0.norm1: no answer from the others; another rank has probably" in said
-    )
+    where, meets = FAULTS[how]
+    (said, left), failed = processes.alone(fault, 2, 2, how, where)
+    expected = f"rank 0 of 2, at unet.{meets}: no answer from the others; another rank has probably failed, see its log"
+    assert said == expected
     assert left == []
     assert failed == {"dies": "died", "raises": ("out of memory", []), "is interrupted": ("", [])}[how]
 
