@@ -73,8 +73,8 @@ class Options:
         TypeError, ValueError: an option is not what is accepted, or does not go with another one.
     """
 
-    attn_slice_x: int = _count(64, "tokens", "width of a tile, half the width of a wide brick, on the attended map")
-    attn_slice_y: int = _count(64, "tokens", "height of a tile, half the height of a tall brick, on the attended map")
+    attn_slice_x: int = _count(64, "tokens", "width of a tile, half the width of a wide brick")
+    attn_slice_y: int = _count(64, "tokens", "height of a tile, half the height of a tall brick")
     attn_shape: str = _word(
         "brick", tuple(COVERS), '"brick" for the four running-bond tilings, "tile" for four shifted grids'
     )
@@ -105,8 +105,8 @@ class Options:
         None,
         lambda option, value: None if value is None else one_of(option, value, VAE_MODES),
         f"None or {_quoted(VAE_MODES)}",
-        '"two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map, about as '
-        'fast as untiled, with half of its memory. None: "two-pass", with a process_group "exact"',
+        '"two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map, as fast '
+        'as untiled in half of its memory. None: "two-pass"; "exact" with a `process_group`',
     )
     vae_passes: int = _count(
         2, "", 'passes of "two-pass", the last of which makes the result: the more, the closer to exact', least=2
@@ -118,12 +118,12 @@ class Options:
         "Approximate; saves most of a decode's time beyond about 4096 x 4096",
     )
     vae_recompute: bool = _switch(
-        "whether an exact VAE computes its largest maps anew whenever they are read, rather than keep them: about 27 % "
+        "whether an exact VAE computes its largest maps anew whenever they are read: about 27 % "
         "of the untiled memory, workspaces aside, 30 % more time for a decode. Exact"
     )
     vae_offload: bool = _switch(
         "whether whole maps of the VAE are in (pinned) host memory while their strips or tiles visit the device. An "
-        "image of 64 MiB or more is given back on the host. Exact; nothing changes where the VAE runs on the host"
+        "image of 64 MiB or more is given back on the host. Exact; on the host it changes nothing"
     )
     unet_serial: bool = _switch(
         "whether denoiser and ControlNet run the samples of a batch (guidance makes two of one) one by one. Exact"
@@ -138,8 +138,7 @@ class Options:
         lambda option, value: switch_or_one_of(option, value, UNET_OFFLOADS),
         'False, "skips" (or True, which means that), "maps"',
         'what of a U-Net or ControlNet is in (pinned) host memory: "skips" for skip connections, "maps" for every map '
-        "of 64 MiB or more, so that a larger image needs little more. Exact; nothing changes where the models run on "
-        "the host",
+        "of 64 MiB or more, so that a larger image needs little more. Exact; on the host it changes nothing",
     )
     memory_limit: str | int | None = _option(
         "auto",
@@ -154,8 +153,7 @@ class Options:
         None,
         process_group,
         "None or a `torch.distributed.ProcessGroup` that this process is a member of",
-        "whose processes make one image together, each with a band of its rows: all enter the block and call the "
-        "pipeline alike, and all get the first one's image. Exact. None: this process alone",
+        "of `torch.distributed`, whose processes make one image, a band of its rows each. Exact",
     )
 
     def __post_init__(self) -> None:

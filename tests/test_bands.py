@@ -42,8 +42,18 @@ def pool():
     assert made.close() == [0] * processes.MOST
 
 
-def unet(kind):
-    return {"SD": tiny.unet, "deep": lambda: tiny.unet(**DEEP), "XL": lambda: tiny.unet(**tiny.XL_UNET)}[kind]()
+def fused(model):
+    """With attention processors that take no keys but those they make themselves."""
+    model.fuse_qkv_projections()
+    return model
+
+
+UNETS = {
+    "SD": tiny.unet,
+    "deep": lambda: tiny.unet(**DEEP),
+    "XL": lambda: tiny.unet(**tiny.XL_UNET),
+    "fused": lambda: fused(tiny.unet()),
+}
 
 
 def noise(*shape, seed=0):
@@ -52,7 +62,7 @@ def noise(*shape, seed=0):
 
 def step(group, kind, size, batch, options, rank=0):
     """A U-Net's step, with other noise in every process but the first."""
-    model = unet(kind)
+    model = UNETS[kind]()
     pipe = SimpleNamespace(components={"unet": model}, unet=model, scheduler=None, vae_scale_factor=8)
     height, width = size
     wide = kind == "XL"
@@ -82,6 +92,8 @@ STEPS = {
     "circular, odd": ((2,), "deep", (13, 11), 1, {"padding_mode": "circular"} | BLOCKS),
     "circular, three": ((3,), "SD", (11, 8), 1, {"padding_mode": "circular"}),
     "reflected": ((3,), "SD", (9, 8), 1, {"padding_mode": "reflect"}),
+    "processors that take no other keys": ((2,), "fused", (12, 11), 1, {}),
+    "the same in bricks": ((2,), "fused", (12, 11), 1, BLOCKS),
     "SDXL, one sample at a time": ((2,), "XL", (13, 8), 2, {"unet_serial": True} | BLOCKS),
 }
 
@@ -101,12 +113,12 @@ def test_a_step_is_that_of_one_process(pool, name):
 
 def half(group, which, size, batch, options):
     """Encoder or decoder of a VAE, with another input in every process but the first."""
-    vae = tiny.vae()
+    vae = fused(tiny.vae()) if "fused" in which else tiny.vae()
     pipe = SimpleNamespace(components={"vae": vae}, vae=vae, progress_bar=silent)
     height, width = size
     with LargeResPatch(pipe, 8 * width, 8 * height, vae_mode="exact", process_group=group, **options):
         seed = 0 if group is None else group.rank()
-        if which == "decode":
+        if "decode" in which:
             return vae.decode(noise(batch, 4, height, width, seed=seed)).sample.numpy()
         return vae.encode(noise(batch, 3, 8 * height, 8 * width, seed=seed)).latent_dist.parameters.numpy()
 
@@ -121,6 +133,7 @@ HALVES = {
     "decode, one row each": (4, "decode", (4, 5), 1, {"vae_chunk_size_y": 3}),
     "decode, circular": (3, "decode", (7, 9), 1, {"padding_mode": "circular", "vae_chunk_size_y": 4}),
     "decode, attention blocked": (2, "decode", (11, 9), 1, {"vae_attn": "blocked"} | BLOCKS),
+    "decode, a processor that takes no other keys": (2, "fused decode", (9, 9), 1, {}),
     "encode": (3, "encode", (7, 6), 1, {"vae_chunk_size_y": 4}),
     "encode, circular, one row each": (2, "encode", (2, 5), 1, {"padding_mode": "circular"}),
 }

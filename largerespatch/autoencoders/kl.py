@@ -68,7 +68,7 @@ class KL(AnyAutoencoder):
             steps = len(model.config.block_out_channels) - 1
             sizes = {"halvings": steps, "rounds_up": False} if encodes else {"doublings": steps}
             says = f"maps in bands of {bands.count} processes"
-            yield Site(half, path, Order.IN_BANDS, InBands(path, bands, sizes, all_cut=True), says=says)
+            yield Site(half, path, Order.IN_BANDS, InBands(half, path, bands, sizes, all_cut=True), says=says)
         least = self.reflected * scale
         yield from reflection_sites(half, path, options.padding_mode, least, factor // scale, self.reflected)
         yield from self.attention(half, path, options)

@@ -55,7 +55,7 @@ class WithSkips(AnyDenoiser):
             steps = (each.stride[0] for each in embedding.modules() if isinstance(each, nn.Conv2d))
             sizes = {"halvings": self.halvings(net), "doublings": prod(steps).bit_length() - 1}
             says = f"maps in bands of {bands.count} processes"
-            yield Site(net, path, Order.IN_BANDS, InBands(path, bands, sizes, self.joins), says=says)
+            yield Site(net, path, Order.IN_BANDS, InBands(net, path, bands, sizes, self.joins), says=says)
         yield from shared_map_sites(model, name, bands)
 
 

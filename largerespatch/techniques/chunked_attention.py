@@ -40,8 +40,10 @@ class ChunkedAttention(BlockedAttention):
 
     def applies(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> bool:
         alone = all(value is None for value in (*others, *named.values()))
-        known = type(self.attention.processor) in TAKES_OTHER_KEYS
-        return alone and known and self._is_large(hidden_states) and not torch.is_grad_enabled()
+        return alone and self._is_large(hidden_states) and not torch.is_grad_enabled()
+
+    def blocks(self, height: int, width: int) -> bool:
+        return type(self.attention.processor) in TAKES_OTHER_KEYS and super().blocks(height, width)
 
     def _cut(self, height: int, width: int) -> Tiling:
         return Tiling(even_cuts(height, max(QUERIES // width, 1)), even_cuts(width, QUERIES))

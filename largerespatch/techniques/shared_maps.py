@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from ..core.bands import Band, Bands, at
 from ..core.families import Order, Site
 from ..core.statistics import GivenStatistics, record_by_rows
+from .strips import is_differentiated
 
 Forward = Callable[..., torch.Tensor]
 
@@ -53,7 +54,7 @@ class InBands:
     another model that shares its maps.
 
     Args:
-        path: of the model, for messages.
+        model: whose forward it is, and `path` its name in messages.
         bands: of the processes.
         sizes: how the model's maps follow from its first argument; see `largerespatch.core.band_rows.banded`.
         joined: see above.
@@ -61,8 +62,15 @@ class InBands:
     """
 
     def __init__(
-        self, path: str, bands: Bands, sizes: dict[str, Any], joined: bool = True, all_cut: bool = False
+        self,
+        model: nn.Module,
+        path: str,
+        bands: Bands,
+        sizes: dict[str, Any],
+        joined: bool = True,
+        all_cut: bool = False,
     ) -> None:
+        self.model = model
         self.path = path
         self.bands = bands
         self.sizes = sizes
@@ -84,8 +92,10 @@ class InBands:
                 return tree_map_only(torch.Tensor, self._whole, result) if self.joined else result
 
     def _check(self, sample: torch.Tensor, arguments: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and sample.requires_grad:
-            raise RuntimeError(f"process_group: {self.path} runs in bands, which have no gradients: detach its input")
+        if is_differentiated(self.model, sample):
+            raise RuntimeError(
+                f"process_group: {self.path} runs in bands, which have no gradients: call it under torch.no_grad()"
+            )
         refused = [key for key in OF_WHOLE_MAPS if key in (arguments.get("cross_attention_kwargs") or ())]
         refused += ["attention_mask"] * (arguments.get("attention_mask") is not None)
         if refused:
