@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from largerespatch.core.band_rows import BandRows, banded, dealt, split
 from largerespatch.core.bands import counting_sent
 from largerespatch.core.tilings import COVERS
 from largerespatch.memory.counting import LiveBytes
+from largerespatch.memory.planner import LEAST_MARGIN
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -401,6 +403,33 @@ def test_an_estimate_is_of_the_tallest_band(pool):
         assert most < 0.45 * alone
         expected = results[1][1][i]
         assert 0.85 * most < expected < 1.05 * most and expected < 0.45 * told[i]
+
+
+def planned(group, limit):
+    return repr(
+        LargeResPatch(tiny.text_to_image(), 512, 512, process_group=group, vae_mode="exact", memory_limit=limit)
+    )
+
+
+def test_a_limit_is_of_each_process(pool):
+    """What one process does not fit into without savers two of them do."""
+    known = LargeResPatch(tiny.text_to_image(), 512, 512, vae_mode="exact").estimate()
+    limit = known.weights + int(0.7 * known.decode) + LEAST_MARGIN
+    waiting = pool.start(2, planned, limit)
+    assert "vae_recompute=True" in planned(None, limit)
+    one, other = waiting()
+    assert "no saver needed" in one and one == other
+
+
+def decoded(group):
+    pipe = quiet(tiny.text_to_image())
+    latents = noise(1, 4, 13, 9, seed=0 if group is None else group.rank())
+    return np.asarray(LargeResPatch(pipe, 72, 104, vae_mode="exact", process_group=group).decode(latents))
+
+
+def test_images_of_latents_are_those_of_one_process(pool):
+    expected = decoded(None).astype(int)
+    assert all(abs(found - expected).max() <= 1 for found in pool.run(3, decoded))  # to rounding
 
 
 # Geometry
