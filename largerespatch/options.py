@@ -152,7 +152,8 @@ class Options:
     process_group: Any = _option(  # noqa: RUF009  a field, as the others
         None,
         process_group,
-        "None or a `torch.distributed.ProcessGroup` that this process is a member of",
+        "None, a `torch.distributed.ProcessGroup` that this process is a member of, or a DeviceMesh of dimensions "
+        '"guidance" and "rows"',
         "of `torch.distributed`, whose processes make one image, a band of its rows each. Exact",
     )
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import shutil
 import tempfile
 import time
 import traceback
@@ -15,13 +16,13 @@ MOST = 4
 
 
 class Pool:
-    """Processes forked from this one, which has imported all they need, in groups of two, three and all four.
+    """Processes forked from this one, which has imported all they need, in groups of one to four.
 
-    The groups of two and three leave out the first process, so that a rank within the group is none of all.
+    All groups but the one of four leave out the first process, so that a rank within the group is none of all.
     """
 
     def __init__(self):
-        fork, self.store = multiprocessing.get_context("fork"), tempfile.mktemp()
+        fork, self.store = multiprocessing.get_context("fork"), os.path.join(tempfile.mkdtemp(), "store")
         self.ends, self.processes = [], []
         for rank in range(MOST):
             ours, theirs = fork.Pipe()
@@ -54,7 +55,7 @@ class Pool:
             end.send_bytes(pickle.dumps(None))
         for process in self.processes:
             process.join(timeout=20)
-        os.path.exists(self.store) and os.unlink(self.store)
+        shutil.rmtree(os.path.dirname(self.store))
         return [process.exitcode for process in self.processes]
 
 
@@ -66,9 +67,10 @@ class Failed:
 def serve(rank, end, store):
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=MOST)
-    groups = {count: dist.new_group(range(MOST - count, MOST)) for count in (2, 3)} | {MOST: dist.group.WORLD}
-    groups[1] = dist.new_group([MOST - 1])
+    limit = timedelta(seconds=60)  # so that a test that fails in one of them does not hang
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=MOST, timeout=limit)
+    groups = {count: dist.new_group(range(MOST - count, MOST), timeout=limit) for count in range(1, MOST)}
+    groups[MOST] = dist.group.WORLD
     while (task := pickle.loads(end.recv_bytes())) is not None:
         count, work, given = task
         try:
@@ -82,7 +84,7 @@ def serve(rank, end, store):
 
 def alone(work, count, seconds, *given):
     """``work(rank, group, *given)`` in processes of their own, which may die, with a group of so short a time-out."""
-    fork, store = multiprocessing.get_context("fork"), tempfile.mktemp()
+    fork, store = multiprocessing.get_context("fork"), os.path.join(tempfile.mkdtemp(), "store")
     ends, processes = [], []
 
     def run(rank, end):
@@ -108,4 +110,5 @@ def alone(work, count, seconds, *given):
     for process in processes:
         process.kill()
         process.join()
+    shutil.rmtree(os.path.dirname(store))
     return found

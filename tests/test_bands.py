@@ -14,6 +14,7 @@ import torch.distributed as dist
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import processes
 import tiny
@@ -62,6 +63,13 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
 
 
+def rank_of(group):
+    """One process alone is the first."""
+    if isinstance(group, DeviceMesh):
+        return dist.get_rank()
+    return 0 if group is None else group.rank()
+
+
 def step(group, kind, size, batch, options, rank=0):
     """A U-Net's step, with other noise in every process but the first."""
     model = UNETS[kind]()
@@ -70,7 +78,7 @@ def step(group, kind, size, batch, options, rank=0):
     wide = kind == "XL"
     added = {"text_embeds": noise(batch, 32), "time_ids": noise(batch, 6)} if wide else None
     with LargeResPatch(pipe, 8 * width, 8 * height, process_group=group, **options), counting_sent() as sent:
-        sample = noise(batch, 4, height, width, seed=0 if group is None else group.rank())
+        sample = noise(batch, 4, height, width, seed=rank_of(group))
         text = noise(batch, 7, 64 if wide else 32)
         result = model(sample, 500, text, added_cond_kwargs=added).sample
     return result.numpy(), dict(sent)
@@ -119,7 +127,7 @@ def half(group, which, size, batch, options):
     pipe = SimpleNamespace(components={"vae": vae}, vae=vae, progress_bar=silent)
     height, width = size
     with LargeResPatch(pipe, 8 * width, 8 * height, vae_mode="exact", process_group=group, **options):
-        seed = 0 if group is None else group.rank()
+        seed = rank_of(group)
         if "decode" in which:
             return vae.decode(noise(batch, 4, height, width, seed=seed)).sample.numpy()
         return vae.encode(noise(batch, 3, 8 * height, 8 * width, seed=seed)).latent_dist.parameters.numpy()
@@ -152,11 +160,11 @@ def test_decoding_and_encoding_are_those_of_one_process(pool, name):
 def picture(group, name, options):
     pipe, arguments = PIPELINES[name]
     pipe = quiet(pipe())
-    slowed = random.Random(0 if group is None else group.rank())
+    slowed = random.Random(rank_of(group))
     for module in pipe.unet.modules():
         if group is not None and isinstance(module, torch.nn.GroupNorm):
             module.register_forward_pre_hook(lambda *_: time.sleep(slowed.random() / 500))
-    seed = 0 if group is None else group.rank()  # other noise in every process but the first
+    seed = rank_of(group)  # other noise in every process but the first
     with LargeResPatch(pipe, 72, 88, vae_mode="exact", process_group=group, **options):
         generator = torch.Generator().manual_seed(seed)
         result = pipe(
@@ -172,6 +180,10 @@ def two_controlnets():
 
 PIPELINES = {
     "SD": (tiny.text_to_image, {}),
+    "ControlNet": (
+        lambda: StableDiffusionControlNetPipeline(**tiny.components(), controlnet=tiny.controlnet()),
+        {"image": torch.rand(1, 3, 88, 72, generator=torch.Generator().manual_seed(1))},
+    ),
     "two ControlNets in guess mode": (
         two_controlnets,
         {
@@ -187,6 +199,40 @@ PIPELINES = {
 def test_pictures_are_those_of_one_process_though_some_are_slow(pool, name, count):
     waiting = pool.start(count, picture, name, BLOCKS)
     close(waiting(), picture(None, name, BLOCKS), 1e-4)
+
+
+def in_shares(group, shares, work, *given):
+    """The same, where the samples of a batch are dealt out in so many shares, those of guidance's halves or less."""
+    mesh = init_device_mesh("cpu", (shares, group.size() // shares), mesh_dim_names=("guidance", "rows"))
+    return work(mesh, *given)
+
+
+def test_guidance_is_dealt_out_first(pool):
+    for shares, *what in (
+        (2, "SD", (11, 9), 2, BLOCKS),
+        (2, "XL", (12, 8), 4, {"unet_serial": True}),
+        (2, "SD", (9, 8), 3, {}),  # which cannot be dealt evenly
+        (4, "SD", (9, 8), 4, {}),
+    ):
+        waiting = pool.start(4, in_shares, shares, step, *what)
+        expected, _ = step(None, *what)
+        results = waiting()
+        close([result for result, _ in results], expected)
+        assert all(("samples" in sent) == (what[2] % shares == 0) for _, sent in results)
+        assert all(("halo" in sent) == (shares < 4) for _, sent in results)
+
+
+def test_a_group_of_one_process_is_that_process_alone(pool):
+    what = ("SD", (11, 9), 2, BLOCKS)
+    expected, _ = step(None, *what)
+    ((found, sent),) = pool.run(1, step, *what)
+    assert np.array_equal(found, expected) and not sum(sent.values())
+
+
+@pytest.mark.parametrize("name", ["ControlNet", "two ControlNets in guess mode"])
+def test_pictures_in_halves_are_those_of_one_process(pool, name):
+    waiting = pool.start(4, in_shares, 2, picture, name, {})
+    close(waiting(), picture(None, name, {}), 1e-4)
 
 
 # What is refused
@@ -302,7 +348,7 @@ def on_an_accelerator(group):
 
 def test_groups_that_cannot_be_used_are_refused(pool, pipe):
     for value in ("gloo", 2, object()):
-        with pytest.raises(TypeError, match=r"process_group must be None or a torch.distributed.ProcessGroup.*; got"):
+        with pytest.raises(TypeError, match=r"process_group must be None, a torch.distributed.ProcessGroup.*; got"):
             LargeResPatch(pipe, 64, 64, process_group=value)
     assert all(pool.run(4, not_a_member)[1:])
     assert all(pool.run(2, on_an_accelerator))
@@ -423,7 +469,7 @@ def test_a_limit_is_of_each_process(pool):
 
 def decoded(group):
     pipe = quiet(tiny.text_to_image())
-    latents = noise(1, 4, 13, 9, seed=0 if group is None else group.rank())
+    latents = noise(1, 4, 13, 9, seed=rank_of(group))
     return np.asarray(LargeResPatch(pipe, 72, 104, vae_mode="exact", process_group=group).decode(latents))
 
 

@@ -64,7 +64,7 @@ class KL(AnyAutoencoder):
         host = Host() if options.vae_offload else None
         in_pieces = self.in_pieces(half, path, encodes, cutting, host, options)
         yield Site(half, path, Order.IN_STAGES, in_pieces, says=self.way(options, in_pieces))
-        if not bands.alone:
+        if options.process_group is not None:
             steps = len(model.config.block_out_channels) - 1
             sizes = {"halvings": steps, "rounds_up": False} if encodes else {"doublings": steps}
             says = f"maps in bands of {bands.count} processes"

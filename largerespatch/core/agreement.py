@@ -8,28 +8,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from .families import families_in
 
+MESH = ("guidance", "rows")  # the names of a mesh's dimensions
+
 
 def process_group(option: str, value: object) -> Any:
-    """Checks that `value` is None or a group that this process is a member of, and returns it.
+    """Checks that `value` is None, or a group or mesh that this process is a member of, and returns it.
 
     Raises:
-        TypeError: it is no group.
-        ValueError: it is one of others.
+        TypeError: it is neither.
+        ValueError: it is one of others, or a mesh of other dimensions.
     """
     accepted = (
-        f"{option} must be None or a torch.distributed.ProcessGroup that this process is a member of (of "
-        f"`torch.distributed.init_process_group` it is `torch.distributed.group.WORLD`); got {value!r}"
+        f"{option} must be None, a torch.distributed.ProcessGroup that this process is a member of (of "
+        "`torch.distributed.init_process_group` it is `torch.distributed.group.WORLD`), or a DeviceMesh of them with "
+        f"dimensions {MESH}; got {value!r}"
     )
     if value is None:
         return None
     if value is getattr(dist.GroupMember, "NON_GROUP_MEMBER", None):
         raise ValueError(f"{accepted}, which stands for a group of other processes")
-    if not isinstance(value, dist.ProcessGroup):
+    if isinstance(value, DeviceMesh):
+        if value.mesh_dim_names != MESH or value.get_coordinate() is None:
+            raise ValueError(accepted)
+    elif not isinstance(value, dist.ProcessGroup):
         raise TypeError(accepted)
     return value
+
+
+def groups_of(shared: Any) -> list[Any]:
+    """Of a group or mesh, the group whose processes have bands of one map; of a mesh, too, those who have the same rows
+    of other samples."""
+    return [shared.get_group(name) for name in reversed(MESH)] if isinstance(shared, DeviceMesh) else [shared]
 
 
 @contextmanager
@@ -63,8 +76,11 @@ def agreeing(group: Any, facts: Callable[[], Mapping[str, object]]) -> Iterator[
 
 
 def _told(group: Any, facts: dict[str, str]) -> list[dict[str, str]]:
-    everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, facts, group=group)
+    everyone: list[Any] = [facts]
+    for each in groups_of(group):
+        told: list[Any] = [None] * each.size()
+        dist.all_gather_object(told, everyone, group=each)
+        everyone = [facts for some in told for facts in some]
     return everyone
 
 
@@ -104,12 +120,13 @@ def check_group(group: Any, device: torch.device, height: int, factor: int) -> N
     Raises:
         ValueError: it cannot, or there is none for some.
     """
-    if height < (lowest := factor * group.size()):
+    rows = groups_of(group)[0]
+    if height < (lowest := factor * rows.size()):
         raise ValueError(
-            f"height must be at least {lowest} sample pixels for a process_group of {group.size()} (a row of latent "
+            f"height must be at least {lowest} sample pixels for a process_group of {rows.size()} (a row of latent "
             f"pixels each); got {height}"
         )
-    if device.type == "cuda" and dist.get_backend(group) == "gloo":
+    if device.type == "cuda" and any(dist.get_backend(each) == "gloo" for each in groups_of(group)):
         raise ValueError(
             f"process_group must be of a backend that sends tensors on {device}, such as 'nccl'; got one of 'gloo'"
         )

@@ -60,11 +60,13 @@ def at(place: str) -> Iterator[None]:
 class Bands:
     """All that the processes of a `group` say to each other; without one this process is alone.
 
-    `wrap` says whether the first row of a map is the neighbour of the last.
+    `wrap` says whether the first row of a map is the neighbour of the last. `others` is a group of those who have the
+    same rows of other samples, if there are any.
     """
 
     group: Any = None
     wrap: bool = False
+    others: Any = None
 
     @property
     def count(self) -> int:
@@ -125,12 +127,11 @@ class Bands:
         """What the first process has in the place of this one's tensors, in whatever structure."""
 
         def told(tensor: torch.Tensor) -> torch.Tensor:
-            if self.alone:
-                return tensor
             copy = tensor.contiguous().clone()
-            with self._talking("input", copy.nbytes * (self.rank == 0)) as heard:
-                if heard:
-                    dist.broadcast(copy, src=dist.get_global_rank(self.group, 0), group=self.group)
+            for group in (each for each in (self.others, self.group) if each is not None and each.size() > 1):
+                with self._talking("input", copy.nbytes * (group.rank() == 0)) as heard:
+                    if heard:
+                        dist.broadcast(copy, src=dist.get_global_rank(group, 0), group=group)
             return copy
 
         return tree_map_only(torch.Tensor, told, tensors)

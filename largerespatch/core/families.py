@@ -33,6 +33,7 @@ class Order(IntEnum):
 
     CHECKED = auto()
     STEP_NOTED = auto()
+    BATCH_SHARED = auto()
     IN_BANDS = auto()
     BATCH_IN_TURNS = auto()
     MAP_NOTED = auto()

@@ -17,6 +17,7 @@ from ..core.hosts import Host
 from ..techniques.attention import BlockedAttention
 from ..techniques.host_strips import LEAST_BYTES, HostStrips, host_sites
 from ..techniques.host_tokens import token_sites
+from ..techniques.shared_batch import SharedBatch
 from ..techniques.shared_maps import InBands, bands_of, shared_map_sites
 from ..techniques.skips import OffDevice
 from .any import AnyDenoiser, Call, seen_picture
@@ -31,8 +32,8 @@ class WithSkips(AnyDenoiser):
     joins = True
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
-        if not (bands := bands_of(options)).alone:
-            yield from self._shared(model, name, bands)
+        if options.process_group is not None:
+            yield from self._shared(model, name, bands_of(options))
         if options.unet_offload != "maps":
             yield from super().sites(model, name, options, pipe)
             if options.unet_offload:
@@ -48,7 +49,12 @@ class WithSkips(AnyDenoiser):
         yield from skip_sites(model, name, host)  # of what runs whole
 
     def _shared(self, model: Any, name: str, bands: Bands) -> Iterator[Site]:
-        """Several processes share its maps."""
+        """Several processes share its maps, and perhaps the samples of a batch."""
+        if bands.others is not None:
+            shares = Bands(bands.others)
+            says = f"samples dealt to {shares.count} times as many"
+            yield Site(model, name, Order.BATCH_SHARED, SharedBatch(model, name, shares, self.joins), says=says)
+            bands = replace(bands, others=None)
         for net in nets_of(model):
             path = next(path for path, module in model.named_modules(prefix=name) if module is net)
             embedding = getattr(net, "controlnet_cond_embedding", nn.Module())

@@ -15,6 +15,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from ..core.agreement import groups_of
 from ..core.bands import Band, Bands, at
 from ..core.families import Order, Site
 from ..core.statistics import GivenStatistics, record_by_rows
@@ -208,7 +209,8 @@ class BandUpsample:
 
 def bands_of(options: Any) -> Bands:
     """The processes that the options name, and whether maps go on at their opposite edges."""
-    return Bands(options.process_group, wrap=options.padding_mode == "circular")
+    rows, *others = groups_of(options.process_group)
+    return Bands(rows, options.padding_mode == "circular", *others)
 
 
 def shared_map_sites(model: nn.Module, name: str, bands: Bands) -> Iterator[Site]:
