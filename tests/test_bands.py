@@ -2,30 +2,36 @@
 
 import os
 import random
+import sys
 import time
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import pairwise
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.models.attention_processor import Attention
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import processes
 import tiny
-from conftest import quiet
+from conftest import EXAMPLES, quiet
 from largerespatch import LargeResPatch
 from largerespatch.core.agreement import check_group
 from largerespatch.core.band_rows import BandRows, banded, dealt, split
-from largerespatch.core.bands import counting_sent
+from largerespatch.core.bands import Bands, counting_sent
 from largerespatch.core.tilings import COVERS
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.memory.planner import LEAST_MARGIN
+from largerespatch.techniques import chunked_attention
+from largerespatch.techniques.context import Context
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -121,8 +127,45 @@ def test_a_step_is_that_of_one_process(pool, name):
         assert [sent["input"] > 0 for _, sent in results] == [True] + [False] * (len(results) - 1)
 
 
+HEAVY = [3, 40, 97, 143, 150]
+
+
+def heavy(group):
+    """Places of the heavy tokens of a map, and the context's tokens, where some tokens are made to be wanted."""
+    torch.manual_seed(0)
+    attention = Attention(16, heads=2, dim_head=8)
+    everywhere = torch.randn(16)
+    tokens = everywhere + 0.1 * torch.randn(2, 156, 16)  # so every query points one way
+    wanted = torch.nn.functional.normalize(attention.to_q(everywhere) @ attention.to_k.weight, dim=0)
+    for sample, places in enumerate((HEAVY, HEAVY[1:3])):
+        tokens[sample, places] += 5 * wanted
+    bands = Bands(group)
+    with bands.sharing(13, 12):
+        start, stop = BandRows(13, 12).run(0) if group is None else banded(13, 12, group.size())[0].run(group.rank())
+        own = tokens[:, 12 * start : 12 * stop]
+        context = Context(attention, own, (13, 12), 8, 8, "a", band=bands.sized(stop - start, 12))
+    places = context.rows * 12 + context.columns
+    return [sorted(each[which].tolist()) for each, which in zip(places, context.is_heavy, strict=True)], [
+        each[order].numpy() for each, order in zip(context.tokens, places.argsort(dim=1, stable=True), strict=True)
+    ]
+
+
+def test_heavy_tokens_are_found_in_whichever_band_they_are(pool):
+    expected, tokens = heavy(None)
+    assert expected == [HEAVY, HEAVY[1:3]]
+    for found, there in pool.run(3, heavy):
+        assert found == expected
+        assert all(np.array_equal(one, other) for one, other in zip(there, tokens, strict=True))
+
+
 def half(group, which, size, batch, options):
     """Encoder or decoder of a VAE, with another input in every process but the first."""
+    options = dict(options)
+    with mock.patch.object(chunked_attention, "QUERIES", options.pop("queries", chunked_attention.QUERIES)):
+        return half_of(group, which, size, batch, options)
+
+
+def half_of(group, which, size, batch, options):
     vae = fused(tiny.vae()) if "fused" in which else tiny.vae()
     pipe = SimpleNamespace(components={"vae": vae}, vae=vae, progress_bar=silent)
     height, width = size
@@ -141,6 +184,8 @@ def silent(total):
 HALVES = {
     "decode": (2, "decode", (11, 9), 2, {}),
     "decode, one row each": (4, "decode", (4, 5), 1, {"vae_chunk_size_y": 3}),
+    "decode, attention in chunks": (2, "decode", (11, 9), 2, {"queries": 20}),
+    "decode, fused attention in chunks": (2, "fused decode", (11, 9), 2, {"queries": 20}),
     "decode, circular": (3, "decode", (7, 9), 1, {"padding_mode": "circular", "vae_chunk_size_y": 4}),
     "decode, attention blocked": (2, "decode", (11, 9), 1, {"vae_attn": "blocked"} | BLOCKS),
     "decode, a processor that takes no other keys": (2, "fused decode", (9, 9), 1, {}),
@@ -476,6 +521,25 @@ def decoded(group):
 def test_images_of_latents_are_those_of_one_process(pool):
     expected = decoded(None).astype(int)
     assert all(abs(found - expected).max() <= 1 for found in pool.run(3, decoded))  # to rounding
+
+
+# The example
+
+
+def painted(group):
+    sys.path.insert(0, str(EXAMPLES))
+    script = import_module("several_devices")
+    options = script.build_parser().parse_args(["--width", "256", "--height", "128", "--steps", "2"])
+    image, taken = script.paint(quiet(script.load_pipeline()), group, options)
+    return np.asarray(image).astype(int), list(map(tuple, script.report(taken, group)))
+
+
+def test_the_example_paints_one_image_and_tells_what_each_process_took(pool):
+    one, other = pool.run(2, painted)
+    ((alone, ((_, _, most),)),) = pool.run(1, painted)
+    assert np.array_equal(one[0], other[0]) and abs(one[0] - alone).max() <= 1  # to rounding
+    assert [rank for rank, _, _ in one[1]] == [0, 1]
+    assert all(seconds > 0 and size < most for _, seconds, size in one[1])
 
 
 # Geometry
