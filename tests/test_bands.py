@@ -14,12 +14,19 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    PNDMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.models.attention_processor import Attention
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+import calls
 import processes
 import tiny
 from conftest import EXAMPLES, quiet
@@ -125,6 +132,39 @@ def test_a_step_is_that_of_one_process(pool, name):
         kinds = {"halo", "statistics"} | ({"tiles", "context"} if name == "bricks" else set())
         assert all(kinds <= sent.keys() for _, sent in results)
         assert [sent["input"] > 0 for _, sent in results] == [True] + [False] * (len(results) - 1)
+
+
+def lora(model):
+    config = LoraConfig(r=2, target_modules=["to_q", "conv1", "proj_in"], init_lora_weights=False)
+    torch.manual_seed(6)
+    model.add_adapter(config)
+    return model
+
+
+CALLS = {name: calls.UNETS[name] for name in ("ControlNet residuals", "IP-Adapters", "text mask", "one timestep each")}
+CALLS |= {
+    "T2I-Adapter": (tiny.unet, lambda b, h, w: calls.text(b) | calls.adapter_states(b, h, w)),
+    "LoRA": (lambda: lora(tiny.unet()), lambda b, h, w: calls.text(b)),
+}
+
+
+def called(group):
+    """What U-Nets make of all that pipelines hand to them beside the sample."""
+    results = {}
+    for name, (build, arguments) in CALLS.items():
+        model = build()
+        pipe = SimpleNamespace(components={"unet": model}, unet=model, scheduler=None, vae_scale_factor=8)
+        with LargeResPatch(pipe, 72, 88, process_group=group, **BLOCKS):
+            results[name] = model(noise(2, 4, 11, 9), **arguments(2, 11, 9)).sample.numpy()
+    return results
+
+
+def test_whatever_else_a_unet_is_given_is_cut_where_it_is_a_map(pool):
+    waiting = pool.start(2, called)
+    expected = called(None)
+    results = waiting()
+    for name in CALLS:
+        close([each[name] for each in results], expected[name])
 
 
 HEAVY = [3, 40, 97, 143, 150]
@@ -297,6 +337,7 @@ KINDS = {
     "SD": tiny.text_to_image,
     "in halves": lambda: tiny.text_to_image().to(torch.float16),
     "of two layers": other_unet,
+    "with another scheduler": lambda: StableDiffusionPipeline(**tiny.components(scheduler=PNDMScheduler())),
     "PixArt": tiny.pixart,
     "Kandinsky": tiny.kandinsky,
     "FreeU": freeu,
@@ -359,6 +400,10 @@ LAST = {
     "config": (
         {"kind": "of two layers"},
         "pipe.unet.config.layers_per_block must be the same in all processes; rank 1 of 2 has 2",
+    ),
+    "scheduler": (
+        {"kind": "with another scheduler"},
+        "pipe.scheduler must be the same in all processes; rank 1 of 2 has PNDMScheduler, rank 0 has DDIMScheduler",
     ),
     "no size": ({"width": 60}, "rank 1 of 2 was refused: width must be a multiple of 8"),
     "no option": ({"tiles": 3}, "rank 1 of 2 was refused: tiles is no option"),

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from .calls import schedulers_of
 from .families import families_in
 
 MESH = ("guidance", "rows")  # the names of a mesh's dimensions
@@ -85,8 +86,9 @@ def _told(group: Any, facts: dict[str, str]) -> list[dict[str, str]]:
 
 
 def facts_of(pipe: Any) -> dict[str, object]:
-    """What the models of a pipeline are: kinds, configurations, weights but for their values, and of which torch."""
+    """What a pipeline's models are: kinds, configurations, weights but for their values; and what schedulers it has."""
     facts: dict[str, object] = {"torch": torch.__version__, "pipe": type(pipe).__name__}
+    facts["pipe.scheduler"] = _one(type(scheduler).__name__ for scheduler in schedulers_of(pipe))
     for name, (model, _) in families_in(pipe).items():
         facts[f"pipe.{name}"] = type(model).__name__
         config = dict(getattr(model, "config", {}))

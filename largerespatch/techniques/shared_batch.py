@@ -31,6 +31,7 @@ class SharedBatch:
         self.shares = shares
         self.joined = joined
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph would end at each message
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind_partial(*args, **kwargs)
         name, sample = next(iter(given.arguments.items()))
