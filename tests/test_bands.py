@@ -275,6 +275,7 @@ PIPELINES = {
         {
             "image": [torch.rand(1, 3, 88, 72, generator=torch.Generator().manual_seed(i)) for i in (1, 2)],
             "guess_mode": True,
+            "num_images_per_prompt": 2,
         },
     ),
     "SDXL": (lambda: StableDiffusionXLPipeline(**tiny.xl_components()), {}),
