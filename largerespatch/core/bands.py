@@ -84,7 +84,8 @@ class Bands:
         maps = _MAPS.get()
         if rehearsing() and maps:
             heights = [stop - start for start, stop in map(maps[0].run, range(self.count))]
-            return heights.index(max(heights))
+            # Of several one that has others on both sides.
+            return max(range(self.count), key=lambda i: (heights[i], min(i, self.count - 1 - i)))
         return int(self.group.rank())
 
     @contextmanager
