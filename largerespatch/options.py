@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from typing import Any
 
 from .core.agreement import process_group
-from .core.checks import boolean, one_of, switch_or_one_of, whole_number, whole_number_or_none
+from .core.checks import boolean, one_of, one_of_or_none, switch_or_one_of, whole_number, whole_number_or_none
 from .core.tilings import COVERS
 from .memory.counting import amount
 
@@ -103,7 +103,7 @@ class Options:
     )
     vae_mode: str = _option(
         None,
-        lambda option, value: None if value is None else one_of(option, value, VAE_MODES),
+        lambda option, value: one_of_or_none(option, value, VAE_MODES),
         f"None or {_quoted(VAE_MODES)}",
         '"two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map, as fast '
         'as untiled in half of its memory. None: "two-pass"; "exact" with a `process_group`',
