@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from typing import Any
 
-from .core.checks import boolean, one_of, switch_or_one_of, whole_number, whole_number_or_none
+from .core.agreement import process_group
+from .core.checks import boolean, one_of, one_of_or_none, switch_or_one_of, whole_number, whole_number_or_none
 from .core.tilings import COVERS
 from .memory.counting import amount
 
@@ -18,6 +19,16 @@ PADDING_MODES = ("constant", "circular", "reflect", "replicate")
 VAE_MODES = ("two-pass", "exact")
 VAE_ATTENTIONS = ("full", "blocked")
 UNET_OFFLOADS = ("skips", "maps")
+
+_HOST = "since rows that other processes ask for are not looked for on the host"
+# What options have to be where several processes share an image, and why.
+WITH_A_GROUP = {
+    "vae_mode": ("exact", "whose processes pool the statistics of the whole map"),
+    "vae_recompute": (False, "since maps that are not there have no rows for other processes"),
+    "unet_strip_rows": (None, "since each process has the U-Net run on its band as it is"),
+    "unet_offload": (False, _HOST),
+    "vae_offload": (False, _HOST),
+}
 
 Check = Callable[[str, object], Any]
 
@@ -37,11 +48,15 @@ def _count_or_none(unit: str, text: str, least: int = 1) -> Any:
     return _option(None, lambda option, value: whole_number_or_none(option, value, unit, least), accepts, text)
 
 
+def _quoted(accepted: Sequence[str]) -> str:
+    return " or ".join(f'"{each}"' for each in accepted)
+
+
 def _word(default: str, accepted: Sequence[str], text: str) -> Any:
     return _option(
         default,
         lambda option, value: one_of(option, value, accepted),
-        " or ".join(f'"{each}"' for each in accepted),
+        _quoted(accepted),
         text,
     )
 
@@ -58,8 +73,8 @@ class Options:
         TypeError, ValueError: an option is not what is accepted, or does not go with another one.
     """
 
-    attn_slice_x: int = _count(64, "tokens", "width of a tile, half the width of a wide brick, on the attended map")
-    attn_slice_y: int = _count(64, "tokens", "height of a tile, half the height of a tall brick, on the attended map")
+    attn_slice_x: int = _count(64, "tokens", "width of a tile, half the width of a wide brick")
+    attn_slice_y: int = _count(64, "tokens", "height of a tile, half the height of a tall brick")
     attn_shape: str = _word(
         "brick", tuple(COVERS), '"brick" for the four running-bond tilings, "tile" for four shifted grids'
     )
@@ -84,11 +99,12 @@ class Options:
         "*sampled*; in joint attention *own* favourites and *pooled* cells. None: 512, there 2048. 0 for none",
         least=0,
     )
-    vae_mode: str = _word(
-        "two-pass",
-        VAE_MODES,
-        '"two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map, about as '
-        "fast as untiled, with half of its memory",
+    vae_mode: str = _option(
+        None,
+        lambda option, value: one_of_or_none(option, value, VAE_MODES),
+        f"None or {_quoted(VAE_MODES)}",
+        '"two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map, as fast '
+        'as untiled in half of its memory. None: "two-pass"; "exact" with a `process_group`',
     )
     vae_passes: int = _count(
         2, "", 'passes of "two-pass", the last of which makes the result: the more, the closer to exact', least=2
@@ -100,12 +116,12 @@ class Options:
         "Approximate; saves most of a decode's time beyond about 4096 x 4096",
     )
     vae_recompute: bool = _switch(
-        "whether an exact VAE computes its largest maps anew whenever they are read, rather than keep them: about 27 % "
+        "whether an exact VAE computes its largest maps anew whenever they are read: about 27 % "
         "of the untiled memory, workspaces aside, 30 % more time for a decode. Exact"
     )
     vae_offload: bool = _switch(
         "whether whole maps of the VAE are in (pinned) host memory while their strips or tiles visit the device. An "
-        "image of 64 MiB or more is given back on the host. Exact; nothing changes where the VAE runs on the host"
+        "image of 64 MiB or more is given back on the host. Exact; on the host it changes nothing"
     )
     unet_serial: bool = _switch(
         "whether denoiser and ControlNet run the samples of a batch (guidance makes two of one) one by one. Exact"
@@ -120,8 +136,7 @@ class Options:
         lambda option, value: switch_or_one_of(option, value, UNET_OFFLOADS),
         'False, "skips" (or True, which means that), "maps"',
         'what of a U-Net or ControlNet is in (pinned) host memory: "skips" for skip connections, "maps" for every map '
-        "of 64 MiB or more, so that a larger image needs little more. Exact; nothing changes where the models run on "
-        "the host",
+        "of 64 MiB or more, so that a larger image needs little more. Exact; on the host it changes nothing",
     )
     memory_limit: str | int | None = _option(
         "auto",
@@ -132,15 +147,31 @@ class Options:
         '"auto" is what an accelerator has free when the first call in the block starts; on the host nothing is '
         "picked. None: never",
     )
+    process_group: Any = _option(  # noqa: RUF009  a field, as the others
+        None,
+        process_group,
+        "None, a `torch.distributed.ProcessGroup` that this process is a member of, or a DeviceMesh of dimensions "
+        '"guidance" and "rows"',
+        "of `torch.distributed`, whose processes make one image, a band of its rows each. Exact",
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
             checked = option.metadata["check"](option.name, getattr(self, option.name))
             object.__setattr__(self, option.name, checked)  # the way of frozen dataclasses to finish themselves
+        if self.vae_mode is None:
+            object.__setattr__(self, "vae_mode", "two-pass" if self.process_group is None else "exact")
+        if self.process_group is not None:
+            self._check_shared()
         if self.vae_mode != "exact" and self.vae_recompute:
             raise ValueError(f"vae_recompute=True needs vae_mode 'exact'; got vae_mode {self.vae_mode!r}")
         if self.vae_mode != "two-pass" and self.vae_passes != 2:
             raise ValueError(f"vae_passes={self.vae_passes} needs vae_mode 'two-pass'; got vae_mode {self.vae_mode!r}")
+
+    def _check_shared(self) -> None:
+        for name, (only, why) in WITH_A_GROUP.items():
+            if (value := getattr(self, name)) != only:
+                raise ValueError(f"{name} must be {only!r} with a process_group, {why}; got {value!r}")
 
 
 def signature(**leading: type) -> inspect.Signature:

@@ -5,27 +5,30 @@ import logging
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
+import diffusers
 import torch
 from PIL import Image
 from torch import nn
 
 from . import autoencoders, denoisers  # noqa: F401  the families register themselves
 from .autoencoders.decoding import decoded
+from .core.agreement import agreeing, check_group, facts_of, least, process_group
 from .core.checks import whole_number
-from .core.families import Family, Site, check_multiple, factor_of, families_in, install, models_of, told
+from .core.families import Family, Site, check_multiple, check_shared, factor_of, families_in, install, models_of, told
 from .core.first_call import FirstCall
 from .core.occupied import Occupied
 from .core.patching import PatchStack
 from .memory.auto import AUTO, outcome
+from .memory.devices import execution_device
 from .memory.estimate import Estimator, MemoryEstimate, bare
 from .memory.host_room import check_host
 from .memory.planner import Planner, Settings, limit_bytes
-from .options import Options, given, help_lines, signature
+from .options import WITH_A_GROUP, Options, given, help_lines, signature
 
 # Of a side: a map of both sides so long, with 2^14 channels, has as many values as a 64-bit index can count.
 MOST_PIXELS = 2**24
@@ -62,30 +65,44 @@ class LargeResPatch:
     __signature__: ClassVar = signature(pipe=Any, width=int, height=int)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        chosen = given(self.__signature__, args, kwargs)
-        self.pipe = chosen.pop("pipe")
-        width, height = chosen.pop("width"), chosen.pop("height")
+        group = process_group("process_group", kwargs.get("process_group"))
+        with agreeing(group, self._facts):
+            self._take(**given(self.__signature__, args, kwargs))
+
+    def _take(self, pipe: Any, width: object, height: object, **chosen: Any) -> None:
+        self.pipe = pipe
         self.options = Options(**chosen)
-        families = _known_families(self.pipe)
-        factor = factor_of(self.pipe)
+        group = self.options.process_group
+        families = _known_families(pipe)
+        factor = factor_of(pipe)
         self.width = _image_size("width", width, factor)
         self.height = _image_size("height", height, factor)
-        for model, family in families_in(self.pipe).values():
-            family.check(model, self.pipe, self.height, self.width)
+        for model, family in families_in(pipe).values():
+            family.check(model, pipe, self.height, self.width)
         if self.options.padding_mode == "reflect":
             halvings = max((family.halvings(model) for model, family in families.values()), default=0)
             _check_reflection("width", self.width, factor, halvings)
             _check_reflection("height", self.height, factor, halvings)
+        if group is not None:
+            check_shared(pipe)
+            check_group(group, execution_device(pipe), self.height, factor)
         self._sites()  # what these models cannot do is an error now
         self._stack, self._first_call = PatchStack(), FirstCall()
         self._planned = ""
         self._may_refuse = True
-        self._given, self._kept = self.options, frozenset(chosen)
+        self._given, self._kept = self.options, frozenset(chosen) | (WITH_A_GROUP.keys() if group else frozenset())
         if self.options.memory_limit not in (None, "auto"):
-            limit = limit_bytes(self.options.memory_limit, self.pipe, self.options)
+            limit = limit_bytes(self.options.memory_limit, pipe, self.options)
             assert limit is not None  # an amount is one
             plan = self._planner(limit).plan(self.height, self.width)
             self._settle(plan.settings, str(plan))
+
+    def _facts(self) -> dict[str, object]:
+        """What has to be the same in all processes that make one image."""
+        chosen = {option.name: getattr(self.options, option.name) for option in fields(self.options)}
+        del chosen["process_group"]
+        sizes: dict[str, object] = {"width": self.width, "height": self.height, "diffusers": diffusers.__version__}
+        return sizes | chosen | facts_of(self.pipe)
 
     def enable(self) -> Self:
         """Install every replacement; what ``with`` does on entry.
@@ -140,7 +157,8 @@ class LargeResPatch:
 
         Found by running copies of the models on tensors without data, in seconds; nothing is allocated. The pipeline
         stays as it is, inside the block and outside. Hooks on its modules are left out, but for what they keep off the
-        device; so is the private workspace of kernels.
+        device; so is the private workspace of kernels. With a `process_group` it is that of the process whose band is
+        the tallest, and no other one is asked.
 
         Args:
             patched: with this patch on; else as the pipeline is without any.
@@ -194,6 +212,7 @@ class LargeResPatch:
         limit = limit_bytes("auto", self.pipe)
         if limit is None:
             return
+        limit = least(self._given.process_group, limit)  # all plan alike
         if overlaid:  # what is beneath that cannot be exchanged
             others = ", ".join(overlaid)
             self._settle({}, f"{AUTO}: nothing is planned, since other code has replaced {others}")

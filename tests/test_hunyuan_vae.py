@@ -31,7 +31,7 @@ from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
 from largerespatch.techniques import chunked_attention, two_pass
 from largerespatch.techniques.halved import WalkedDownsample
-from largerespatch.techniques.walk import Walk
+from largerespatch.techniques.walk import Walk, WalkedResample
 
 
 def vae(**changes):
@@ -131,7 +131,7 @@ def test_a_halved_map_lies_in_the_memory_of_the_whole_one_where_it_fits(widens, 
     finest = 16 if rows_apart else None
     walk = Walk(4, wrap=False, finest=finest, by_rows=True)
     source = torch.randn(2, 8, 16, 12)
-    plane = walk.empty(source, source.shape)
+    plane = WalkedResample(walk, Fraction(1), halo=1).output(source, source, source.shape)
     plane[:, :, :] = source
     memory = plane.whole().untyped_storage()
     for channels in (8, 8 * widens):

@@ -540,7 +540,6 @@ def test_sizes_must_be_multiples_of_the_factor(pipe, option, value, nearest):
 @pytest.mark.parametrize(
     ("option", "accepted"),
     [
-        ("vae_mode", "'two-pass', 'exact'"),
         ("vae_attn", "'full', 'blocked'"),
         ("attn_shape", "'brick', 'tile'"),
         ("padding_mode", "'constant', 'circular', 'reflect', 'replicate'"),
@@ -550,6 +549,13 @@ def test_sizes_must_be_multiples_of_the_factor(pipe, option, value, nearest):
 def test_words_must_be_known(pipe, option, accepted, value, error):
     with pytest.raises(error, match=f"{option} must be one of {accepted}; got {value!r}"):
         LargeResPatch(pipe, 64, 64, **{option: value})
+
+
+@pytest.mark.parametrize(("value", "error"), [("hexagon", ValueError), (2, TypeError)])
+def test_the_mode_of_the_vae_is_a_known_word_or_follows_from_the_rest(pipe, value, error):
+    with pytest.raises(error, match=f"vae_mode must be None or one of 'two-pass', 'exact'; got {value!r}"):
+        LargeResPatch(pipe, 64, 64, vae_mode=value)
+    assert LargeResPatch(pipe, 64, 64, vae_mode=None).options.vae_mode == "two-pass"
 
 
 @pytest.mark.parametrize(("value", "error"), [(1, ValueError), (2.0, TypeError), (True, TypeError)])

@@ -13,6 +13,7 @@ from ..techniques.attention_sites import attends_map
 from ..techniques.chunked_attention import in_blocks_or_chunks
 from ..techniques.halves import Cutting, Exact
 from ..techniques.padding import padding_sites, reflection_sites
+from ..techniques.shared_maps import InBands, bands_of
 from ..techniques.stages import Split, decoder_splits, encoder_splits
 from ..techniques.two_pass import TwoPass
 from .any import AnyAutoencoder
@@ -27,6 +28,10 @@ class KL(AnyAutoencoder):
     rank = 0
     known = True
     reflected = 2  # cells that the smallest map must have for that
+    shared = "AutoencoderKL"
+
+    def can_be_shared(self, model: Any) -> bool:
+        return type(model).__name__ == "AutoencoderKL"
 
     def matches(self, model: nn.Module) -> bool:
         encoder, decoder = (getattr(model, half, None) for half in HALVES)
@@ -43,7 +48,7 @@ class KL(AnyAutoencoder):
 
     def _half(self, model: Any, which: str, name: str, in_turns: bool, options: Any, pipe: Any) -> Iterator[Site]:
         half, path = self.half(model, which, name)
-        encodes = which == "encoder"
+        encodes, bands = which == "encoder", bands_of(options)
         factor, scale = self.factor(model), self.latent_scale(model) if encodes else 1
         cutting = Cutting(
             tile_height=options.vae_chunk_size_y,
@@ -54,10 +59,16 @@ class KL(AnyAutoencoder):
             title=f"VAE {which}",
             in_turns=in_turns,
             factor=factor,
+            bands=bands,
         )
         host = Host() if options.vae_offload else None
         in_pieces = self.in_pieces(half, path, encodes, cutting, host, options)
         yield Site(half, path, Order.IN_STAGES, in_pieces, says=self.way(options, in_pieces))
+        if options.process_group is not None:
+            steps = len(model.config.block_out_channels) - 1
+            sizes = {"halvings": steps, "rounds_up": False} if encodes else {"doublings": steps}
+            says = f"maps in bands of {bands.count} processes"
+            yield Site(half, path, Order.IN_BANDS, InBands(half, path, bands, sizes, all_cut=True), says=says)
         least = self.reflected * scale
         yield from reflection_sites(half, path, options.padding_mode, least, factor // scale, self.reflected)
         yield from self.attention(half, path, options)
@@ -88,7 +99,7 @@ class KL(AnyAutoencoder):
 
     def attending(self, module: Any, blocking: Blocking | None, layer: int, options: Any) -> Any:
         """What goes there, the `layer`-th one; `blocking` is None where that is to run in chunks."""
-        return in_blocks_or_chunks(module, blocking, layer)
+        return in_blocks_or_chunks(module, blocking, layer, bands_of(options))
 
     def way(self, options: Any, in_pieces: Exact | TwoPass) -> str:
         """What `repr` says of both halves."""

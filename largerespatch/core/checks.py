@@ -58,6 +58,16 @@ def one_of(option: str, value: object, accepted: Sequence[str]) -> str:
     return value
 
 
+def one_of_or_none(option: str, value: object, accepted: Sequence[str]) -> str | None:
+    """The same, with None for what follows from other options."""
+    if value is None:
+        return None
+    try:
+        return one_of(option, value, accepted)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("must be", "must be None or", 1)) from None
+
+
 def boolean(option: str, value: object) -> bool:
     """`value` where it is True or False.
 

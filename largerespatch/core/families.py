@@ -34,6 +34,8 @@ class Order(IntEnum):
 
     CHECKED = auto()
     STEP_NOTED = auto()
+    BATCH_SHARED = auto()
+    IN_BANDS = auto()
     BATCH_IN_TURNS = auto()
     MAP_NOTED = auto()
     OFF_DEVICE = auto()
@@ -100,12 +102,14 @@ class Family(ABC):
     `rank` decides where several families match a model: the highest takes it. Below zero are those for models that
     nobody else knows, 1 is for a special case of another family. `stages` are the parts of a pipeline's call that a
     model of this family stands for, of ``"step"``, ``"encode"`` and ``"decode"``. `known` says whether there is more
-    to do for its models than padding, `entries` name the methods that pipelines call.
+    to do for its models than padding, `entries` name the methods that pipelines call. `shared` says of which models
+    several processes can share the maps.
     """
 
     rank: int = 0
     stages: tuple[str, ...] = ()
     known: bool = True
+    shared: str = ""
     entries: tuple[str, ...] = ("forward",)
 
     @abstractmethod
@@ -152,6 +156,10 @@ class Family(ABC):
         Raises:
             ValueError: it cannot make them at all.
         """
+
+    def can_be_shared(self, model: Any) -> bool:
+        """Whether `model` is one whose maps several processes can share, each with a band of rows."""
+        return False
 
     def repeated(self, model: nn.Module) -> Iterator[nn.Module]:
         """Modules of which many are alike, so that an estimate may count one for all."""
@@ -238,6 +246,21 @@ def check_multiple(option: str, size: int, cell: int) -> None:
         below = size - size % cell
         nearest = " and ".join(str(each) for each in (below, below + cell) if each > 0)
         raise ValueError(f"{option} must be a multiple of {cell} sample pixels; got {size}, nearest: {nearest}")
+
+
+def check_shared(pipe: Any) -> None:
+    """Sees that several processes can share the maps of all models of a pipeline that have any.
+
+    Raises:
+        ValueError: of one they cannot.
+    """
+    for name, (model, family) in families_in(pipe).items():
+        if not family.can_be_shared(model):
+            accepted = ", ".join(dict.fromkeys(each.shared for each in _FAMILIES if each.shared))
+            raise ValueError(
+                f"process_group: it is not known how several processes share the maps of pipe.{name} "
+                f"({type(model).__name__}); accepted are {accepted}"
+            )
 
 
 def parts_of(model: nn.Module) -> Iterator[nn.Module]:

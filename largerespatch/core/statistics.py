@@ -119,9 +119,8 @@ class GivenStatistics(TorchFunctionMode):
 
 
 @contextmanager
-def sharing_statistics(norm: nn.GroupNorm, plane: torch.Tensor) -> Iterator[None]:
-    """Inside, `norm` gives whatever part of a map it sees the statistics of the whole `plane`."""
-    statistics = record_by_rows(plane, norm.num_groups)
+def sharing_statistics(norm: nn.GroupNorm, statistics: GroupStatistics) -> Iterator[None]:
+    """Inside, `norm` gives whatever part of a map it sees the statistics of the whole."""
 
     def normalize(original: Callable[..., torch.Tensor], part: torch.Tensor) -> torch.Tensor:
         with GivenStatistics(statistics):

@@ -26,6 +26,7 @@ from ..techniques.cuts import Strips
 from ..techniques.notes import StepNote, StepNoting
 from ..techniques.padding import padding_sites, reflection_sites
 from ..techniques.serial import SerialBatch
+from ..techniques.shared_maps import bands_of
 from ..techniques.strips import strip_sites
 
 
@@ -69,7 +70,7 @@ class AnyDenoiser(Family):
         step_note = StepNote()
         noting = StepNoting(step_note, lambda: schedulers_of(pipe))
         yield Site(model, name, Order.STEP_NOTED, noting)
-        yield from attention_sites(model, name, options, step_note)
+        yield from attention_sites(model, name, options, step_note, bands_of(options))
         yield from chunk_sites(model, name, options.ff_chunk_size)
         if options.unet_strip_rows is not None:
             strips = Strips(options.unet_strip_rows, wrap=options.padding_mode == "circular")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -9,12 +10,15 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from ..core.calls import PROMPT_TOKENS, taken, takes
+from ..core.bands import Bands
+from ..core.calls import PROMPT_TOKENS, nets_of, taken, takes
 from ..core.families import Order, Site, register
 from ..core.hosts import Host
 from ..techniques.attention import BlockedAttention
 from ..techniques.host_strips import LEAST_BYTES, HostStrips, host_sites
 from ..techniques.host_tokens import token_sites
+from ..techniques.shared_batch import SharedBatch
+from ..techniques.shared_maps import InBands, bands_of, shared_map_sites
 from ..techniques.skips import OffDevice
 from .any import AnyDenoiser, Call, seen_picture
 
@@ -25,8 +29,11 @@ class WithSkips(AnyDenoiser):
     """Those that make or read skip connections, which may wait off the device, as may all of their large maps."""
 
     rank = 0
+    joins = True
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
+        if options.process_group is not None:
+            yield from self._shared(model, name, bands_of(options))
         if options.unet_offload != "maps":
             yield from super().sites(model, name, options, pipe)
             if options.unet_offload:
@@ -41,6 +48,22 @@ class WithSkips(AnyDenoiser):
         yield from token_sites(model, name, strips, blocked)
         yield from skip_sites(model, name, host)  # of what runs whole
 
+    def _shared(self, model: Any, name: str, bands: Bands) -> Iterator[Site]:
+        """Several processes share its maps, and perhaps the samples of a batch."""
+        if bands.others is not None:
+            shares = Bands(bands.others)
+            says = f"samples dealt to {shares.count} times as many"
+            yield Site(model, name, Order.BATCH_SHARED, SharedBatch(model, name, shares, self.joins), says=says)
+            bands = replace(bands, others=None)
+        for net in nets_of(model):
+            path = next(path for path, module in model.named_modules(prefix=name) if module is net)
+            embedding = getattr(net, "controlnet_cond_embedding", nn.Module())
+            steps = (each.stride[0] for each in embedding.modules() if isinstance(each, nn.Conv2d))
+            sizes = {"halvings": self.halvings(net), "doublings": prod(steps).bit_length() - 1}
+            says = f"maps in bands of {bands.count} processes"
+            yield Site(net, path, Order.IN_BANDS, InBands(net, path, bands, sizes, self.joins), says=says)
+        yield from shared_map_sites(model, name, bands)
+
 
 @register
 class UNets(WithSkips):
@@ -48,6 +71,11 @@ class UNets(WithSkips):
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ in ("UNet2DConditionModel", "UNetControlNetXSModel")
+
+    shared = "U-Nets as Stable Diffusion 1, 2 and XL have them"
+
+    def can_be_shared(self, model: Any) -> bool:
+        return type(model).__name__ == "UNet2DConditionModel" and _looks_at_rows_in_leaves(model)
 
     def predict(self, call: Call) -> torch.Tensor:
         conditions = self.conditions(call, call.batch)
@@ -133,9 +161,25 @@ class ControlNets(WithSkips):
     """`ControlNetModel` and its kin, alone or several. A U-Net's step calls them: they have no stage of their own."""
 
     stages = ()
+    shared = "ControlNets of such U-Nets"
+    joins = False
+
+    def can_be_shared(self, model: Any) -> bool:
+        nets = nets_of(model)
+        alike = all(type(net).__name__ == "ControlNetModel" and _looks_at_rows_in_leaves(net) for net in nets)
+        return alike and not any(net.config.global_pool_conditions for net in nets)
 
     def matches(self, model: nn.Module) -> bool:
         return "controlnet_cond" in takes(type(model).forward) and super().matches(model)
+
+
+def _looks_at_rows_in_leaves(model: Any) -> bool:
+    """Whether only leaves of a U-Net or ControlNet look from one row of a map at others, in ways that are known."""
+    blocks = [*model.down_blocks, model.mid_block, *getattr(model, "up_blocks", ())]
+    known = {"CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D"}
+    free = any(getattr(block, "s1", None) is not None for block in blocks)  # FreeU, which takes Fourier transforms
+    gated = getattr(model, "position_net", None) is not None  # GLIGEN, whose objects attend together with the map
+    return known.issuperset(type(block).__name__ for block in blocks) and not free and not gated
 
 
 def skip_sites(model: nn.Module, name: str, host: Host, says: str = "") -> Iterator[Site]:

@@ -21,11 +21,14 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
+from ..core.bands import ALONE, Band, Bands, at
+from ..core.dealt_tiles import Compute, tile_by_tile
 from ..core.maps import StoredMap, taken
-from ..core.pieces import assemble, rehearsing
-from ..core.statistics import sharing_statistics
+from ..core.pieces import rehearsing
+from ..core.statistics import record_by_rows, sharing_statistics
 from ..core.tilings import COVERS, PHASES, Tile, Tiling
-from ..core.tokens import TokenMap, tile_by_tile
+from ..core.tokens import TokenMap, as_map
+from ..core.tokens import tile_by_tile as token_map_by_tile
 from .context import Context
 from .log_weights import WeightedKeys
 from .notes import MapNote, StepNote
@@ -84,18 +87,30 @@ class BlockedAttention:
     Args:
         map_note: says the size of the map that tokens are the cells of; None for an attention that is given maps. What
             is not so is attended whole.
+        bands: of several processes each has a band of the map, one of these; then keys of a map that is attended whole
+            come from all. The tiles and the context are those of one process.
+        path: of the attention, for messages.
     """
 
     sees_tiles = True  # once its context is known, it sees no token of the map but those of the tile
 
     def __init__(
-        self, attention: Attention, blocking: Blocking, step_note: StepNote, layer: int, map_note: MapNote | None = None
+        self,
+        attention: Attention,
+        blocking: Blocking,
+        step_note: StepNote,
+        layer: int,
+        map_note: MapNote | None = None,
+        bands: Bands = ALONE,
+        path: str = "attention",
     ) -> None:
         self.attention: Any = attention
         self.blocking = blocking
         self.step_note = step_note
         self.layer = layer
         self.map_note = map_note
+        self.bands = bands
+        self.path = path
         self.tile: tuple[Tile, Context | None] | None = None
 
     @contextmanager
@@ -121,7 +136,10 @@ class BlockedAttention:
 
     def _is_large(self, hidden_states: torch.Tensor) -> bool:
         size = self._size(hidden_states)
-        return size is not None and self.blocks(*size)
+        if size is None:
+            return False
+        band = self.bands.sized(*size)
+        return self.blocks(*band.size) or not band.alone
 
     def blocks(self, height: int, width: int) -> bool:
         """Whether a map of so many tokens is attended in blocks."""
@@ -155,22 +173,38 @@ class BlockedAttention:
                 return torch.empty_like(plane).permute(0, 2, 3, 1)
             return result.new_empty(*cells.shape[:3], result.shape[-1])
 
-        with self._normalizing(cells.permute(0, 3, 1, 2)):
-            attend = self._attending(original, cells.flatten(1, 2), size, kwargs)
+        band = self.bands.sized(*size)
+        with at(self.path), self._normalizing(cells.permute(0, 3, 1, 2), band):
+            if not self.blocks(*band.size):
+                return self._attended_whole(original, plane, cells.flatten(1, 2), band, kwargs)
+            attend = self._attending(original, cells.flatten(1, 2), band, kwargs)
 
-            def attended(tile: Tile) -> torch.Tensor:
-                block = cells[:, tile.rows, tile.columns].flatten(1, 2)
-                return attend(block, tile).reshape(len(cells), *tile.size(), -1)
+            def attended(tile: Tile, block: torch.Tensor) -> torch.Tensor:
+                return attend(block.flatten(1, 2), tile).reshape(len(cells), *tile.size(), -1)
 
-            result = assemble(
-                self._cut(*size), attended, place=lambda tile: (slice(None), tile.rows, tile.columns), make=output
-            )
-        return result.permute(0, 3, 1, 2) if plane.ndim == 4 else result.flatten(1, 2)  # type: ignore[no-any-return]
+            result = self._visit(band, cells, attended, output)
+        return result.permute(0, 3, 1, 2) if plane.ndim == 4 else result.flatten(1, 2)
 
-    def _normalizing(self, plane: torch.Tensor) -> AbstractContextManager[None]:
+    def _visit(self, band: Band, cells: torch.Tensor, attended: Compute, make: Forward) -> torch.Tensor:
+        return tile_by_tile(band, cells, self._cut(*band.size), attended, make)
+
+    def _attended_whole(
+        self, original: Forward, plane: torch.Tensor, tokens: torch.Tensor, band: Band, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """A band's attention to all of its map: of `plane` as it was given, whose `tokens` are these."""
+        everything = band.all_tokens(tokens)
+        if "encoder_hidden_states" not in kwargs and type(self.attention.processor) in TAKES_OTHER_KEYS:
+            return original(plane, encoder_hidden_states=self._prepared(everything), **kwargs)
+        # What takes no other keys does all of it, in every process.
+        result = band.own_tokens(self._among_themselves(original, everything, kwargs))
+        return result if plane.ndim == 3 else as_map(result, (plane.shape[2], plane.shape[3]))
+
+    def _normalizing(self, plane: torch.Tensor, band: Band) -> AbstractContextManager[None]:
         """Inside, whatever part of the map the attention sees is normalized as all of it is."""
         norm = self.attention.group_norm
-        return nullcontext() if norm is None else sharing_statistics(norm, plane)
+        if norm is None:
+            return nullcontext()
+        return sharing_statistics(norm, band.pooled(record_by_rows(plane, norm.num_groups)))
 
     def _comes_in_tiles(self, plane: StoredMap) -> bool:
         """Whether a map is on the host and stays there."""
@@ -180,10 +214,11 @@ class BlockedAttention:
     def _tile_by_tile(self, original: Forward, plane: StoredMap, kwargs: dict[str, Any]) -> torch.Tensor:
         plane = plane.claim() if plane.passing else plane
         tokens = TokenMap.of(plane)
-        with self._normalizing(plane):
-            attend = self._attending(original, tokens, tokens.map_size, kwargs)
+        band = self.bands.of(plane)
+        with self._normalizing(plane, band):
+            attend = self._attending(original, tokens, band, kwargs)
             over = plane.passing and self.sees_tiles
-            return tile_by_tile(tokens, self._cut(*tokens.map_size), lambda tile, block: attend(block, tile), over)
+            return token_map_by_tile(tokens, self._cut(*tokens.map_size), lambda tile, block: attend(block, tile), over)
 
     def _size(self, hidden_states: torch.Tensor) -> tuple[int, int] | None:
         """(height, width) of the map that hidden states are, or are the cells of; None where they are neither."""
@@ -200,22 +235,27 @@ class BlockedAttention:
         return self.blocking.cover(height, width, (self.layer + self.step_note.step) % PHASES)
 
     def _attending(
-        self, original: Forward, tokens: torch.Tensor, size: tuple[int, int], kwargs: dict[str, Any]
+        self, original: Forward, tokens: torch.Tensor, band: Band, kwargs: dict[str, Any]
     ) -> Callable[[torch.Tensor, Tile], torch.Tensor]:
         """What gives the attention of the tokens of a tile, ``[B, tile.area, C]``, to those of the map."""
-        context = self.context_of(tokens, size, self._prepared)
+        context = self.context_of(tokens, band.size, self._prepared, band)
         return lambda block, tile: self._attended(original, block, tile, context, kwargs)
 
     def context_of(
-        self, tokens: torch.Tensor, size: Sequence[int], prepare: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        tokens: torch.Tensor,
+        size: Sequence[int],
+        prepare: Callable[[torch.Tensor], torch.Tensor],
+        band: Band | None = None,
     ) -> Context | None:
-        """The context that each tile of a map's tokens ``[B, N, C]`` attends to; `prepare`: see `Context`."""
+        """The context that each tile of a map's tokens ``[B, N, C]`` attends to; for the rest see `Context`."""
         if not self.blocking.context:
             return None
         height, width = size
         seed = f"layer {self.layer} step {self.step_note.step}"
         heavy = self.blocking.context // 2
-        return Context(self.attention, tokens, (height, width), heavy, self.blocking.context - heavy, seed, prepare)
+        sampled = self.blocking.context - heavy
+        return Context(self.attention, tokens, (height, width), heavy, sampled, seed, prepare, band)
 
     def _attended(
         self, original: Forward, block: torch.Tensor, tile: Tile, context: Context | None, kwargs: dict[str, Any]

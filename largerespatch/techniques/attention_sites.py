@@ -7,6 +7,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from ..core.bands import ALONE, Bands
 from ..core.families import Order, Site
 from .attention import BlockedAttention, blocking_of
 from .notes import MapNote, MapNoting, StepNote
@@ -31,7 +32,9 @@ def attends_map(module: nn.Module) -> bool:
     return isinstance(module, Attention) and module.group_norm is not None and not module.only_cross_attention
 
 
-def attention_sites(model: nn.Module, name: str, options: Any, step_note: StepNote) -> Iterator[Site]:
+def attention_sites(
+    model: nn.Module, name: str, options: Any, step_note: StepNote, bands: Bands = ALONE
+) -> Iterator[Site]:
     """All self-attentions of `model` to the cells of maps, and the transformers that note the size of these."""
     blocking = blocking_of(options)
     says = f"{{count}} self-attentions in {blocking}"
@@ -43,10 +46,11 @@ def attention_sites(model: nn.Module, name: str, options: Any, step_note: StepNo
             yield Site(transformer, place, Order.MAP_NOTED, noting)
             for path, module in transformer.named_modules(prefix=place):
                 if isinstance(module, Attention) and not module.is_cross_attention:
-                    blocked = BlockedAttention(module, blocking, step_note, layer, note)
+                    blocked = BlockedAttention(module, blocking, step_note, layer, note, bands, path)
                     yield Site(module, path, Order.IN_BLOCKS, blocked, says=says)
                     layer += 1
     for path, module in model.named_modules(prefix=name):
         if attends_map(module):
-            yield Site(module, path, Order.IN_BLOCKS, BlockedAttention(module, blocking, step_note, layer), says=says)
+            blocked = BlockedAttention(module, blocking, step_note, layer, None, bands, path)
+            yield Site(module, path, Order.IN_BLOCKS, blocked, says=says)
             layer += 1

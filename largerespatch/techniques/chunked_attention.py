@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.overrides import TorchFunctionMode
 
+from ..core.bands import ALONE, Band, Bands
+from ..core.dealt_tiles import Compute, tile_by_tile
 from ..core.maps import StoredMap
 from ..core.pieces import assemble
 from ..core.tilings import Tile, Tiling, even_cuts
@@ -33,16 +35,21 @@ class ChunkedAttention(BlockedAttention):
 
     sees_tiles = False
 
-    def __init__(self, attention: Attention) -> None:
-        super().__init__(attention, Blocking("tile", 1, 1, QUERIES), StepNote(), 0)
+    def __init__(self, attention: Attention, bands: Bands = ALONE) -> None:
+        super().__init__(attention, Blocking("tile", 1, 1, QUERIES), StepNote(), 0, bands=bands)
 
     def applies(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> bool:
         alone = all(value is None for value in (*others, *named.values()))
-        known = type(self.attention.processor) in TAKES_OTHER_KEYS
-        return alone and known and self._is_large(hidden_states) and not torch.is_grad_enabled()
+        return alone and self._is_large(hidden_states) and not torch.is_grad_enabled()
+
+    def blocks(self, height: int, width: int) -> bool:
+        return type(self.attention.processor) in TAKES_OTHER_KEYS and super().blocks(height, width)
 
     def _cut(self, height: int, width: int) -> Tiling:
         return Tiling(even_cuts(height, max(QUERIES // width, 1)), even_cuts(width, QUERIES))
+
+    def _visit(self, band: Band, cells: torch.Tensor, attended: Compute, make: Forward) -> torch.Tensor:
+        return tile_by_tile(ALONE.sized(*cells.shape[1:3]), cells, self._cut(*cells.shape[1:3]), attended, make)
 
     @property
     def _takes_keys(self) -> bool:
@@ -53,26 +60,26 @@ class ChunkedAttention(BlockedAttention):
         return super()._comes_in_tiles(plane) and self._takes_keys
 
     def _attending(
-        self, original: Forward, tokens: torch.Tensor, size: tuple[int, int], kwargs: dict[str, Any]
+        self, original: Forward, tokens: torch.Tensor, band: Band, kwargs: dict[str, Any]
     ) -> Callable[[torch.Tensor, Tile], torch.Tensor]:
         if isinstance(tokens, TokenMap):
             return partial(self._attend_in_runs, original, tokens)
         if not self._takes_keys or self.attention.norm_k is not None:
-            prepared = self._prepared(tokens).contiguous()
+            prepared = band.all_tokens(self._prepared(tokens)).contiguous()
             return lambda block, tile: original(block, encoder_hidden_states=prepared)
-        cells = tokens.view(len(tokens), *size, -1)
+        cells = tokens.reshape(len(tokens), -1, band.rows.width, tokens.shape[2])
 
         def projected(tile: Tile) -> tuple[torch.Tensor, ...]:
             block = self._prepared(cells[:, tile.rows, tile.columns].flatten(1, 2))
             return tuple(each.reshape(len(each), *tile.size(), -1) for each in self._projected(block))
 
         kept = assemble(
-            self._cut(*size),
+            self._cut(*cells.shape[1:3]),
             projected,
             place=lambda tile: (slice(None), tile.rows, tile.columns),
             make=lambda some: tuple(each.new_empty(*cells.shape[:3], each.shape[-1]) for each in some),
         )
-        others = [each.flatten(1, 2) for each in kept]
+        others = [band.all_tokens(each.flatten(1, 2)) for each in kept]
         return lambda block, tile: self._attend(original, block, others)
 
     def _projected(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -119,8 +126,10 @@ def _with_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
     return tokens if tokens.ndim == 4 else tokens.reshape(*tokens.shape[:2], heads, -1).transpose(1, 2)
 
 
-def in_blocks_or_chunks(attention: Any, blocking: Blocking | None, layer: int) -> BlockedAttention:
+def in_blocks_or_chunks(
+    attention: Any, blocking: Blocking | None, layer: int, bands: Bands = ALONE
+) -> BlockedAttention:
     """For an attention to a map, the `layer`-th of its model: in chunks where it is not said how it is blocked."""
     if blocking is None:
-        return ChunkedAttention(attention)
-    return BlockedAttention(attention, blocking, StepNote(), layer)
+        return ChunkedAttention(attention, bands)
+    return BlockedAttention(attention, blocking, StepNote(), layer, bands=bands)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
+from ..core.bands import Band
 from ..core.pieces import assemble
 from ..core.tilings import Runs, Tile, sampled_cells
 from ..core.tokens import picked, runs_of
@@ -40,13 +41,15 @@ def heavy_tokens(
     tokens: torch.Tensor,
     count: int,
     judges: torch.Tensor,
-    crowd: torch.Tensor,
+    crowd: Sequence[int],
     prepare: Prepare = lambda tokens: tokens,
     width: int = 1,
+    band: Band | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices ``[B, count]`` of those of the `tokens` that get the most attention, and which are heavy.
 
-    Tokens are a tensor ``[B, N, C]``, or a map of so many on the host, which is read in runs.
+    Tokens are a tensor ``[B, N, C]``, or a map of so many on the host, which is read in runs; those of a `band`, if
+    there is more than one, and places are those of the whole map all the same.
     Measured for the queries of the tokens `judges`; a token counts by the head that wants it most. What all tokens
     together get is estimated from those of the `crowd`, a sample of them. `prepare` is what the attention does to
     tokens first, `width` that of the map that they are the cells of. Memory does not grow with N but for one number per
@@ -57,15 +60,15 @@ def heavy_tokens(
         split = projected.view(len(tokens), -1, attention.heads, projected.shape[-1] // attention.heads).transpose(1, 2)
         return (split if norm is None else norm(split)).float()  # the scores of some checkpoints overflow halves
 
-    def some(places: torch.Tensor) -> torch.Tensor:
-        return picked(tokens, places.expand(len(tokens), -1))
-
-    query = heads(attention.to_q(prepare(some(judges))), attention.norm_q) * attention.scale
+    band = band or Band.of_all(tokens)
+    query = heads(attention.to_q(prepare(band.picked(tokens, judges.expand(len(tokens), -1)))), attention.norm_q)
+    query = query * attention.scale
 
     def scores(keys: torch.Tensor) -> torch.Tensor:
         return torch.matmul(query, heads(attention.to_k(prepare(keys)), attention.norm_k).transpose(-1, -2))
 
-    total = scores(some(crowd)).logsumexp(dim=-1, keepdim=True) + math.log(tokens.shape[1] / len(crowd))
+    near = uploaded(band.among(crowd), tokens.device)
+    total = band.logsumexp(scores(picked(tokens, near.expand(len(tokens), -1)))) + math.log(band.cells / len(crowd))
     length = max(SCORES // max(query[..., 0].numel(), len(tokens) * tokens.shape[2]), 1)
     if length > width:  # whole rows of a map: else of some runs one more has to be read
         length -= length % width
@@ -76,13 +79,13 @@ def heavy_tokens(
         into=torch.zeros(tokens.shape[:2], device=tokens.device),
         read=partial(runs_of, tokens),
     )
-    most = received.topk(count)
-    return most.indices, most.values > HEAVY * len(judges) / tokens.shape[1]
+    most, places = band.topk(received, count)
+    return places, most > HEAVY * len(judges) / band.cells
 
 
 def uploaded(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     """On CUDA from pinned memory: from any other the host would wait until all work before it is done."""
-    kept = torch.tensor(numbers)
+    kept = torch.tensor(numbers, dtype=torch.long)
     return (kept.pin_memory() if device.type == "cuda" else kept).to(device, non_blocking=True)
 
 
@@ -91,7 +94,7 @@ class Context:
 
     Args:
         attention: whose attention it is for.
-        tokens: of the map, ``[B, height * width, C]``.
+        tokens: of the map, ``[B, height * width, C]``, or of this process's `band` of it.
         size: ``(height, width)``.
         heavy: at most so many heavy tokens, which differ from sample to sample; sampled ones take the place of others.
         sampled: number of sampled ones besides, the same for all samples.
@@ -108,16 +111,19 @@ class Context:
         sampled: int,
         seed: str,
         prepare: Prepare = lambda tokens: tokens,
+        band: Band | None = None,
     ) -> None:
         height, width = size
-        batch, self.total, _ = tokens.shape
+        batch, self.total = len(tokens), height * width
+        band = band or Band.of_all(tokens)
         most = min(heavy, self.total)
 
         def cells(count: int, purpose: str) -> torch.Tensor:
             return uploaded(sampled_cells(height, width, count, f"{seed} {purpose}"), tokens.device)
 
-        judges, crowd, some = cells(JUDGES, "judges"), cells(CROWD, "crowd"), cells(sampled, "sampled")
-        wanted, is_heavy = heavy_tokens(attention, tokens, most, judges, crowd, prepare, width)
+        judges, some = cells(JUDGES, "judges"), cells(sampled, "sampled")
+        crowd = sampled_cells(height, width, CROWD, f"{seed} crowd")
+        wanted, is_heavy = heavy_tokens(attention, tokens, most, judges, crowd, prepare, width, band)
         spare = cells(most, "instead of heavy") if most else some[:0]
         instead = F.pad(spare, (0, most - len(spare)), value=-1).expand(batch, -1)
         places = torch.cat([torch.where(is_heavy, wanted, instead), some.expand(batch, -1)], dim=1)
@@ -128,7 +134,7 @@ class Context:
         self.counts = (places >= 0) & ~again
         places = places.clamp(min=0)
         self.rows, self.columns = places // width, places % width
-        self.tokens = picked(tokens, places)
+        self.tokens = band.picked(tokens, places)
 
     def log_weights(self, tile: Tile) -> torch.Tensor:
         """What to add to the attention scores of the context's tokens in a tile, ``[B, 1, S]``.

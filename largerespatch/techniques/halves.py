@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.bands import ALONE, Bands, at
 from ..core.families import Order, Site
 from ..core.hosts import Host
 from ..core.maps import StoredMap
@@ -35,7 +36,7 @@ class Cutting:
     `latent_scale` is the size of its input relative to the latent (1 for a decoder, 8 for SD's encoder), `wrap` says
     whether the plane's opposite edges are neighbours (circular padding), `progress_bar` is the pipeline's, called with
     ``total``, and `title` goes with it. `in_turns` says whether the samples of a batch run one after another, `factor`
-    how many sample pixels a latent pixel measures.
+    how many sample pixels a latent pixel measures. Of several processes each runs its band, which is one of `bands`.
     """
 
     tile_height: int
@@ -46,6 +47,7 @@ class Cutting:
     title: str
     in_turns: bool = False
     factor: int = COMMON_FACTOR
+    bands: Bands = ALONE
 
     @property
     def strip_height(self) -> int:
@@ -96,9 +98,9 @@ class InPieces(ABC):
                 return _together(collect(range(len(sample)), lambda i: run(sample[i : i + 1])))
 
     def is_one(self, sample: torch.Tensor) -> bool:
-        """Whether an input ``[..., H, W]`` is of at most one tile."""
+        """Whether an input ``[..., H, W]`` is of at most one tile, and no band."""
         height, width = self._size(sample)
-        return height <= self.cutting.tile_height and width <= self.cutting.tile_width
+        return self.cutting.bands.alone and height <= self.cutting.tile_height and width <= self.cutting.tile_width
 
     @property
     def makes_pictures(self) -> bool:
@@ -195,8 +197,9 @@ class Exact(InPieces):
         passing = not listeners(self.model)
         # What a hook may keep has to have memory of its own.
         finest = sample.shape[-2] * 2**self.doublings if passing else None
-        ways = self.recompute, self.by_rows
-        walk = Walk(self.cutting.strip_height, self.cutting.wrap, self.host, passing, finest, *ways)
+        rows, wrap, bands = self.cutting.strip_height, self.cutting.wrap, self.cutting.bands
+        ways = self.recompute, self.by_rows, None if bands.alone else bands
+        walk = Walk(rows, wrap, self.host, passing, finest, *ways)
         late = self.late if passing else []
         last = list(self.steps)[-1] if self.makes_pictures else ""
         with weights_held(late), PatchStack() as stack, self._progress(len(self.steps)) as bar:
@@ -204,7 +207,8 @@ class Exact(InPieces):
             def counted(technique: Forward, path: str) -> Forward:
                 def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
                     walk.delivers = path == last
-                    result = technique(*args, **kwargs)
+                    with at(path):
+                        result = technique(*args, **kwargs)
                     bar.update()
                     return result
 

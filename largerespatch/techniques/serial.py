@@ -34,7 +34,7 @@ class SerialBatch:
         samples = next(iter(arguments.values()), None)
         if not isinstance(samples, torch.Tensor) or samples.ndim == 0 or len(samples) <= 1:
             return original(*args, **kwargs)
-        if foreign := sorted({type(each).__name__ for each in _processors(self.model) if not _is_per_sample(each)}):
+        if foreign := looking_across(self.model):
             if not rehearsing():
                 warnings.warn(
                     f"{self.why}: {', '.join(foreign)} may look across the samples of a batch, so {len(samples)} "
@@ -62,6 +62,11 @@ class SerialBatch:
         return tree_unflatten([_joined(each) for each in rows], structure)
 
 
+def looking_across(model: nn.Module) -> list[str]:
+    """The kinds of a model's attention processors that may look from one sample at another."""
+    return sorted({type(each).__name__ for each in _processors(model) if not _is_per_sample(each)})
+
+
 def _processors(model: nn.Module) -> list[object]:
     return [module.processor for module in model.modules() if hasattr(module, "processor")]
 
@@ -78,16 +83,21 @@ def take_sample(value: Any, index: int, batch: int, key: object = None) -> Any:
     tensor, like one with a first dimension of 1, concerns all samples. So does a tensor of IP-Adapter masks, which
     counts adapters (a list of them holds tensors that are read like all others).
     """
+    return take_samples(value, index, index + 1, batch, key)
+
+
+def take_samples(value: Any, first: int, last: int, batch: int, key: object = None) -> Any:
+    """The same for the samples from `first` to `last`."""
     match value:
         case torch.Tensor():
             if value.ndim == 0 or len(value) % batch or key == "ip_adapter_masks":
                 return value
             rows = len(value) // batch
-            return value[index * rows : (index + 1) * rows]
+            return value[first * rows : last * rows]
         case dict():
-            return {each: take_sample(value[each], index, batch, each) for each in value}
+            return {each: take_samples(value[each], first, last, batch, each) for each in value}
         case list() | tuple():
-            return type(value)([take_sample(each, index, batch) for each in value])
+            return type(value)([take_samples(each, first, last, batch) for each in value])
     return value
 
 

@@ -19,11 +19,12 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from ..core.bands import Bands
 from ..core.hosts import Host
 from ..core.maps import ComputedMap, StoredMap
 from ..core.pieces import assemble, collect
 from ..core.planes import Map, fetch
-from ..core.statistics import GivenStatistics, pool, record
+from ..core.statistics import GivenStatistics, record
 from ..core.tilings import Run, Tile
 from .alike import piece
 from .cuts import Block, Strips, rows_of
@@ -64,7 +65,7 @@ class Walk(Strips):
     Where maps live on a host, strips have fewer rows of wide ones, so that the device holds no more of them.
 
     Args:
-        rows, wrap: see `Strips`.
+        rows, wrap, bands: see `Strips`.
         host: where maps live; None: on the device.
         passing: whether maps may be written over by their reader.
         finest: height of the largest maps, where these may be computed anew rather than kept; None: they may not.
@@ -83,8 +84,9 @@ class Walk(Strips):
         finest: int | None = None,
         recompute: bool = False,
         by_rows: bool = False,
+        bands: Bands | None = None,
     ) -> None:
-        super().__init__(rows, wrap)
+        super().__init__(rows, wrap, bands)
         self.host = host
         self.passing = passing
         self.finest = finest
@@ -192,8 +194,8 @@ class WalkedResnet(StripResnet):
         module, walk = self.module, self.strips
         outer = walk.statistics(plane, self.group_norm(module.norm1))
         cuts, recorded = walk.cut(plane), []
-
         halo = reach(module.conv1)
+        around = halo + reach(module.conv2)
 
         def note(strip: Tile, given: Block) -> None:
             middle = own_rows(lambda rows: self.conv1(rows, outer, time, strip.top - given[0]), strip, given, halo)
@@ -213,8 +215,7 @@ class WalkedResnet(StripResnet):
             return (block[:, :, above : above + strip.height] + result) / module.output_scale_factor  # type: ignore[no-any-return]
 
         collect(cuts, note, read=partial(walk.read, plane, halo), carries=True)
-        inner = pool(recorded)
-        around = halo + reach(module.conv2)
+        inner = walk.statistics(plane, self.group_norm(module.norm2), recorded)
         read = partial(walk.read, plane, around)
         return assemble(cuts, compute, rows_of, into=plane, read=read, carries=True)  # type: ignore[no-any-return]
 
@@ -233,8 +234,15 @@ class WalkedResample(StripResample):
         return super().run(original, source, *args, **kwargs)
 
     def output(self, source: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        fits = isinstance(source, StoredMap) and source.passing and (source.shape, source.dtype) == (shape, like.dtype)
-        return source if fits else super().output(source, like, shape)
+        walk = self.strips
+        if isinstance(source, StoredMap) and source.passing and (source.shape, source.dtype) == (shape, like.dtype):
+            return source
+        away = walk.host is not None and walk.host.serves(like.device)
+        if walk.by_rows and shape[2] == walk.finest and not away:
+            batch, channels, height, width = shape
+            rows = like.new_empty(batch, height, channels, width)
+            return StoredMap.of(rows.transpose(1, 2), walk.host, walk.passing)
+        return super().output(source, like, shape)
 
 
 class WalkedUpsample(StripUpsample):
