@@ -341,7 +341,7 @@ def test_heavy_tokens_are_searched_with_the_queries_and_keys_of_attention(kind):
     with Attended() as attended:
         block(x)
     technique = family_of(autoencoder(kind)).attending(block, Blocking("tile", 2, 2, 4, 4), 0, Options()).technique
-    tokens = technique._prepared(x.flatten(2).transpose(1, 2))
+    tokens = technique.of_tile.prepared(x.flatten(2).transpose(1, 2))
     for project, seen in zip((technique.attention.to_q, technique.attention.to_k), *attended.met, strict=True):
         torch.testing.assert_close(project(tokens)[:, None], seen)
 

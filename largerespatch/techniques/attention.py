@@ -5,51 +5,27 @@ single tokens. What one step separates another one joins (see `largerespatch.cor
 whole map. The context makes up for most of what a block cannot see.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.attention_processor import (
-    Attention,
-    AttnProcessor,
-    AttnProcessor2_0,
-    SlicedAttnProcessor,
-    XFormersAttnProcessor,
-)
+from diffusers.models.attention_processor import Attention
 
 from ..core.bands import ALONE, Band, Bands, at
 from ..core.dealt_tiles import Compute, tile_by_tile
 from ..core.maps import StoredMap, taken
-from ..core.pieces import rehearsing
 from ..core.statistics import record_by_rows, sharing_statistics
 from ..core.tilings import COVERS, PHASES, Tile, Tiling
 from ..core.tokens import TokenMap, as_map
 from ..core.tokens import tile_by_tile as token_map_by_tile
 from .context import Context
-from .log_weights import WeightedKeys
 from .notes import MapNote, StepNote
+from .tile_attention import Forward, TileAttention
 
 # Tokens of context where nothing else is asked for. Of U-Nets twice as many gain little.
 CONTEXT = 512
-
-# Processors that take the keys of self-attention from ``encoder_hidden_states`` too, where these are given. Others
-# (fused projections, perturbed-attention guidance, what users write) need not.
-TAKES_OTHER_KEYS = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
-
-# What blocks must know the inside of: ``forward`` hands everything to the processor, which takes keys from
-# ``encoder_hidden_states`` and adds a mask ``[B, 1, K]`` to their scores; the one for text beside a map wants a map.
-LEANS_ON = (
-    "diffusers.models.attention_processor.Attention.forward",
-    "diffusers.models.attention_processor.Attention.prepare_attention_mask",
-    *(f"diffusers.models.attention_processor.{processor.__name__}.__call__" for processor in TAKES_OTHER_KEYS),
-    "diffusers.models.attention_processor.AttnAddedKVProcessor2_0.__call__",
-)
-
-Forward = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -111,6 +87,7 @@ class BlockedAttention:
         self.map_note = map_note
         self.bands = bands
         self.path = path
+        self.of_tile = TileAttention(attention, blocking.warned)
         self.tile: tuple[Tile, Context | None] | None = None
 
     @contextmanager
@@ -158,7 +135,7 @@ class BlockedAttention:
         others["encoder_hidden_states"] = encoder_hidden_states
         kwargs = {name: value for name, value in others.items() if value is not None}
         if self.tile is not None:
-            return self._attended(original, hidden_states, *self.tile, kwargs)
+            return self.of_tile(original, hidden_states, *self.tile, kwargs)
         if isinstance(hidden_states, StoredMap) and self._comes_in_tiles(hidden_states):
             return self._tile_by_tile(original, hidden_states, kwargs)
         plane, overwritable = taken(hidden_states)
@@ -193,10 +170,10 @@ class BlockedAttention:
     ) -> torch.Tensor:
         """A band's attention to all of its map: of `plane` as it was given, whose `tokens` are these."""
         everything = band.all_tokens(tokens)
-        if "encoder_hidden_states" not in kwargs and type(self.attention.processor) in TAKES_OTHER_KEYS:
-            return original(plane, encoder_hidden_states=self._prepared(everything), **kwargs)
+        if "encoder_hidden_states" not in kwargs and self.of_tile.takes_other_keys:
+            return original(plane, encoder_hidden_states=self.of_tile.prepared(everything), **kwargs)
         # What takes no other keys does all of it, in every process.
-        result = band.own_tokens(self._among_themselves(original, everything, kwargs))
+        result = band.own_tokens(self.of_tile.among_themselves(original, everything, kwargs))
         return result if plane.ndim == 3 else as_map(result, (plane.shape[2], plane.shape[3]))
 
     def _normalizing(self, plane: torch.Tensor, band: Band) -> AbstractContextManager[None]:
@@ -238,8 +215,8 @@ class BlockedAttention:
         self, original: Forward, tokens: torch.Tensor, band: Band, kwargs: dict[str, Any]
     ) -> Callable[[torch.Tensor, Tile], torch.Tensor]:
         """What gives the attention of the tokens of a tile, ``[B, tile.area, C]``, to those of the map."""
-        context = self.context_of(tokens, band.size, self._prepared, band)
-        return lambda block, tile: self._attended(original, block, tile, context, kwargs)
+        context = self.context_of(tokens, band.size, self.of_tile.prepared, band)
+        return lambda block, tile: self.of_tile(original, block, tile, context, kwargs)
 
     def context_of(
         self,
@@ -256,58 +233,6 @@ class BlockedAttention:
         heavy = self.blocking.context // 2
         sampled = self.blocking.context - heavy
         return Context(self.attention, tokens, (height, width), heavy, sampled, seed, prepare, band)
-
-    def _attended(
-        self, original: Forward, block: torch.Tensor, tile: Tile, context: Context | None, kwargs: dict[str, Any]
-    ) -> torch.Tensor:
-        if context is None:
-            return self._among_themselves(original, block, kwargs)
-        return self._with_context(original, block, tile, context, kwargs)
-
-    def _prepared(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the attention makes of tokens ``[B, N, C]`` before it projects them."""
-        if self.attention.group_norm is None:
-            return tokens
-        normalized: torch.Tensor = self.attention.group_norm(tokens.transpose(1, 2))
-        return normalized.transpose(1, 2)
-
-    def _among_themselves(self, original: Forward, tokens: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        if self.attention.added_kv_proj_dim is None:
-            return original(tokens, **kwargs)
-        # Processors that add text to the keys take maps alone.
-        return original(tokens.transpose(1, 2)[..., None], **kwargs).flatten(2).transpose(1, 2)
-
-    def _with_context(
-        self, original: Forward, block: torch.Tensor, tile: Tile, context: Context, kwargs: dict[str, Any]
-    ) -> torch.Tensor:
-        both = torch.cat([block, context.tokens], dim=1)
-        text = kwargs.get("encoder_hidden_states")
-        before = tile.area if text is None else text.shape[1] + tile.area
-        log_weights = F.pad(context.log_weights(tile), (before, 0))
-        processor = type(self.attention.processor)
-        if text is None and processor is AttnProcessor2_0:
-            with WeightedKeys(log_weights):
-                return original(block, **kwargs, encoder_hidden_states=self._prepared(both))
-        if text is None and processor in TAKES_OTHER_KEYS:
-            mask = log_weights.to(block.dtype)
-            return original(block, **kwargs, encoder_hidden_states=self._prepared(both), attention_mask=mask)
-        with WeightedKeys(log_weights) as weighted:
-            result = self._among_themselves(original, both, kwargs)
-        if weighted.met:
-            return result[:, : tile.area]
-        # An attention that computes its scores in its own way cannot be told the weights.
-        self._warn(processor.__name__)
-        return self._among_themselves(original, block, kwargs)
-
-    def _warn(self, processor: str) -> None:
-        if processor not in self.blocking.warned and not rehearsing():
-            self.blocking.warned.add(processor)
-            warnings.warn(
-                f"attn_context: {processor} does not call scaled_dot_product_attention and cannot be told the weights "
-                "of a context, so its blocks attend to themselves alone",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
 
 def blocking_of(options: Any, context: int = CONTEXT) -> Blocking:

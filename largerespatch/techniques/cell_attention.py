@@ -13,9 +13,10 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
-from .attention import BlockedAttention, Blocking, Forward
+from .attention import BlockedAttention, Blocking
 from .chunked_attention import ChunkedAttention, OtherKeys
 from .notes import StepNote
+from .tile_attention import Forward
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from ..core.maps import StoredMap
 from ..core.pieces import assemble
 from ..core.tilings import Tile, Tiling, even_cuts
 from ..core.tokens import TokenMap
-from .attention import TAKES_OTHER_KEYS, BlockedAttention, Blocking, Forward
+from .attention import BlockedAttention, Blocking
 from .key_runs import KeysInRuns
 from .notes import StepNote
+from .tile_attention import Forward
 
 # Queries of a chunk: enough to keep a device busy, and to make the projection of the keys for each chunk a small part.
 # An H200 takes 1.6 microseconds a query of 512 channels in chunks of 2^12, 0.96 in those of 2^13, 1.0 to 1.1 in larger.
@@ -43,7 +44,7 @@ class ChunkedAttention(BlockedAttention):
         return alone and self._is_large(hidden_states) and not torch.is_grad_enabled()
 
     def blocks(self, height: int, width: int) -> bool:
-        return type(self.attention.processor) in TAKES_OTHER_KEYS and super().blocks(height, width)
+        return self.of_tile.takes_other_keys and super().blocks(height, width)
 
     def _cut(self, height: int, width: int) -> Tiling:
         return Tiling(even_cuts(height, max(QUERIES // width, 1)), even_cuts(width, QUERIES))
@@ -65,12 +66,12 @@ class ChunkedAttention(BlockedAttention):
         if isinstance(tokens, TokenMap):
             return partial(self._attend_in_runs, original, tokens)
         if not self._takes_keys or self.attention.norm_k is not None:
-            prepared = band.all_tokens(self._prepared(tokens)).contiguous()
+            prepared = band.all_tokens(self.of_tile.prepared(tokens)).contiguous()
             return lambda block, tile: original(block, encoder_hidden_states=prepared)
         cells = tokens.reshape(len(tokens), -1, band.rows.width, tokens.shape[2])
 
         def projected(tile: Tile) -> tuple[torch.Tensor, ...]:
-            block = self._prepared(cells[:, tile.rows, tile.columns].flatten(1, 2))
+            block = self.of_tile.prepared(cells[:, tile.rows, tile.columns].flatten(1, 2))
             return tuple(each.reshape(len(each), *tile.size(), -1) for each in self._projected(block))
 
         kept = assemble(
@@ -96,7 +97,9 @@ class ChunkedAttention(BlockedAttention):
 
     def _keys_and_values(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of tokens ``[B, n, C]``, as ``[B, heads, n, C]``."""
-        key, value = (_with_heads(each, self.attention.heads) for each in self._projected(self._prepared(tokens)))
+        key, value = (
+            _with_heads(each, self.attention.heads) for each in self._projected(self.of_tile.prepared(tokens))
+        )
         norm = self.attention.norm_k
         return key if norm is None else norm(key), value
 
