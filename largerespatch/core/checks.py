@@ -1,8 +1,12 @@
-"""Checks of options, shared by the public names; messages say the option, what is accepted and what was received."""
+"""Checks of options, shared by the public names, and warnings: what is accepted, and what was received."""
 
 import operator
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
+
+PACKAGE = __name__.partition(".")[0]
 
 
 def whole_number(option: str, value: object, unit: str, least: int) -> int:
@@ -95,3 +99,11 @@ def switch_or_one_of(option: str, value: object, accepted: Sequence[str]) -> str
     if value not in accepted:
         raise ValueError(message)
     return value
+
+
+def warn(message: str) -> None:
+    """A warning that names the line which called this library, however deep inside it arises."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -5,7 +5,6 @@ estimate, planner and restore ask the registry and name no family.
 """
 
 import pkgutil
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .checks import warn
 from .patching import PatchStack
 from .weights import Holding
 
@@ -175,11 +175,9 @@ def unknown_call(model: nn.Module) -> ValueError:
 
 def warn_of_unknown(model: nn.Module, kind: str) -> None:
     """To be called by `Family.check` of those for models that nobody else knows, where these take much."""
-    warnings.warn(
+    warn(
         f"{type(model).__name__} is {kind} of no known kind: it is left as it is, and takes as much memory and time as "
-        "without this patch",
-        RuntimeWarning,
-        stacklevel=4,
+        "without this patch"
     )
 
 

@@ -1,10 +1,10 @@
 """AuraFlow's transformer: text first, two streams, then one."""
 
-import warnings
 from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
+from ..core.checks import warn
 from ..core.families import factor_of, register
 from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Tokens
 from .any import Call
@@ -45,7 +45,7 @@ class AuraFlow(JointAttention):
         except ValueError as error:
             if self._last_place(model, pipe, height, width) >= model.config.pos_embed_max_size:
                 raise
-            warnings.warn(str(error), RuntimeWarning, stacklevel=3)
+            warn(str(error))
 
     def _last_place(self, model: Any, pipe: Any, height: int, width: int) -> int:
         """In the table, row by row: columns that it does not have are places of the rows above and below."""

@@ -9,7 +9,6 @@ A family of these is one file with one class, which says
 and where it is not as most are: `maps`, `sample`, `predict`, `timestep`, `scheduled`, `longest`, `cell`, `passes_on`.
 """
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from ..core.calls import schedulers_of
+from ..core.checks import warn
 from ..core.families import Order, Site, check_multiple, factor_of, unknown_call
 from ..core.pieces import rehearsing
 from ..techniques.joint_attention import joint_sites
@@ -95,11 +95,7 @@ class JointAttention(AnyDenoiser):
         for option, size in (("width", width), ("height", height)):
             check_multiple(option, size, self.cell(model) * factor_of(pipe))
         if _is_shared(model):
-            warnings.warn(
-                f"{type(model).__name__} is run by several processes together: it is left as it is",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warn(f"{type(model).__name__} is run by several processes together: it is left as it is")
         limit = self.longest(model)
         if limit is None or max(height, width) <= (most := limit[0] * factor_of(pipe)):
             return
@@ -109,7 +105,7 @@ class JointAttention(AnyDenoiser):
         )
         if limit[1]:
             raise ValueError(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warn(message)
 
 
 def patches(model: Any, arguments: Mapping[str, Any]) -> Size:
