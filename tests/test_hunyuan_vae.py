@@ -31,7 +31,8 @@ from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
 from largerespatch.techniques import chunked_attention, two_pass
 from largerespatch.techniques.halved import WalkedDownsample
-from largerespatch.techniques.walk import Walk, WalkedResample
+from largerespatch.techniques.walk import Walk
+from largerespatch.techniques.walked import WalkedResample
 
 
 def vae(**changes):

@@ -15,7 +15,8 @@ from ..core.hosts import Host
 from ..techniques.halves import Cutting, Exact, InPieces
 from ..techniques.strips import Forward, reach
 from ..techniques.two_pass import TwoPass
-from ..techniques.walk import CONTAINERS, Walk, WalkedResample, register_way
+from ..techniques.walk import CONTAINERS, Walk, register_way
+from ..techniques.walked import WalkedResample
 from .kl import KL
 
 # What strips must know the inside of: that the decoder runs as others do where it is shown nothing, and that what looks

@@ -25,7 +25,8 @@ from ..techniques.frames import (
 from ..techniques.halves import InPieces
 from ..techniques.stages import Split, decoder_splits, encoder_splits, measure
 from ..techniques.strips import reach
-from ..techniques.walk import CONTAINERS, Walk, WalkedPointwise, WalkedResample, WalkedWhole, register_way
+from ..techniques.walk import CONTAINERS, Walk, register_way
+from ..techniques.walked import WalkedPointwise, WalkedResample, WalkedWhole
 from .kl import HALVES, KL
 
 KINDS = ("QwenImage", "Wan")

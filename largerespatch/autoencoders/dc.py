@@ -14,7 +14,8 @@ from ..core.maps import TurnedMap
 from ..techniques.linear_attention import WalkedLinearAttention
 from ..techniques.stages import Skip, Split, Stage, measure, register_scaling
 from ..techniques.strips import Forward, reach
-from ..techniques.walk import CONTAINERS, Walk, WalkedPointwise, WalkedResample, register_way
+from ..techniques.walk import CONTAINERS, Walk, register_way
+from ..techniques.walked import WalkedPointwise, WalkedResample
 from .kl import KL
 
 # What strips and tiles must know the inside of: how often blocks convolve, one after another, and that all else they do

@@ -12,7 +12,8 @@ from ..core.families import Site, register
 from ..techniques.halves import InPieces
 from ..techniques.stages import Split, measure
 from ..techniques.strips import Forward
-from ..techniques.walk import CONTAINERS, Walk, WalkedResample, register_way
+from ..techniques.walk import CONTAINERS, Walk, register_way
+from ..techniques.walked import WalkedResample
 from .kl import HALVES, KL
 
 # What pieces must know the inside of: that all of an encoder or decoder but what acts on single cells is in `layers`,

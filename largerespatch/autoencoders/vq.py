@@ -20,7 +20,8 @@ from ..techniques.attention import BlockedAttention, Blocking
 from ..techniques.chunked_attention import in_blocks_or_chunks
 from ..techniques.stages import Split, decoder_splits, encoder_splits
 from ..techniques.strips import Forward, TimeTerms, bare
-from ..techniques.walk import CONTAINERS, Walk, WalkedPointwise, WalkedResnet, register_way
+from ..techniques.walk import CONTAINERS, Walk, register_way
+from ..techniques.walked import WalkedPointwise, WalkedResnet
 from .kl import KL
 
 # What strips must know the inside of: the order of such a block's layers, that blocks with attention call their

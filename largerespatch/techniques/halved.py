@@ -6,7 +6,7 @@ import torch
 
 from ..core.maps import StoredMap
 from .strips import Forward, StripResample
-from .walk import WalkedResample
+from .walked import WalkedResample
 
 
 class WalkedDownsample(WalkedResample):

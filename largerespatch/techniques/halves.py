@@ -20,7 +20,8 @@ from ..core.pieces import collect, rehearsing
 from ..core.weights import weights_found, weights_held
 from .listening import is_of_user, listen_everywhere, listeners, silence
 from .strips import Forward
-from .walk import Walk, WalkedUpsample, inner_modules, steps, walked
+from .walk import Walk, inner_modules, steps, walked
+from .walked import WalkedUpsample
 
 ProgressBar = Callable[..., AbstractContextManager[Any]]
 
