@@ -20,7 +20,7 @@ from largerespatch.core.tilings import Tile
 from largerespatch.denoisers.joint import JointAttention, maps_of_ids
 from largerespatch.options import Options
 from largerespatch.techniques.attention import blocking_of
-from largerespatch.techniques.joint_attention import JointBlock, MapsNote
+from largerespatch.techniques.joint_attention import HALVINGS, JointBlock, MapsNote
 from largerespatch.techniques.joint_tokens import BOTH, IMAGE, TEXT, Maps, Tokens
 from largerespatch.techniques.notes import StepNote
 from largerespatch.techniques.pooled import PooledMap
@@ -301,6 +301,21 @@ def test_a_block_whose_processor_attends_in_its_own_way_runs_whole_and_says_so_o
         with pytest.warns(RuntimeWarning, match="FluxTransformerBlock with ByHand") as warned:
             assert error(paint(pipe, test_flux.TEXT), dense) < CLOSE
         assert len(warned) == 1
+
+
+@pytest.mark.parametrize("context", [8, ALL])
+def test_parts_of_a_tile_look_for_themselves_unless_they_are_too_few(monkeypatch, context):
+    pipe, looked, counts, choose = flux(), [], [], PooledMap.chosen
+    monkeypatch.setattr(PooledMap, "chosen", lambda *given: looked.append(0) or choose(*given))
+    dense = paint(pipe, test_flux.TEXT)
+    for few in (10**9, 4, 1):
+        monkeypatch.setattr("largerespatch.techniques.joint_attention.FEWEST", few)
+        looked.clear()
+        with patch(pipe, attn_context=context):
+            assert (error(paint(pipe, test_flux.TEXT), dense) < CLOSE) == (context == ALL)
+        counts.append(len(looked))
+    whole, some, all_of_them = counts
+    assert whole < some < all_of_them <= 2**HALVINGS * whole
 
 
 def test_kernels_that_take_no_weights_are_not_asked_meanwhile():

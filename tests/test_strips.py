@@ -55,13 +55,12 @@ def test_strips_that_begin_in_the_middle_are_read_with_what_lies_above():
 def test_a_rehearsal_of_strips_needs_what_reading_all_of_them_does():
     """From the second whole one on: what was kept of the one before is still there when the next is put together."""
     strips, peaks = Strips(4, wrap=False), []
-    for rehearsed, carries in ((False, True), (True, True), (True, False)):
-        with rehearsal() if rehearsed else nullcontext(), WithoutData("meta") as count:
+    for around in (nullcontext, rehearsal):
+        with around(), WithoutData("meta") as count:
             plane = torch.empty(1, 1, 64, 8, device="meta")
-            read = partial(strips.read, plane, 3)
-            collect(strips.cut(plane), lambda strip, given: None, read=read, carries=carries)
+            collect(strips.cut(plane), lambda strip, given: None, read=partial(strips.read, plane, 3), carries=True)
         peaks.append(count.peak)
-    assert peaks[0] == peaks[1] > peaks[2]
+    assert peaks[0] == peaks[1]
 
 
 @pytest.mark.parametrize("scale", [Fraction(1, 2), Fraction(1), Fraction(2)])

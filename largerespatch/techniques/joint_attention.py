@@ -36,8 +36,9 @@ from .pooled import Keys, PooledMap
 # Tokens of context where nothing else is asked for: with rotary positions attention is sharp, and wants them fine.
 CONTEXT = 2048
 
-# How often a tile is cut in two for its context: queries that lie together look for the same.
-HALVINGS = 3
+# How often a tile is cut in two for its context, since queries that lie together look for the same, and the fewest that
+# are worth a context of their own.
+HALVINGS, FEWEST = 3, 64
 
 # Keys of a tile that say how much it attends to itself, and queries of a part that say what it attends to.
 JUDGED, JUDGES = 256, 32
@@ -300,7 +301,8 @@ class _Source:
         def joined(part: Piece) -> torch.Tensor:
             return attending.joined(places(part), self._context(attending, piece, part, places(part), seen))
 
-        parts = piece.parts(HALVINGS if self.pooled else 0)
+        halvings = min(HALVINGS, (piece.area // FEWEST).bit_length() - 1)
+        parts = piece.parts(max(halvings, 0) if self.pooled else 0)
         assemble(parts, joined, place=lambda part: (slice(None), slice(None), places(part)), into=result)
         return result
 
