@@ -20,8 +20,9 @@ from largerespatch.core.tilings import Tile
 from largerespatch.denoisers.joint import JointAttention, maps_of_ids
 from largerespatch.options import Options
 from largerespatch.techniques.attention import blocking_of
-from largerespatch.techniques.joint_attention import HALVINGS, JointBlock, MapsNote
+from largerespatch.techniques.joint_attention import JointBlock, MapsNote
 from largerespatch.techniques.joint_tokens import BOTH, IMAGE, TEXT, Maps, Tokens
+from largerespatch.techniques.key_source import HALVINGS
 from largerespatch.techniques.notes import StepNote
 from largerespatch.techniques.pooled import PooledMap
 
@@ -309,7 +310,7 @@ def test_parts_of_a_tile_look_for_themselves_unless_they_are_too_few(monkeypatch
     monkeypatch.setattr(PooledMap, "chosen", lambda *given: looked.append(0) or choose(*given))
     dense = paint(pipe, test_flux.TEXT)
     for few in (10**9, 4, 1):
-        monkeypatch.setattr("largerespatch.techniques.joint_attention.FEWEST", few)
+        monkeypatch.setattr("largerespatch.techniques.key_source.FEWEST", few)
         looked.clear()
         with patch(pipe, attn_context=context):
             assert (error(paint(pipe, test_flux.TEXT), dense) < CLOSE) == (context == ALL)

@@ -8,7 +8,6 @@ attends to all of them. Approximate, but for the text; exact, to rounding, with 
 """
 
 import inspect
-import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,25 +22,17 @@ from torch.utils._pytree import tree_leaves
 from ..core.families import Order, Site
 from ..core.patching import PatchStack
 from ..core.pieces import assemble, rehearsing
-from ..core.tilings import PHASES, Each, Tile, sampled_cells
+from ..core.tilings import PHASES, Each, Tile
 from .attention import Blocking, blocking_of
-from .context import uploaded
 from .inside import listening, looking, passed_on
 from .joining import Attending, Joining, native_kernels
 from .joint_tokens import Kind, Maps, Piece, Tokens
+from .key_source import KeySource
 from .notes import StepNote
 from .passing import Passing
-from .pooled import Keys, PooledMap
 
 # Tokens of context where nothing else is asked for: with rotary positions attention is sharp, and wants them fine.
 CONTEXT = 2048
-
-# How often a tile is cut in two for its context, since queries that lie together look for the same, and the fewest that
-# are worth a context of their own.
-HALVINGS, FEWEST = 3, 64
-
-# Keys of a tile that say how much it attends to itself, and queries of a part that say what it attends to.
-JUDGED, JUDGES = 256, 32
 
 
 class MapsNote:
@@ -197,7 +188,8 @@ class _Call:
                     part.new_empty(*part.shape[:2], self.others + self.maps.area, part.shape[3]) for part in parts
                 ),
             )
-        sources = [_Source(*each, self) for each in zip(known[0::2], known[1::2], strict=True)]
+        pairs = zip(known[0::2], known[1::2], strict=True)
+        sources = [KeySource(*each, self.maps, self.first, self.context) for each in pairs]
         kept: list[Any] = []  # what the first piece gave, whose text has seen all
         texts = self.texts if self.tokens.both() else 0
         start = self.tokens.ahead + (texts if self.tokens.text_first else 0)
@@ -270,67 +262,6 @@ class _Call:
 
 def _as_given(original: Callable[..., Any], hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
     return hidden_states
-
-
-class _Source:
-    """Keys and values ``[B, heads, tokens, C]`` of all tokens, for one of a block's attentions."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, call: _Call) -> None:
-        self.keys, self.values, self.context = keys, values, call.context
-        self.pooled = [
-            PooledMap(keys, values, size, self.context, call.first + run.start)
-            for size, run in zip(call.maps, call.maps.runs(), strict=True)
-            if self.context
-        ]
-
-    def attended(self, attending: Attending, piece: Piece, text_too: bool) -> torch.Tensor:
-        """The attention of a piece's tokens to the piece, the text and their context; that of the text to all, or none.
-
-        Each part of the piece has a context of its own.
-        """
-        device = attending.given["query"].device
-        result = attending.nothing()
-        if text_too and attending.others:
-            result[:, :, attending.text] = attending.among(self.keys, self.values)
-        seen = attending.part("key", attending.image_keys)[:, :, uploaded(_spread(piece, JUDGED), device)]
-
-        def places(part: Piece) -> torch.Tensor:
-            there: torch.Tensor = piece.places(part, device) + attending.image.start
-            return there
-
-        def joined(part: Piece) -> torch.Tensor:
-            return attending.joined(places(part), self._context(attending, piece, part, places(part), seen))
-
-        halvings = min(HALVINGS, (piece.area // FEWEST).bit_length() - 1)
-        parts = piece.parts(max(halvings, 0) if self.pooled else 0)
-        assemble(parts, joined, place=lambda part: (slice(None), slice(None), places(part)), into=result)
-        return result
-
-    def _context(
-        self, attending: Attending, piece: Piece, part: Piece, places: torch.Tensor, seen: torch.Tensor
-    ) -> list[Keys]:
-        """Of a part of a piece, whose queries are at `places`. Some keys of the piece are `seen`, for all of them."""
-        if not self.pooled:
-            return []
-        judging = places[uploaded(_spread(part, JUDGES), places.device)]
-        judges = attending.grouped(attending.part("query", judging))
-        total = (judges @ seen.float().transpose(-1, -2)).logsumexp(dim=-1, keepdim=True)
-        total = total + math.log(piece.area / seen.shape[2])
-        pairs = zip(self.pooled, piece.tiles, strict=True)
-        return [pooled.chosen(tile, judges, total) for pooled, tile in pairs]
-
-
-def _spread(piece: Piece, count: int) -> list[int]:
-    """Places of about so many tokens among a piece's, spread evenly."""
-    places: list[int] = []
-    start = 0
-    for tile in piece.tiles:
-        if tile.area:
-            places += [
-                start + cell for cell in sampled_cells(*tile.size(), max(count // len(piece.tiles), 1), "judges")
-            ]
-        start += tile.area
-    return places
 
 
 def joint_sites(
