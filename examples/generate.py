@@ -13,14 +13,12 @@ from PIL import Image
 
 from ladder import Patch, add_ladder_options, check_ladder_options, climb, first_size, paint
 from pipelines import (
-    PROMPT,
     Parser,
     add_patch_options,
+    add_picture_options,
     beside,
-    image_path,
     load_pipeline,
     patch_builder,
-    positive,
     run,
     save,
     training_size,
@@ -33,17 +31,11 @@ Pixels = NDArray[np.uint8]  # [H, W, 3]
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default=PROMPT, help="what to paint (%(default)s)")
-    parser.add_argument(
-        "--model", metavar="NAME_OR_PATH", help="a checkpoint on the hub or a folder in diffusers' format"
-    )
-    parser.add_argument("--width", type=positive, default=4096, metavar="N", help="in sample pixels (%(default)s)")
-    parser.add_argument("--height", type=positive, default=2048, metavar="N", help="in sample pixels (%(default)s)")
+    add_picture_options(parser, 4096, 2048)
     add_ladder_options(parser)
     parser.add_argument(
         "--at-once", action="store_true", help="from noise at full size, without the small picture and the refining"
     )
-    parser.add_argument("--out", type=image_path, default="planet.png", help="the file to write (%(default)s)")
     parser.add_argument(
         "--compare",
         action="store_true",

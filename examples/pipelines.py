@@ -98,6 +98,17 @@ def _trained_latent_side(pipe: Any) -> int:
     return side if isinstance(side, int) else min(side)
 
 
+def add_picture_options(parser: argparse.ArgumentParser, width: int, height: int) -> None:
+    """What to paint, by which model, how large if it is not said, and where to write it."""
+    parser.add_argument("--prompt", default=PROMPT, help="what to paint (%(default)s)")
+    parser.add_argument(
+        "--model", metavar="NAME_OR_PATH", help="a checkpoint on the hub or a folder in diffusers' format"
+    )
+    parser.add_argument("--width", type=positive, default=width, metavar="N", help="in sample pixels (%(default)s)")
+    parser.add_argument("--height", type=positive, default=height, metavar="N", help="in sample pixels (%(default)s)")
+    parser.add_argument("--out", type=image_path, default="planet.png", help="the file to write (%(default)s)")
+
+
 def add_patch_options(parser: argparse.ArgumentParser) -> None:
     """The options of `LargeResPatch`, for tiles as wide as they are high."""
     group = parser.add_argument_group("patch")

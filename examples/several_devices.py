@@ -16,7 +16,7 @@ from PIL import Image
 
 from largerespatch import LargeResPatch
 from largerespatch.memory.counting import LiveBytes, gibibytes
-from pipelines import PROMPT, Parser, image_path, load_pipeline, positive, run, save, words_for
+from pipelines import Parser, add_picture_options, load_pipeline, positive, run, save, words_for
 
 
 class Taken(NamedTuple):
@@ -29,15 +29,9 @@ class Taken(NamedTuple):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default=PROMPT, help="what to paint (%(default)s)")
-    parser.add_argument(
-        "--model", metavar="NAME_OR_PATH", help="a checkpoint on the hub or a folder in diffusers' format"
-    )
-    parser.add_argument("--width", type=positive, default=1024, metavar="N", help="in sample pixels (%(default)s)")
-    parser.add_argument("--height", type=positive, default=512, metavar="N", help="in sample pixels (%(default)s)")
+    add_picture_options(parser, 1024, 512)
     parser.add_argument("--steps", type=positive, default=12, metavar="N", help="denoising steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (%(default)s)")
-    parser.add_argument("--out", type=image_path, default="planet.png", help="the file to write (%(default)s)")
     return parser
 
 

@@ -3,8 +3,8 @@
 import copy
 import logging
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from types import TracebackType
@@ -89,7 +89,6 @@ class LargeResPatch:
         self._sites()  # what these models cannot do is an error now
         self._stack, self._first_call = PatchStack(), FirstCall()
         self._planned = ""
-        self._may_refuse = True
         self._given, self._kept = self.options, frozenset(chosen) | (WITH_A_GROUP.keys() if group else frozenset())
         if self.options.memory_limit not in (None, "auto"):
             limit = limit_bytes(self.options.memory_limit, pipe, self.options)
@@ -113,8 +112,12 @@ class LargeResPatch:
         """
         if self._given.memory_limit == "auto":
             self.options = self._given  # not what was planned when other things were loaded
-        if self._may_refuse and self._given.memory_limit in (None, "auto"):  # with an amount it has been planned
+        if self._given.memory_limit in (None, "auto"):  # with an amount it has been planned
             check_host(self.pipe, self.options, self.height, self.width, partial(self._estimator, self._on))
+        self._put_on()
+        return self
+
+    def _put_on(self) -> None:
         sites = self._sites()
         models = models_of(self.pipe)
         _OCCUPIED.claim({name: models[name] for name, own in sites.items() if own}, self)
@@ -127,7 +130,6 @@ class LargeResPatch:
         except BaseException:
             self.disable()
             raise
-        return self
 
     def disable(self) -> None:
         """Restore the pipeline; what ``with`` does on exit. Harmless if there is nothing to restore.
@@ -235,13 +237,16 @@ class LargeResPatch:
         """In the order in which they are undone."""
         return self._first_call.stack, self._stack
 
-    def _on(self, pipe: Any, options: Options) -> AbstractContextManager[Any]:
-        """This patch for another pipeline, with other options."""
+    @contextmanager
+    def _on(self, pipe: Any, options: Options) -> Iterator[None]:
+        """Inside, this patch is on another pipeline, with other options; an estimate, so nothing is refused."""
         other = copy.copy(self)
         other.pipe, other.options, other._given = pipe, options, replace(options, memory_limit=None)
-        other._stack, other._first_call = PatchStack(), FirstCall()
-        other._may_refuse = False  # an estimate tells of what there is no room for, too
-        return other
+        other._put_on()
+        try:
+            yield
+        finally:
+            other.disable()
 
     def _sites(self) -> dict[str, list[Site]]:
         """By component name.

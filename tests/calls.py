@@ -6,7 +6,7 @@ from diffusers.models.controlnets import MultiControlNetModel
 import tiny
 
 
-def same(actual, expected):
+def assert_same(actual, expected):
     """Equal to rounding in float32 on toy models whose outputs are of order one, in whatever structure."""
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 

@@ -98,7 +98,7 @@ def step(group, kind, size, batch, options, rank=0):
     return result.float().numpy(), dict(sent)
 
 
-def close(found, expected, relative=1e-5):
+def assert_close(found, expected, relative=1e-5):
     """Equal to rounding, relative to the largest value, in every process."""
     expected = torch.as_tensor(expected)
     for each in found:
@@ -129,7 +129,7 @@ def test_a_step_is_that_of_one_process(pool, name):
     expected, nothing = step(None, *what)
     assert not nothing
     for results in (waiting(), *(pool.run(count, step, *what) for count in counts[1:])):
-        close([result for result, _ in results], expected)
+        assert_close([result for result, _ in results], expected)
         kinds = {"halo", "statistics"} | ({"tiles", "context"} if name == "bricks" else set())
         assert all(kinds <= sent.keys() for _, sent in results)
         assert [sent["input"] > 0 for _, sent in results] == [True] + [False] * (len(results) - 1)
@@ -165,7 +165,7 @@ def test_whatever_else_a_unet_is_given_is_cut_where_it_is_a_map(pool):
     expected = called(None)
     results = waiting()
     for name in CALLS:
-        close([each[name] for each in results], expected[name])
+        assert_close([each[name] for each in results], expected[name])
 
 
 HEAVY = [3, 40, 97, 143, 150]
@@ -240,7 +240,7 @@ def test_decoding_and_encoding_are_those_of_one_process(pool, name):
     count, *what = HALVES[name]
     waiting = pool.start(count, half, *what)
     expected = half(None, *what)
-    close(waiting(), expected)
+    assert_close(waiting(), expected)
 
 
 def picture(group, name, options):
@@ -285,7 +285,7 @@ PIPELINES = {
 @pytest.mark.parametrize(("name", "count"), [("SD", 3), ("two ControlNets in guess mode", 2), ("SDXL", 2)])
 def test_pictures_are_those_of_one_process_though_some_are_slow(pool, name, count):
     waiting = pool.start(count, picture, name, BLOCKS)
-    close(waiting(), picture(None, name, BLOCKS), 1e-4)
+    assert_close(waiting(), picture(None, name, BLOCKS), 1e-4)
 
 
 def test_half_precision_is_no_further_from_single_than_that_of_one_process(pool):
@@ -312,7 +312,7 @@ def test_guidance_is_dealt_out_first(pool):
         waiting = pool.start(4, in_shares, shares, step, *what)
         expected, _ = step(None, *what)
         results = waiting()
-        close([result for result, _ in results], expected)
+        assert_close([result for result, _ in results], expected)
         assert all(("samples" in sent) == (what[2] % shares == 0) for _, sent in results)
         assert all(("halo" in sent) == (shares < 4) for _, sent in results)
 
@@ -327,7 +327,7 @@ def test_a_group_of_one_process_is_that_process_alone(pool):
 @pytest.mark.parametrize("name", ["ControlNet", "two ControlNets in guess mode"])
 def test_pictures_in_halves_are_those_of_one_process(pool, name):
     waiting = pool.start(4, in_shares, 2, picture, name, {})
-    close(waiting(), picture(None, name, {}), 1e-4)
+    assert_close(waiting(), picture(None, name, {}), 1e-4)
 
 
 # What is refused

@@ -22,9 +22,9 @@ from largerespatch.core import pieces
 from largerespatch.core.calls import encodes
 from largerespatch.denoisers.any import seen_picture
 from largerespatch.memory import shadow
-from largerespatch.memory.alike import Alike
 from largerespatch.memory.counting import LiveBytes, gibibytes
 from largerespatch.memory.estimate import STAGES, MemoryEstimate
+from largerespatch.memory.run_once import RunOnce
 from largerespatch.memory.weightless import WithoutData
 from test_patch import SMALL, fingerprint
 
@@ -307,7 +307,7 @@ REHEARSED = [
 def rehearse_nothing(monkeypatch):
     """Every piece is visited by the one loop that there is, and every block run."""
     monkeypatch.setattr(pieces, "visited", lambda every, carries: every)
-    monkeypatch.setattr(Alike, "__call__", lambda self, known, key, work, given, **named: work(*given, **named))
+    monkeypatch.setattr(RunOnce, "__call__", lambda self, known, key, work, given, **named: work(*given, **named))
 
 
 @pytest.mark.parametrize(("kind", "size", "options"), REHEARSED)

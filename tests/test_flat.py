@@ -15,7 +15,7 @@ from torch import nn
 
 import live
 import tiny
-from calls import noise, same, text
+from calls import assert_same, noise, text
 from conftest import quiet
 from family import CASES, SIZE, run
 from halves import CPU, OFFLOADS
@@ -93,15 +93,15 @@ def block_group_offload(model):
 @OFFLOADS
 @pytest.mark.usefixtures("cpu_as_accelerator")  # older versions of diffusers have no group offload without one
 def test_weights_that_come_and_go_do_so_for_maps_on_a_host(offload, rows):
-    check_offload(offload, rows)
+    assert_offload_works(offload, rows)
 
 
 @pytest.mark.usefixtures("cpu_as_accelerator")
 def test_groups_of_blocks_that_come_and_go_do_so_for_maps_on_a_host(rows):
-    check_offload(block_group_offload, rows)
+    assert_offload_works(block_group_offload, rows)
 
 
-def check_offload(offload, rows):
+def assert_offload_works(offload, rows):
     model, sample, arguments = tiny.unet(), noise(2, 4, 18, 14), text(2)
     pipe = SimpleNamespace(components={"unet": model}, scheduler=None, vae_scale_factor=8)
     with LargeResPatch(pipe, 112, 144, **SMALL):
@@ -109,7 +109,7 @@ def check_offload(offload, rows):
     offload(model)
     with elsewhere(), LargeResPatch(pipe, 112, 144, **FLAT):
         for _ in range(2):
-            same(model(sample, **arguments).sample, expected)
+            assert_same(model(sample, **arguments).sample, expected)
     assert rows.count() > 10
 
 
@@ -243,7 +243,7 @@ def test_a_hook_of_the_user_may_keep_any_map(pipe, rows):
         model(sample, **text(2))
     for path, plane in kept.items():
         assert isinstance(plane, Map)
-        same(plane.copied(), expected[path])
+        assert_same(plane.copied(), expected[path])
 
 
 def test_modules_of_a_unet_in_training_are_left_alone(rows):

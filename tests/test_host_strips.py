@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import streams
 import tiny
-from calls import CONTROLNETS, UNETS, noise, same, text, xl_text
+from calls import CONTROLNETS, UNETS, assert_same, noise, text, xl_text
 from largerespatch.core.families import Order, Site, install
 from largerespatch.core.hosts import Host
 from largerespatch.core.maps import StoredMap
@@ -54,7 +54,7 @@ def test_a_unet_whose_maps_are_on_the_host_is_the_unet(case, batch, height, widt
         install(stack, in_strips(model, elsewhere(least)))
         actual = model(sample, **arguments(batch, height, width)).sample
     assert type(actual) is torch.Tensor
-    same(actual, expected)
+    assert_same(actual, expected)
     assert {shape[1] for shape in made} >= ({16, 32} if height > 8 else {16})  # what is one strip is left alone
     assert all(4 * torch.Size(shape).numel() >= least for shape in made)
 
@@ -79,7 +79,7 @@ def test_it_is_for_any_size_and_padding(case, batch, height, width, rows, mode, 
         install(stack, padding_sites(model, "unet", mode))
         expected = model(sample, **arguments).sample
         install(stack, in_strips(model, elsewhere(least), rows, mode == "circular"))
-        same(model(sample, **arguments).sample, expected)
+        assert_same(model(sample, **arguments).sample, expected)
 
 
 @pytest.mark.parametrize("case", CONTROLNETS)
@@ -104,8 +104,8 @@ def test_a_controlnets_residuals_are_made_there_and_added_there(case, serial):
                 Site(each, "model", Order.BATCH_IN_TURNS, SerialBatch(each)).install(stack)
         down, actual = both()
         assert all(isinstance(each, Map) and each.away for each in down)
-        same([each.copied() for each in down], list(expected_down))
-    same(actual, expected)
+        assert_same([each.copied() for each in down], list(expected_down))
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("xl", [False, True])
@@ -123,7 +123,7 @@ def test_adapters_add_to_maps_there(xl):
     assert expected.sub(model(sample, **arguments).sample).abs().max() > 1e-3
     with PatchStack() as stack:
         install(stack, in_strips(model, elsewhere()))
-        same(adapted(), expected)
+        assert_same(adapted(), expected)
 
 
 @pytest.mark.parametrize("xl", [False, True])
@@ -136,7 +136,7 @@ def test_free_u_keeps_its_effect(xl):
     assert expected.sub(plain).abs().max() > 1e-3
     with PatchStack() as stack:
         install(stack, in_strips(model, elsewhere()))
-        same(model(sample, **arguments).sample, expected)
+        assert_same(model(sample, **arguments).sample, expected)
 
 
 def test_where_no_map_is_large_or_models_are_on_the_host_nothing_changes(made):
@@ -170,6 +170,6 @@ def test_copies_on_streams_of_their_own_are_waited_for(serial):
         if serial:
             Site(model, "unet", Order.BATCH_IN_TURNS, SerialBatch(model)).install(stack)
         for _ in range(2):
-            same(model(sample, **text(2)).sample, expected)
+            assert_same(model(sample, **text(2)).sample, expected)
     assert [stream.total > 100 for stream in watch.sides] == [True, True]
     assert watch.sound()

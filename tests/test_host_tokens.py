@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import streams
 import tiny
-from calls import UNETS, noise, same, text
+from calls import UNETS, assert_same, noise, text
 from largerespatch.core.families import family_of, install
 from largerespatch.core.hosts import Host
 from largerespatch.core.maps import StoredMap
@@ -65,7 +65,7 @@ def test_a_unet_whose_tokens_are_on_the_host_is_the_unet(case, batch, height, wi
     with patched(model, elsewhere(), attn_shape=shape):
         actual = model(sample, **arguments(batch, height, width)).sample
     assert type(actual) is torch.Tensor
-    same(actual, expected)
+    assert_same(actual, expected)
     assert any(tiled) == (case not in ("GLIGEN", "IP-Adapters, masks as a tensor", "IP-Adapters, masks as a list"))
 
 
@@ -88,14 +88,14 @@ def test_it_is_for_any_size_context_and_padding(case, batch, height, width, cont
     with patched(model, **options):
         expected = model(sample, **arguments).sample
     with patched(model, elsewhere(least), **options):
-        same(model(sample, **arguments).sample, expected)
+        assert_same(model(sample, **arguments).sample, expected)
 
 
 def test_with_all_tokens_as_context_it_is_dense_attention():
     model, sample = tiny.unet(), noise(2, 4, 9, 7)
     expected = model(sample, **text(2)).sample
     with patched(model, elsewhere(), attn_context=2 * 63):
-        same(model(sample, **text(2)).sample, expected)
+        assert_same(model(sample, **text(2)).sample, expected)
 
 
 def test_what_a_hook_keeps_of_tokens_stays_right():
@@ -108,7 +108,7 @@ def test_what_a_hook_keeps_of_tokens_stays_right():
         model(sample, **arguments)
     expected, actual = kept
     assert isinstance(actual, TokenMap)
-    same(actual + 0, expected)
+    assert_same(actual + 0, expected)
 
 
 @pytest.mark.parametrize("serial", [False, True])
@@ -121,7 +121,7 @@ def test_copies_on_streams_of_their_own_are_waited_for(shape, serial):
         expected = model(sample, **text(2)).sample
     with streams.play(host) as watch, patched(model, host, **options):
         for _ in range(2):
-            same(model(sample, **text(2)).sample, expected)
+            assert_same(model(sample, **text(2)).sample, expected)
     assert [stream.total > 100 for stream in watch.sides] == [True, True]
     assert watch.sound()
 

@@ -30,9 +30,8 @@ from largerespatch.autoencoders.hunyuan_image import HunyuanImage
 from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
 from largerespatch.techniques import chunked_attention, two_pass
-from largerespatch.techniques.halved import WalkedDownsample
 from largerespatch.techniques.walk import Walk
-from largerespatch.techniques.walked import WalkedResample
+from largerespatch.techniques.walked import WalkedDownsample, WalkedResample
 
 
 def vae(**changes):

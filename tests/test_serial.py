@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import live
 import tiny
-from calls import CONTROLNETS, UNETS, adapter_states, flat, noise, residuals, same, text
+from calls import CONTROLNETS, UNETS, adapter_states, assert_same, flat, noise, residuals, text
 from largerespatch.core.maps import StoredMap
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.pieces import rehearsal
@@ -45,8 +45,8 @@ def test_a_unet_serially_is_the_unet(case, batch, height, width, serially):
     expected = model(sample, **arguments).sample
     assert expected[0].sub(expected[1]).abs().max() > 1e-3  # samples mixed up would be seen
     sizes = serially(model)
-    same(model(sample, **arguments).sample, expected)
-    same(model(sample=sample, return_dict=False, **arguments), (expected,))
+    assert_same(model(sample, **arguments).sample, expected)
+    assert_same(model(sample=sample, return_dict=False, **arguments), (expected,))
     assert sizes == [1] * 2 * batch
 
 
@@ -56,7 +56,7 @@ def test_adapter_states_are_split_and_left_in_the_callers_list(serially):
     assert expected.sub(model(sample, **text(3)).sample).abs().max() > 1e-3
     serially(model)
     states = adapter_states(3, 9, 7)
-    same(model(sample, **text(3), **states).sample, expected)
+    assert_same(model(sample, **text(3), **states).sample, expected)
     assert len(states["down_intrablock_additional_residuals"]) == 2
 
 
@@ -65,7 +65,7 @@ def test_every_argument_may_be_positional(serially):
     arguments = (sample, 500, noise(2, 7, 32), None, None, None, None, None, *extra.values())
     expected = model(*arguments).sample
     sizes = serially(model)
-    same(model(*arguments).sample, expected)
+    assert_same(model(*arguments).sample, expected)
     assert sizes == [1, 1]
 
 
@@ -76,12 +76,12 @@ def test_a_controlnet_serially_is_the_controlnet(case, batch, serially):
     model, sample, arguments = build(), noise(batch, 4, 9, 7), arguments(batch)
     expected = model(sample, **arguments, return_dict=False)
     sizes = serially(model)
-    same(model(sample, **arguments, return_dict=False), expected)
+    assert_same(model(sample, **arguments, return_dict=False), expected)
     assert sizes == [1] * batch
     if case != "several":  # upstream takes tuples only
         output = model(sample, **arguments)
         assert isinstance(output, ControlNetOutput)
-        same(output.to_tuple(), expected)
+        assert_same(output.to_tuple(), expected)
 
 
 @pytest.mark.parametrize("frames", [1, 3])
@@ -97,7 +97,7 @@ def test_frames_stay_with_their_video(frames, serially):
     expected = model(sample, 500, words).sample
     assert expected[0].sub(expected[1]).abs().max() > 1e-3
     sizes = serially(model)
-    same(model(sample, 500, words).sample, expected)
+    assert_same(model(sample, 500, words).sample, expected)
     assert sizes == [1, 1]
 
 
@@ -112,7 +112,7 @@ def test_a_transformer_of_its_own_serially_is_the_transformer(serially):
     expected = model(sample, **arguments).sample
     assert expected[0].sub(expected[1]).abs().max() > 1e-3
     sizes = serially(model)
-    same(model(sample, **arguments).sample, expected)
+    assert_same(model(sample, **arguments).sample, expected)
     assert sizes == [1, 1]
 
 

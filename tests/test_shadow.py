@@ -10,7 +10,7 @@ from largerespatch.core.families import families_in
 from largerespatch.core.maps import ComputedMap, JoinedMap, StoredMap
 from largerespatch.core.pieces import rehearsal
 from largerespatch.core.weights import Holding
-from largerespatch.memory.alike import Alike, _look
+from largerespatch.memory.run_once import RunOnce, _look
 from largerespatch.memory.shadow import Shadow
 from largerespatch.memory.weightless import Weightless, WithoutData
 from largerespatch.techniques.cuts import Strips
@@ -143,7 +143,7 @@ def test_work_that_leaves_something_behind_is_run_again():
 
     module = torch.nn.Linear(1, 1)
     held = Holding(module, Technique())
-    with WithoutData("meta") as count, rehearsal(Alike(count, {module: 0})):
+    with WithoutData("meta") as count, rehearsal(RunOnce(count, {module: 0})):
         for batch, times in ((1, 1), (2, 2)):
             ran.clear()
             given = torch.empty(batch, 3, device="meta")

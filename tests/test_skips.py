@@ -5,7 +5,7 @@ import torch
 
 import streams
 import tiny
-from calls import CONTROLNETS, UNETS, flat, noise, same, text, xl_text
+from calls import CONTROLNETS, UNETS, assert_same, flat, noise, text, xl_text
 from largerespatch.core.families import Order, Site, install
 from largerespatch.core.hosts import Host
 from largerespatch.core.maps import JoinedMap
@@ -55,7 +55,7 @@ def test_a_unet_whose_skip_connections_leave_is_the_unet(case, batch, height, wi
     left = offloading(model)
     actual = model(sample, **arguments).sample
     assert type(actual) is torch.Tensor
-    same(actual, expected)
+    assert_same(actual, expected)
     assert {size[1] for size in left} == {16, 32}
 
 
@@ -67,7 +67,7 @@ def test_free_u_keeps_its_effect(build, offloading):
     expected = model(sample, **arguments).sample
     assert expected.sub(plain).abs().max() > 1e-3
     left = offloading(model)
-    same(model(sample, **arguments).sample, expected)
+    assert_same(model(sample, **arguments).sample, expected)
     assert left
 
 
@@ -84,7 +84,7 @@ def test_adapters_may_add_to_maps_in_place(build, offloading):
     expected = adapted()
     assert expected.sub(model(sample, **arguments).sample).abs().max() > 1e-3
     left = offloading(model)
-    same(adapted(), expected)
+    assert_same(adapted(), expected)
     assert left
 
 
@@ -105,9 +105,9 @@ def test_a_controlnets_residuals_wait_on_the_host_for_the_unet(case, serial, off
     expected_down, expected = both()
     offloading(control, serial), offloading(model, serial)
     down, actual = both()
-    same(actual, expected)
+    assert_same(actual, expected)
     assert all(isinstance(each, Map) and each.away for each in down)
-    same([each.whole() for each in down], list(expected_down))
+    assert_same([each.whole() for each in down], list(expected_down))
 
 
 def test_gradients_pass_where_nothing_leaves(offloading):
@@ -143,7 +143,7 @@ def test_a_hook_may_keep_and_read_what_waits(offloading):
     model(sample, **text(2))
     assert any(isinstance(each, Map) for each in kept)
     for actual, wanted in zip(kept, expected, strict=True):
-        same([_dense(each) for each in flat_tensors(actual)], flat_tensors(wanted))
+        assert_same([_dense(each) for each in flat_tensors(actual)], flat_tensors(wanted))
 
 
 def flat_tensors(output):
@@ -163,7 +163,7 @@ def test_strips_read_what_waits_row_by_row(monkeypatch):
         monkeypatch.setattr(JoinedMap, method, noting)
     with PatchStack() as stack:
         install(stack, [*skip_sites(model, "unet", elsewhere()), *strip_sites(model, "unet", Strips(4, wrap=False))])
-        same(model(sample, **text(2)).sample, expected)
+        assert_same(model(sample, **text(2)).sample, expected)
     assert read and not whole
 
 
@@ -178,6 +178,6 @@ def test_copies_on_streams_of_their_own_are_waited_for(strips, serial):
     with streams.play(host) as watch, PatchStack() as stack:
         install(stack, [*turns(model, serial), *in_strips, *skip_sites(model, "unet", host)])
         for _ in range(2):
-            same(model(sample, **arguments).sample, expected)
+            assert_same(model(sample, **arguments).sample, expected)
     assert [stream.total > 20 for stream in watch.sides] == [True, True]
     assert watch.sound()

@@ -13,7 +13,7 @@ from .tilings import Tile
 Compute = Callable[[Tile, torch.Tensor], torch.Tensor]
 
 
-def tile_by_tile(
+def dealt_out(
     band: Band,
     cells: torch.Tensor,
     cover: Sequence[Tile],

@@ -17,9 +17,9 @@ from ..core.patching import PatchStack
 from ..core.pieces import rehearsal
 from ..core.tilings import PHASES
 from ..core.weights import offload_hooks
-from .alike import ATOMS, Alike, makes_of
 from .counting import KernelsInOne
 from .devices import HOST, device_of, execution_device
+from .run_once import ATOMS, RunOnce, makes_of
 from .weightless import Look, WithoutData
 
 # Weightless tensors on this stand for all accelerators.
@@ -175,7 +175,7 @@ class Shadow:
     def peaks(self, work: Callable[[], object]) -> Peaks:
         """The most bytes alive at once while `work` calls the copies."""
         count = WithoutData(self.place, HOST)
-        alike = Alike(count, self._makes)
+        alike = RunOnce(count, self._makes)
 
         def forward(make: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return alike(None, make, original, args, **kwargs)

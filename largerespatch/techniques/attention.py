@@ -14,12 +14,11 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from ..core.bands import ALONE, Band, Bands, at
-from ..core.dealt_tiles import Compute, tile_by_tile
+from ..core.dealt_tiles import Compute, dealt_out
 from ..core.maps import StoredMap, taken
 from ..core.statistics import record_by_rows, sharing_statistics
 from ..core.tilings import COVERS, PHASES, Tile, Tiling
-from ..core.tokens import TokenMap, as_map
-from ..core.tokens import tile_by_tile as token_map_by_tile
+from ..core.tokens import TokenMap, as_map, tile_by_tile
 from .context import Context
 from .notes import MapNote, StepNote
 from .tile_attention import Forward, TileAttention
@@ -163,7 +162,7 @@ class BlockedAttention:
         return result.permute(0, 3, 1, 2) if plane.ndim == 4 else result.flatten(1, 2)
 
     def _visit(self, band: Band, cells: torch.Tensor, attended: Compute, make: Forward) -> torch.Tensor:
-        return tile_by_tile(band, cells, self._cut(*band.size), attended, make)
+        return dealt_out(band, cells, self._cut(*band.size), attended, make)
 
     def _attended_whole(
         self, original: Forward, plane: torch.Tensor, tokens: torch.Tensor, band: Band, kwargs: dict[str, Any]
@@ -195,7 +194,7 @@ class BlockedAttention:
         with self._normalizing(plane, band):
             attend = self._attending(original, tokens, band, kwargs)
             over = plane.passing and self.sees_tiles
-            return token_map_by_tile(tokens, self._cut(*tokens.map_size), lambda tile, block: attend(block, tile), over)
+            return tile_by_tile(tokens, self._cut(*tokens.map_size), lambda tile, block: attend(block, tile), over)
 
     def _size(self, hidden_states: torch.Tensor) -> tuple[int, int] | None:
         """(height, width) of the map that hidden states are, or are the cells of; None where they are neither."""

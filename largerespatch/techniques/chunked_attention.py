@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.overrides import TorchFunctionMode
 
 from ..core.bands import ALONE, Band, Bands
-from ..core.dealt_tiles import Compute, tile_by_tile
+from ..core.dealt_tiles import Compute, dealt_out
 from ..core.maps import StoredMap
 from ..core.pieces import assemble
 from ..core.tilings import Tile, Tiling, even_cuts
@@ -50,7 +50,7 @@ class ChunkedAttention(BlockedAttention):
         return Tiling(even_cuts(height, max(QUERIES // width, 1)), even_cuts(width, QUERIES))
 
     def _visit(self, band: Band, cells: torch.Tensor, attended: Compute, make: Forward) -> torch.Tensor:
-        return tile_by_tile(ALONE.sized(*cells.shape[1:3]), cells, self._cut(*cells.shape[1:3]), attended, make)
+        return dealt_out(ALONE.sized(*cells.shape[1:3]), cells, self._cut(*cells.shape[1:3]), attended, make)
 
     @property
     def _takes_keys(self) -> bool:

@@ -48,7 +48,7 @@ class Walk(Strips):
         passing: whether maps may be written over by their reader.
         finest: height of the largest maps, where these may be computed anew rather than kept; None: they may not.
         recompute: whether to do so at the cost of time.
-        by_rows: whether the largest maps lie row by row, where they are on the device (see `techniques.halved`).
+        by_rows: whether the largest maps lie row by row, where they are on the device (see `WalkedDownsample`).
     """
 
     repeats = False

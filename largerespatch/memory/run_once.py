@@ -21,7 +21,7 @@ from .weightless import Look, Weightless
 ATOMS = (NoneType, bool, int, float, str)
 
 
-class Alike:
+class RunOnce:
     """Runs one of several pieces of work that are alike and counts the others as that one: all need the same memory.
 
     Work that leaves more behind than its result, or whose result is something else than tensors and maps that are new
