@@ -119,6 +119,15 @@ def test_the_part_of_a_map_that_keys_start_with_another_thing_is_its_own():
         torch.testing.assert_close(some, same)
 
 
+def test_several_sets_of_queries_choose_at_once_what_each_would_alone():
+    judges, total = noise(3 * 2, 3, 5, 4, seed=9), noise(3 * 2, 3, 5, 1, seed=10)
+    pooled = PooledMap(noise(2, 3, 320, 4), noise(2, 3, 320, 5, seed=6), (20, 16), 24)
+    together = pooled.chosen(Tile(4, 4, 9, 12), judges, total)
+    sets = zip(judges.chunk(3), total.chunk(3), together.chunk(3), strict=True)
+    for some, its_total, found in sets:
+        torch.testing.assert_close(tuple(found), tuple(pooled.chosen(Tile(4, 4, 9, 12), some, its_total)))
+
+
 # --- where tokens are ---
 
 
@@ -307,16 +316,35 @@ def test_a_block_whose_processor_attends_in_its_own_way_runs_whole_and_says_so_o
 @pytest.mark.parametrize("context", [8, ALL])
 def test_parts_of_a_tile_look_for_themselves_unless_they_are_too_few(monkeypatch, context):
     pipe, looked, counts, choose = flux(), [], [], PooledMap.chosen
-    monkeypatch.setattr(PooledMap, "chosen", lambda *given: looked.append(0) or choose(*given))
+
+    def chosen(pooled, tile, judges, total):
+        looked.append(len(judges))
+        return choose(pooled, tile, judges, total)
+
+    monkeypatch.setattr(PooledMap, "chosen", chosen)
     dense = paint(pipe, test_flux.TEXT)
     for few in (10**9, 4, 1):
         monkeypatch.setattr("largerespatch.techniques.key_source.FEWEST", few)
         looked.clear()
         with patch(pipe, attn_context=context):
             assert (error(paint(pipe, test_flux.TEXT), dense) < CLOSE) == (context == ALL)
-        counts.append(len(looked))
+        counts.append(sum(looked))
     whole, some, all_of_them = counts
     assert whole < some < all_of_them <= 2**HALVINGS * whole
+
+
+def test_parts_look_one_after_another_where_all_at_once_would_be_much(monkeypatch):
+    pipe, counts, choose = flux(), [], PooledMap.chosen
+    monkeypatch.setattr("largerespatch.techniques.key_source.FEWEST", 1)
+    for at_once in (2**27, 2**12, 1):
+        looked = []
+        monkeypatch.setattr(PooledMap, "chosen", lambda *given, looked=looked: looked.append(0) or choose(*given))
+        monkeypatch.setattr("largerespatch.techniques.key_source.LOOKED_THROUGH", at_once)
+        dense = paint(pipe, test_flux.TEXT)
+        with patch(pipe, attn_context=ALL):
+            assert error(paint(pipe, test_flux.TEXT), dense) < CLOSE
+        counts.append(len(looked))
+    assert counts[0] < counts[1] <= counts[2]
 
 
 def test_kernels_that_take_no_weights_are_not_asked_meanwhile():

@@ -1,10 +1,11 @@
 """What the parts of a tile attend to in joint attention: the tile, the text, and each a context of its own."""
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from ..core.pieces import assemble
+from ..core.pieces import assemble, collect
 from ..core.tilings import sampled_cells
 from .context import uploaded
 from .joining import Attending
@@ -17,6 +18,10 @@ HALVINGS, FEWEST = 3, 64
 
 # Keys of a tile that say how much it attends to itself, and queries of a part that say what it attends to.
 JUDGED, JUDGES = 256, 32
+
+# Bytes of keys, in single precision, among which contexts are chosen at once: for one part after another an accelerator
+# would wait for the many small steps of that. What else there is meanwhile takes about four times as much.
+LOOKED_THROUGH = 2**27
 
 
 class KeySource:
@@ -39,33 +44,54 @@ class KeySource:
         result = attending.nothing()
         if text_too and attending.others:
             result[:, :, attending.text] = attending.among(self.keys, self.values)
-        seen = attending.part("key", attending.image_keys)[:, :, uploaded(_spread(piece, JUDGED), device)]
-
-        def places(part: Piece) -> torch.Tensor:
-            there: torch.Tensor = piece.places(part, device) + attending.image.start
-            return there
-
-        def joined(part: Piece) -> torch.Tensor:
-            there = places(part)
-            return attending.joined(there, self._context(attending, piece, part, there, seen))
-
         halvings = min(HALVINGS, (piece.area // FEWEST).bit_length() - 1)
         parts = piece.parts(max(halvings, 0) if self.pooled else 0)
-        assemble(parts, joined, place=lambda part: (slice(None), slice(None), places(part)), into=result)
+        places = {part: piece.places(part, device) + attending.image.start for part in parts}
+
+        def attend(some: Sequence[Piece]) -> None:
+            contexts = self._contexts(attending, piece, {part: places[part] for part in some})
+            assemble(
+                some,
+                lambda part: attending.joined(places[part], contexts[part]),
+                place=lambda part: (slice(None), slice(None), places[part]),
+                into=result,
+            )
+
+        count = self._at_once(attending.given["key"])
+        collect([parts[i : i + count] for i in range(0, len(parts), count)], attend)
         return result
 
-    def _context(
-        self, attending: Attending, piece: Piece, part: Piece, places: torch.Tensor, seen: torch.Tensor
-    ) -> list[Keys]:
-        """Of a part of a piece, whose queries are at `places`. Some keys of the piece are `seen`, for all of them."""
+    def _at_once(self, key: torch.Tensor) -> int:
+        """For how many parts contexts are looked for at once."""
+        batch, heads, _, channels = key.shape
+        most = max((pooled.count for pooled in self.pooled), default=1)
+        return max(LOOKED_THROUGH // (4 * batch * heads * channels * most), 1)
+
+    def _contexts(
+        self, attending: Attending, piece: Piece, places: Mapping[Piece, torch.Tensor]
+    ) -> dict[Piece, list[Keys]]:
+        """Of some parts of a piece, whose queries are at these `places`."""
         if not self.pooled:
-            return []
-        judging = places[uploaded(_spread(part, JUDGES), places.device)]
-        judges = attending.grouped(attending.part("query", judging))
-        total = (judges @ seen.float().transpose(-1, -2)).logsumexp(dim=-1, keepdim=True)
-        total = total + math.log(piece.area / seen.shape[2])
+            return {part: [] for part in places}
+        key = attending.part("key", attending.image_keys)
+        seen = key[:, :, uploaded(_spread(piece, JUDGED), key.device)]
+        queries = [
+            attending.part("query", there[uploaded(judging, key.device)])
+            for there, judging in zip(places.values(), _alike(places), strict=True)
+        ]
+        judges = attending.grouped(torch.cat(queries))  # parts after parts, of each all samples
+        scores = judges.view(len(places), -1, *judges.shape[1:]) @ seen.float().transpose(-1, -2)
+        total = scores.flatten(0, 1).logsumexp(dim=-1, keepdim=True) + math.log(piece.area / seen.shape[2])
         pairs = zip(self.pooled, piece.tiles, strict=True)
-        return [pooled.chosen(tile, judges, total) for pooled, tile in pairs]
+        found = [pooled.chosen(tile, judges, total).chunk(len(places)) for pooled, tile in pairs]
+        return dict(zip(places, map(list, zip(*found, strict=True)), strict=True))
+
+
+def _alike(parts: Iterable[Piece]) -> list[list[int]]:
+    """Places of tokens that judge among those of each part, as many in all."""
+    spread = [_spread(part, JUDGES) for part in parts]
+    count = min(map(len, spread))
+    return [[each[i * len(each) // count] for i in range(count)] for each in spread]
 
 
 def _spread(piece: Piece, count: int) -> list[int]:

@@ -41,12 +41,19 @@ class Keys(NamedTuple):
     def of(cls, parts: "Sequence[Keys]") -> "Keys":
         """All of them, one after another."""
         keys, values, log_weights = zip(*parts, strict=True)
-        kind = keys[-1].dtype  # of the tokens
-        return cls(torch.cat(keys, dim=2).to(kind), torch.cat(values, dim=2).to(kind), torch.cat(log_weights, dim=2))
+        return cls(torch.cat(keys, dim=2), torch.cat(values, dim=2), torch.cat(log_weights, dim=2))
 
     def at(self, places: torch.Tensor) -> "Keys":
         """Those at places ``[B, heads, n]``."""
         return Keys(_rows(self.keys, places), _rows(self.values, places), self.log_weights.gather(2, places))
+
+    def to(self, kind: torch.dtype) -> "Keys":
+        """The same, keys and values of that dtype."""
+        return Keys(self.keys.to(kind), self.values.to(kind), self.log_weights)
+
+    def chunk(self, count: int) -> "list[Keys]":
+        """Those of so many equal parts of the batch."""
+        return [Keys(*each) for each in zip(*(each.chunk(count) for each in self), strict=True)]
 
 
 class PooledMap:
@@ -111,14 +118,14 @@ class PooledMap:
     def chosen(self, tile: Tile, judges: torch.Tensor, total: torch.Tensor) -> Keys:
         """What stands for all tokens outside a tile, at most `count` keys or as many as there are coarsest cells.
 
-        `judges` are queries that it is for, ``[B, heads, J, C]``, scaled; `total` the logarithm of what their
-        attention to all else sums up to, ``[B, heads, J, 1]``.
+        `judges` are queries that it is for, ``[B, heads, J, C]``, scaled, or several sets of them, ``[P * B, ..]``, for
+        each of which there are other keys then; `total` is the logarithm of what their attention to all else sums up
+        to, ``[P * B, heads, J, 1]``.
         """
         top = len(self.sizes) - 1
         spare = self.count - self._cells(top)
         middle = judges.mean(dim=2, keepdim=True)
-        shape = (*self.levels[0][0].shape[:2], -1)
-        cells = torch.arange(self._cells(top), device=judges.device).expand(shape)
+        cells = torch.arange(self._cells(top), device=judges.device).expand(*judges.shape[:2], -1)
         rows, columns = cells // self.sizes[top][1], cells % self.sizes[top][1]
         parts = []
         for level in range(top, 0, -1):
@@ -130,7 +137,7 @@ class PooledMap:
             order = wanted.argsort(dim=-1, descending=True, stable=True)
             cut, rest = order.tensor_split([min(spare // (3 * level), order.shape[-1])], dim=-1)
             spare -= 3 * cut.shape[-1]
-            parts.append(known.at(rest))
+            parts.append(known.at(rest).to(self.levels[0][0].dtype))
             rows, columns = _quarters(rows.gather(2, cut), columns.gather(2, cut))
         keys, values = self._means(0, rows, columns)
         parts.append(Keys(keys, values, self._outside(0, rows, columns, tile).log()))
@@ -145,13 +152,13 @@ class PooledMap:
         without tokens outside the tile weigh nothing.
         """
         quarters = _quarters(rows, columns)
-        parts = self._means(level - 1, *quarters)
-        keys, values = (each.float().view(*rows.shape, 4, each.shape[-1]) for each in parts)
+        means = (each.view(*rows.shape, 4, each.shape[-1]) for each in self._means(level - 1, *quarters))
+        keys, values = next(means).float(), next(means)
         counts = self._outside(level - 1, *quarters, tile).view(*rows.shape, 4)
         scores = (keys.flatten(2, 3) @ middle.transpose(-1, -2)).view(counts.shape) + counts.log()
         mass = scores.logsumexp(dim=-1, keepdim=True)
         shares = (scores - mass.clamp(min=torch.finfo(mass.dtype).min)).exp_()[..., None, :]
-        key, value = ((shares @ each)[..., 0, :] for each in (keys, values))
+        key, value = ((shares.to(each.dtype) @ each)[..., 0, :] for each in (keys, values))
         squares = (shares @ _square(keys))[..., 0, 0]
         spread = (squares - _square(key)[..., 0]).clamp(min=0)
         return Keys(key, value, mass[..., 0] - (key @ middle.transpose(-1, -2))[..., 0]), spread
@@ -165,9 +172,10 @@ class PooledMap:
 
 
 def _rows(whole: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Those rows of ``[B, heads, N, C]`` that are at places ``[B, heads, n]``: not by `gather`, which is slow."""
+    """Those rows of ``[B, heads, N, C]`` that are at places ``[P * B, heads, n]``: not by `gather`, which is slow."""
     batch, heads, count, channels = whole.shape
     starts = torch.arange(batch * heads, device=places.device).view(batch, heads, 1) * count
+    starts = starts.repeat(len(places) // batch, 1, 1)
     return whole.flatten(0, 2).index_select(0, (places + starts).flatten()).view(*places.shape, channels)
 
 
