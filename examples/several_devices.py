@@ -40,7 +40,11 @@ def paint(pipe: Any, group: Any, options: argparse.Namespace) -> tuple[Image.Ima
     size = {"width": options.width, "height": options.height}
     generator = torch.Generator().manual_seed(options.seed)
     start = time.perf_counter()
-    with LargeResPatch(pipe, **size, process_group=group), LiveBytes(pipe.device.type) as alive:
+    try:
+        patch = LargeResPatch(pipe, **size, process_group=group)
+    except ValueError as error:
+        build_parser().error(str(error))
+    with patch, LiveBytes(pipe.device.type) as alive:
         words = words_for(options).at(options.width)
         image = pipe(words, num_inference_steps=options.steps, generator=generator, **size).images[0]
     return image, Taken(group.rank(), time.perf_counter() - start, alive.peak)
@@ -57,13 +61,16 @@ def report(taken: Taken, group: Any) -> list[Taken]:
 
 
 def main() -> None:
-    options = build_parser().parse_args()
+    parser = build_parser()
+    options = parser.parse_args()
+    if "RANK" not in os.environ:  # which torchrun says
+        parser.error("is to be started by torchrun: torchrun --nproc-per-node 2 examples/several_devices.py")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before NCCL looks
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        pipe = load_pipeline(options.model)
+        pipe = load_pipeline(options.model, parser)
         pipe.set_progress_bar_config(disable=dist.get_rank() > 0)
         image, taken = paint(pipe, dist.group.WORLD, options)
         report(taken, dist.group.WORLD)

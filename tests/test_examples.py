@@ -169,6 +169,8 @@ def test_help(run, capsys, script):
         ("upscale.py", (*FROM, "--to", "128x100"), "height must be a multiple of 8 sample pixels; got 100"),
         ("upscale.py", (*FROM, "--to", "128x96", "--strength", "nan"), "must be more than 0 and at most 1; got 'nan'"),
         ("upscale.py", ("--from", "missing.png", "--to", "64x64"), "there is no picture 'missing.png'"),
+        ("several_devices.py", (), "is to be started by torchrun"),
+        ("several_devices.py", ("--steps", "0"), "must be a whole number, at least 1; got '0'"),
     ],
 )
 def test_wrong_options_are_named(run, capsys, monkeypatch, script, arguments, message):
