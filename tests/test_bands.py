@@ -115,6 +115,7 @@ STEPS = {
     "one row each on most maps": ((4,), "deep", (8, 9), 1, {}),
     "circular, odd": ((2,), "deep", (13, 11), 1, {"padding_mode": "circular"} | BLOCKS),
     "circular, three": ((3,), "SD", (11, 8), 1, {"padding_mode": "circular"}),
+    "circular, odd across": ((2, 3), "SD", (12, 7), 1, {"padding_mode": "circular"}),
     "reflected": ((3,), "SD", (9, 8), 1, {"padding_mode": "reflect"}),
     "processors that take no other keys": ((2,), "fused", (12, 11), 1, {}),
     "the same in bricks": ((2,), "fused", (12, 11), 1, BLOCKS),

@@ -140,6 +140,20 @@ def test_a_unet_in_strips_equals_the_whole_one(kind, batch, height, width, rows,
     assert torch.equal(arguments["sample"], given_sample)
 
 
+@pytest.mark.parametrize("mode", PADDING_MODES)
+@pytest.mark.parametrize(("height", "width"), [(10, 6), (10, 7), (11, 6), (11, 7)])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_maps_of_odd_sides_are_doubled_in_strips(mode, height, width, rows):
+    """Maps of one odd side, or both: what was halved is not just doubled then."""
+    unet, arguments = unet_of("sd"), unet_arguments(2, height, width, xl=False)
+    with PatchStack() as stack:
+        install(stack, padding_sites(unet, "unet", mode))
+        expected = unet(**arguments).sample
+        visits = install_in_unet(stack, unet, rows, wrap=mode == "circular")
+        torch.testing.assert_close(unet(**arguments).sample, expected, **ROUNDING)
+    assert max(visits) > 1
+
+
 @pytest.mark.parametrize("xl", [False, True])
 def test_a_controlnet_in_strips_and_its_residuals(xl):
     """The residuals are handed to the U-Net as they are: nothing may have been written over them."""

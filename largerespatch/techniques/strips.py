@@ -268,8 +268,11 @@ class StripUpsample(StripResample):
         return self.run(original, hidden_states, None, *args, **kwargs)
 
     def _run_odd(self, original: Forward, source: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        height = source.shape[2]
+
         def sized(block: torch.Tensor, top: int) -> torch.Tensor:
-            return original(block, (min(2 * block.shape[2], size[0] - 2 * top), size[1]))
+            short = 2 * height - size[0] if top + block.shape[2] == height else 0  # only the last row can come once
+            return original(block, (2 * block.shape[2] - short, size[1]))
 
         return self.assembled(source, size, sized)
 
