@@ -43,10 +43,19 @@ def looks(results):
     return [(Look.of(each), each.storage_offset(), each.untyped_storage().nbytes()) for each in tensors]
 
 
+# How a plane [2, 8, 6, 5] and tokens [2, 30, 8] lie.
+LAYOUTS = {
+    "as they come": lambda: (torch.ones(2, 8, 6, 5), torch.ones(2, 30, 8)),
+    "parts of larger ones": lambda: (torch.ones(2, 8, 9, 5)[:, :, 2:8], torch.ones(2, 40, 8)[:, 5:35]),
+    "turned": lambda: (torch.ones(6, 5, 2, 8).permute(2, 3, 0, 1), torch.ones(2, 8, 30).transpose(1, 2)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", WORK)
-def test_results_look_like_those_of_fake_tensors(name):
+def test_results_look_like_those_of_fake_tensors(name, layout):
     def results():
-        return looks(WORK[name](torch.ones(2, 8, 6, 5), torch.ones(2, 30, 8)))
+        return looks(WORK[name](*LAYOUTS[layout]()))
 
     with FakeTensorMode():
         expected = results()

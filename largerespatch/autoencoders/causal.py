@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.calls import latent_size, new_like
 from ..core.families import Order, Site, factor_of, register
+from ..core.modules import named_modules
 from ..techniques.attention import Blocking
 from ..techniques.cell_attention import Projections
 from ..techniques.frames import (
@@ -116,7 +117,7 @@ def _is_known(half: Any) -> bool:
 def _planes(half: nn.Module, path: str, mode: str) -> dict[str, tuple[nn.Module, Any]]:
     """What modules of an encoder or decoder do to a map without frames, where their own forward wants frames."""
     found: dict[str, tuple[nn.Module, Any]] = {}
-    for place, module in half.named_modules(prefix=path):
+    for place, module in named_modules(half, path):
         name = type(module).__name__
         if is_causal(module):
             found[place] = module, PlaneConvolution(module, mode)

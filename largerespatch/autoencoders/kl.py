@@ -8,6 +8,7 @@ from torch import nn
 
 from ..core.families import Order, Site, register
 from ..core.hosts import Host
+from ..core.modules import named_modules
 from ..techniques.attention import Blocking, blocking_of
 from ..techniques.attention_sites import attends_map
 from ..techniques.chunked_attention import in_blocks_or_chunks
@@ -89,7 +90,7 @@ class KL(AnyAutoencoder):
         """The attention of an encoder or decoder to its whole map, in blocks or in chunks."""
         blocking = blocking_of(options) if options.vae_attn == "blocked" else None
         says = "its attention in blocks" if blocking else ""
-        found = [(place, module) for place, module in half.named_modules(prefix=path) if self.attends(module)]
+        found = [(place, module) for place, module in named_modules(half, path) if self.attends(module)]
         for layer, (place, module) in enumerate(found):
             yield Site(module, place, Order.IN_BLOCKS, self.attending(module, blocking, layer, options), says=says)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.families import Order, Site, register
 from ..core.maps import StoredMap
+from ..core.modules import named_modules
 from ..core.patching import PatchStack
 from ..core.planes import whole
 from ..core.statistics import GivenStatistics, GroupStatistics
@@ -61,7 +62,7 @@ class VQ(KL):
 
     def attention(self, half: Any, path: str, options: Any) -> Iterator[Site]:
         yield from super().attention(half, path, options)
-        for place, module in half.named_modules(prefix=path):
+        for place, module in named_modules(half, path):
             if isinstance(module, SpatialNorm):
                 yield Site(module, place, Order.IN_BLOCKS, looking_there)
 

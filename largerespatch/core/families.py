@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .checks import warn
+from .modules import modules_of
 from .patching import PatchStack
 from .weights import Holding
 
@@ -70,7 +71,7 @@ class Site:
     @property
     def holds(self) -> Sequence[Sequence[nn.Module]]:
         """Modules for which weights come to the device that may be there at once, and others; see `weights_held`."""
-        return [list(self.module.modules())] if self.order.in_pieces else getattr(self.technique, "holds", ())
+        return [modules_of(self.module)] if self.order.in_pieces else getattr(self.technique, "holds", ())
 
     def install(self, stack: PatchStack) -> None:
         label = f"{self.path}.{self.attribute}"
@@ -263,6 +264,6 @@ def check_shared(pipe: Any) -> None:
 
 def parts_of(model: nn.Module) -> Iterator[nn.Module]:
     """A model and the models that it is made of: several ControlNets are one, and pipelines may share any of them."""
-    for module in model.modules():
+    for module in modules_of(model):
         if module is model or (hasattr(module, "config") and family_of(module) is not None):
             yield module

@@ -20,6 +20,7 @@ from ..core.calls import (
     sees_image,
 )
 from ..core.families import Family, Order, Site, factor_of, register, unknown_call
+from ..core.modules import modules_of
 from ..techniques.attention_sites import attends_cells, attends_map, attention_sites
 from ..techniques.chunks import chunk_sites
 from ..techniques.cuts import Strips
@@ -64,7 +65,7 @@ class AnyDenoiser(Family):
 
     def matches(self, model: nn.Module) -> bool:
         told = "timestep" in signature(type(model).forward).parameters
-        return told and any(attends_cells(module) or attends_map(module) for module in model.modules())
+        return told and any(attends_cells(module) or attends_map(module) for module in modules_of(model))
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
         step_note = StepNote()
@@ -86,7 +87,7 @@ class AnyDenoiser(Family):
         return max(0, *(len(getattr(config, "block_out_channels", ())) - 1 for config in configs))
 
     def repeated(self, model: nn.Module) -> Iterator[nn.Module]:
-        return (module for module in model.modules() if isinstance(module, BasicTransformerBlock))
+        return (module for module in modules_of(model) if isinstance(module, BasicTransformerBlock))
 
     def call(self, stage: str, model: Any, pipe: Any, height: int, width: int) -> None:
         if hasattr(pipe, "pag_applied_layers"):  # perturbed-attention guidance brings processors of its own for a call

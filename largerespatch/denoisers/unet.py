@@ -14,6 +14,7 @@ from ..core.bands import Bands
 from ..core.calls import PROMPT_TOKENS, nets_of, taken, takes
 from ..core.families import Order, Site, register
 from ..core.hosts import Host
+from ..core.modules import modules_of, named_modules
 from ..techniques.attention import BlockedAttention
 from ..techniques.host_strips import LEAST_BYTES, HostStrips, host_sites
 from ..techniques.host_tokens import token_sites
@@ -56,7 +57,7 @@ class WithSkips(AnyDenoiser):
             yield Site(model, name, Order.BATCH_SHARED, SharedBatch(model, name, shares, self.joins), says=says)
             bands = replace(bands, others=None)
         for net in nets_of(model):
-            path = next(path for path, module in model.named_modules(prefix=name) if module is net)
+            path = next(path for path, module in named_modules(model, name) if module is net)
             embedding = getattr(net, "controlnet_cond_embedding", nn.Module())
             steps = (each.stride[0] for each in embedding.modules() if isinstance(each, nn.Conv2d))
             sizes = {"halvings": self.halvings(net), "doublings": prod(steps).bit_length() - 1}
@@ -188,7 +189,7 @@ def skip_sites(model: nn.Module, name: str, host: Host, says: str = "") -> Itera
     from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, DownBlock2D
 
     makers: dict[nn.Module, OffDevice] = {}
-    owners: list[Any] = list(model.modules())
+    owners: list[Any] = modules_of(model)
     for owner in owners:
         match owner:
             case UNet2DConditionModel():
@@ -200,7 +201,7 @@ def skip_sites(model: nn.Module, name: str, host: Host, says: str = "") -> Itera
                 makers |= dict.fromkeys(
                     owner.controlnet_down_blocks, OffDevice(host, makes=True, at_once=not host.least)
                 )
-    for path, module in model.named_modules(prefix=name):
+    for path, module in named_modules(model, name):
         if module in makers:
             yield Site(module, path, Order.OFF_DEVICE, makers[module], says=says)
         elif isinstance(module, ResnetBlock2D | Downsample2D):

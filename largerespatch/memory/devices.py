@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..core.families import families_in, models_of
+from ..core.modules import modules_of
 from ..core.weights import offload_hooks
 
 HOST = "cpu"
@@ -31,7 +32,7 @@ def _device_of_hook(hook: Any) -> torch.device | None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a model runs."""
-    for module in model.modules():
+    for module in modules_of(model):
         for hook in offload_hooks(module):
             device = _device_of_hook(hook)
             if device is not None:
@@ -85,7 +86,7 @@ def _visitors(model: nn.Module, holds: Sequence[Sequence[nn.Module]] = ()) -> li
     What comes for a module is there with what came for the modules that it is in. What comes for all modules of one of
     `holds` is there at once, at most: see `Site.holds`. With streams the next group comes while one runs.
     """
-    come = {module: list(_come_for(module)) for module in model.modules()}
+    come = {module: list(_come_for(module)) for module in modules_of(model)}
     if not any(come.values()):
         return []
     outer = {module: inside for *inside, module in _chains(model)}

@@ -42,7 +42,7 @@ DENOISER_SAVERS: tuple[Saver, ...] = (
 )
 VAE_SAVERS: Mapping[str, tuple[Saver, ...]] = {
     "two-pass": (
-        Saver({"vae_offload": True}, 0.1),  # the same tiles, cut from a map that waits elsewhere
+        Saver({"vae_offload": True}, 0.03),  # the same tiles, cut from a map that waits elsewhere
         Saver({"vae_attn": "blocked"}, 0.1, exact=False),
         Saver({"vae_chunk_size_x": 32, "vae_chunk_size_y": 32}, 0.08, exact=False),  # other tiles, other statistics
     ),
@@ -227,9 +227,7 @@ class Planner:
         )
 
     def _refusal(self, height: int, width: int, least: int) -> str:
-        largest: tuple[int, int] | None = (height, width)
-        for stages, ladder in self._ladders:
-            largest = largest and self._largest(stages, *largest, ladder[-1].settings)
+        largest = self._largest(height, width)
         what_fits = "no size does" if largest is None else "the largest image of this shape that does is about {1}x{0}"
         return (
             f"memory_limit of {gibibytes(self.limit)}, of which {gibibytes(margin(self.limit))} stay free, does not "
@@ -237,19 +235,22 @@ class Planner:
             "used; " + what_fits.format(*largest or ())
         )
 
-    def _largest(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> tuple[int, int] | None:
-        """The largest size of nearly the same shape for which some stages fit: this one, or one in search steps."""
+    def _largest(self, height: int, width: int) -> tuple[int, int] | None:
+        """The largest size of nearly the same shape, in search steps, that fits with every saver; None: none does."""
+        savers = [(stages, ladder[-1].settings) for stages, ladder in self._ladders]
 
-        def needs(size: tuple[int, int]) -> int:
-            return self._needs(stages, *size, settings)
+        def too_large(size: tuple[int, int]) -> bool:
+            for i, (stages, settings) in enumerate(savers):
+                if self._needs(stages, *size, settings) > self.room:
+                    savers.insert(0, savers.pop(i))  # what is too large for one size is likely to be so for the next
+                    return True
+            return False
 
-        if needs((height, width)) <= self.room:
-            return height, width
         sizes, i = [], 1
         while i * SEARCH_STEP < min(height, width):
             sizes.append(self._scaled(height, width, i))
             i = max(i + 1, int(SEARCH_RATIO * i))
-        fitting = bisect(sizes, self.room, key=needs)
+        fitting = bisect(sizes, False, key=too_large)
         return sizes[fitting - 1] if fitting else None
 
     def _scaled(self, height: int, width: int, i: int) -> tuple[int, int]:

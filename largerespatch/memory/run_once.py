@@ -15,10 +15,14 @@ from ..core.maps import ComputedMap, JoinedMap, StoredMap
 from ..core.planes import Map
 from ..core.tokens import TokenMap
 from ..core.weights import Holding
-from .counting import LiveBytes
-from .weightless import Look, Weightless
+from .counting import Sizes
+from .weightless import Look, Weightless, WithoutData
 
 ATOMS = (NoneType, bool, int, float, str)
+
+# Inside, whoever stands between torch's functions and their callers is not asked: each look at a tensor would take ten
+# times as long.
+_AS_THEY_ARE: Any = torch._C.DisableTorchFunction
 
 
 class RunOnce:
@@ -28,7 +32,7 @@ class RunOnce:
     or were given to it, is run each time. `makes` says of what make a module is, see `makes_of`.
     """
 
-    def __init__(self, count: LiveBytes, makes: Mapping[nn.Module, int]) -> None:
+    def __init__(self, count: WithoutData, makes: Mapping[nn.Module, int]) -> None:
         self.count = count
         self.makes = makes
         self.known: dict[Any, Any] = {}
@@ -42,25 +46,39 @@ class RunOnce:
         **named: Any,
     ) -> Any:
         known = self.known if known is None else known
-        look = self._kind(key), _look(given), _look(named)
-        if look in known:
-            needed, results, structure = known[look]
-            self.count.rise(needed)
-            return tree_unflatten([_again(each, (given, named)) for each in results], structure)
-        before = self.count.all_alive()
-        places = {id(_held(leaf)): i for i, leaf in enumerate(tree_leaves((given, named)))}
+        with _AS_THEY_ARE():
+            look = self._kind(key), _look(given), _look(named)
+            if look in known:
+                needed, results, structure = known[look]
+                self.count.rise(needed)
+                return tree_unflatten([self._again(each, (given, named)) for each in results], structure)
+            before = self.count.all_alive()
+            places = {id(_held(leaf)): i for i, leaf in enumerate(tree_leaves((given, named)))}
         result, during = self.count.peaks_of(lambda: work(*given, **named))
-        leaves, structure = tree_flatten(result)
-        results = [_made(leaf, places) for leaf in leaves]
-        if all(isinstance(each, _New | _NewMap | _Given | int | NoneType) for each in results):
-            made = Counter[str]()
-            for each in chain.from_iterable(each.memory() for each in results if isinstance(each, _New | _NewMap)):
-                made[each.look.device.type] += each.size
-            left = {device: size - before[device] - made[device] for device, size in self.count.all_alive().items()}
-            if (not any(left.values())) if isinstance(key, Holding) else (min(left.values()) >= 0):
+        with _AS_THEY_ARE():
+            leaves, structure = tree_flatten(result)
+            results = [_made(leaf, places) for leaf in leaves]
+            if self._can_be_again(results, key, before):
                 needed = {device: peak - before[device] for device, peak in during.items()}
                 known[look] = (needed, results, structure)
         return result
+
+    def _can_be_again(self, results: Sequence[Any], key: Hashable, before: Sizes) -> bool:
+        """Whether these, of work before which so much was alive, are all that it left behind."""
+        if not all(isinstance(each, _New | _NewMap | _Given | int | NoneType) for each in results):
+            return False
+        made = Counter[str]()
+        for each in chain.from_iterable(each.memory() for each in results if isinstance(each, _New | _NewMap)):
+            made[each.look.device.type] += each.size
+        left = {device: size - before[device] - made[device] for device, size in self.count.all_alive().items()}
+        return not any(left.values()) if isinstance(key, Holding) else min(left.values()) >= 0
+
+    def _again(self, made: Any, given: Any) -> Any:
+        """The inverse of `_made`, where something else is given."""
+        if isinstance(made, _Given):
+            leaf = tree_leaves(given)[made.place]
+            return leaf.claim() if isinstance(leaf, TokenMap) else leaf
+        return made.again(self.count) if isinstance(made, _New | _NewMap) else made
 
     def _kind(self, key: Hashable) -> Hashable:
         """What a technique in a module has in common with those that have the same settings in modules of its make."""
@@ -90,11 +108,11 @@ class _New(NamedTuple):
         spanned = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
         return cls(Look.of(tensor), int(tensor.storage_offset()), size, size == spanned * tensor.element_size())
 
-    def again(self) -> torch.Tensor:
-        size, stride, dtype, device = self.look
+    def again(self, count: WithoutData) -> torch.Tensor:
         if self.fills:
-            return torch.empty_strided(size, stride, dtype=dtype, device=device)
-        memory = torch.empty(self.size // dtype.itemsize, dtype=dtype, device=device)
+            return count.new(self.look)
+        size, stride, dtype, _ = self.look
+        memory = count.new(self.look._replace(size=torch.Size([self.size // dtype.itemsize]), stride=(1,)))
         return memory.as_strided(size, stride, self.offset)
 
     def memory(self) -> Iterable["_New"]:
@@ -118,8 +136,8 @@ class _NewMap(NamedTuple):
         rows: Any = stored.memory
         return cls(type(leaf), look, rows.host, stored.passing, rows.edges, tuple(map(_New.of, rows.bands)))
 
-    def again(self) -> torch.Tensor:
-        rows = HostRows(self.host, self.look.device, self.edges, [band.again() for band in self.bands])
+    def again(self, count: WithoutData) -> torch.Tensor:
+        rows = HostRows(self.host, self.look.device, self.edges, [band.again(count) for band in self.bands])
         like: Any = self.look  # nothing but its dtype and device matter
         stored = StoredMap(self.look.size, like, self.host, rows, self.passing)
         return TokenMap.of(stored) if self.kind is TokenMap else stored
@@ -140,14 +158,6 @@ def _made(leaf: Any, places: dict[int, int]) -> Any:
     if type(leaf) in (StoredMap, TokenMap) and leaf.away:
         return _NewMap.of(leaf)
     return _New.of(leaf) if type(leaf) in (torch.Tensor, Weightless) else leaf
-
-
-def _again(made: Any, given: Any) -> Any:
-    """The inverse, where something else is given."""
-    if isinstance(made, _Given):
-        leaf = tree_leaves(given)[made.place]
-        return leaf.claim() if isinstance(leaf, TokenMap) else leaf
-    return made.again() if isinstance(made, _New | _NewMap) else made
 
 
 def _look(given: Any) -> Any:

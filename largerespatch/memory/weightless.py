@@ -74,6 +74,14 @@ class WithoutData(LiveBytes):  # type: ignore[no-untyped-call]
     def run(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return run(func, types, args, kwargs)
 
+    def new(self, look: Look) -> torch.Tensor:
+        """A new tensor that looks like this, counted. In a third of the time that an operation takes to make it."""
+        with torch._C._DisableTorchDispatch():
+            made = look.made()
+        self._forget()
+        self._note(made)
+        return made
+
     def _measure_again(self) -> None:
         """What has no data does not shrink."""
 
@@ -115,27 +123,31 @@ _KNOWN = {torch.Tensor, nn.Parameter, Weightless}
 _MADE: dict[Any, Any] = {}
 _MOST_MADE = 2**14
 
-# Norms, and the size of the statistics that they make beside their result. Torch takes a millisecond to tell.
-_STATISTICS: dict[Any, Callable[..., tuple[int, ...]]] = {
-    torch.ops.aten.native_group_norm.default: lambda plane, weight, bias, batch, channels, cells, groups, eps: (
-        batch,
-        groups,
+# Norms: how their result lies, and the size of the statistics beside it. Torch takes a millisecond to tell.
+_Sizes = Callable[..., tuple[int, ...]]
+_NORMS: dict[Any, tuple[torch.memory_format, _Sizes]] = {
+    torch.ops.aten.native_group_norm.default: (
+        torch.preserve_format,
+        lambda plane, weight, bias, batch, channels, cells, groups, eps: (batch, groups),
     ),
-    torch.ops.aten.native_layer_norm.default: lambda tokens, shape, weight, bias, eps: (
-        *tokens.shape[: -len(shape)],
-        *[1] * len(shape),
+    torch.ops.aten.native_layer_norm.default: (
+        torch.contiguous_format,
+        lambda tokens, shape, weight, bias, eps: (*tokens.shape[: -len(shape)], *[1] * len(shape)),
     ),
-    torch.ops.aten.native_batch_norm.default: lambda plane, *others: (0,),  # they are given
+    # They are given.
+    torch.ops.aten.native_batch_norm.default: (torch.preserve_format, lambda plane, *others: (0,)),
 }
 
 
 def _work_out(func: Any, args: Any, kwargs: Any) -> Any:
     """What an operation makes, each tensor as its look. It is not on the host where one of its arguments is not."""
-    if func in _STATISTICS and not kwargs and args[0].is_contiguous() and not any(each is True for each in args):
-        look = Look.of(args[0])
-        precise = torch.promote_types(look.dtype, torch.float32)
-        statistics = torch.empty(_STATISTICS[func](*args), dtype=precise, device=_META)
-        return look, *[Look.of(statistics)._replace(device=look.device)] * 2
+    if func in _NORMS and not kwargs and not any(each is True for each in args):
+        layout, statistics_of = _NORMS[func]
+        given = _plain(args[0])
+        precise = torch.promote_types(given.dtype, torch.float32)
+        statistics = torch.empty(statistics_of(*args), dtype=precise, device=_META)
+        made = (torch.empty_like(given, memory_format=layout), statistics, statistics)
+        return tuple(Look.of(each)._replace(device=args[0].device) for each in made)
     devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
     device = torch.device(kwargs.get("device") or next(iter(devices - {_HOST}), _HOST))
     if "device" in kwargs:

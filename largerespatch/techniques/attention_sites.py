@@ -9,6 +9,7 @@ from torch import nn
 
 from ..core.bands import ALONE, Bands
 from ..core.families import Order, Site
+from ..core.modules import named_modules
 from .attention import BlockedAttention, blocking_of
 from .notes import MapNote, MapNoting, StepNote
 
@@ -18,7 +19,7 @@ def attends_cells(module: nn.Module) -> bool:
 
     Those have a patch size in their config (None for 1). Temporal ones, whose tokens are frames, and priors have none.
     """
-    blocks = getattr(module, "transformer_blocks", None)
+    blocks = module._modules.get("transformer_blocks")  # what a module has not takes it long to say
     return (
         isinstance(blocks, nn.ModuleList)
         and any(isinstance(block, BasicTransformerBlock) for block in blocks)
@@ -39,17 +40,17 @@ def attention_sites(
     blocking = blocking_of(options)
     says = f"{{count}} self-attentions in {blocking}"
     layer = 0
-    for place, transformer in model.named_modules(prefix=name):
+    for place, transformer in named_modules(model, name):
         if attends_cells(transformer):
             note = MapNote()
             noting = MapNoting(note, getattr(transformer.config, "patch_size", None) or 1)
             yield Site(transformer, place, Order.MAP_NOTED, noting)
-            for path, module in transformer.named_modules(prefix=place):
+            for path, module in named_modules(transformer, place):
                 if isinstance(module, Attention) and not module.is_cross_attention:
                     blocked = BlockedAttention(module, blocking, step_note, layer, note, bands, path)
                     yield Site(module, path, Order.IN_BLOCKS, blocked, says=says)
                     layer += 1
-    for path, module in model.named_modules(prefix=name):
+    for path, module in named_modules(model, name):
         if attends_map(module):
             blocked = BlockedAttention(module, blocking, step_note, layer, None, bands, path)
             yield Site(module, path, Order.IN_BLOCKS, blocked, says=says)

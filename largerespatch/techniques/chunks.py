@@ -12,6 +12,7 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from torch import nn
 
 from ..core.families import Order, Site
+from ..core.modules import named_modules
 from ..core.pieces import assemble
 from ..core.tilings import Each, Runs
 
@@ -144,7 +145,7 @@ class ChunkedBlock:
 def chunk_sites(model: nn.Module, name: str, chunk_size: int) -> Iterator[Site]:
     """All feed-forwards, and the transformer blocks that can be chunked."""
     says = f"{{count}} feed-forwards in chunks of {chunk_size} tokens"
-    for path, module in model.named_modules(prefix=name):
+    for path, module in named_modules(model, name):
         if isinstance(module, FeedForward):
             yield Site(module, path, Order.IN_CHUNKS, ChunkedFeedForward(chunk_size), says=says)
         elif isinstance(module, BasicTransformerBlock) and can_be_chunked(module):

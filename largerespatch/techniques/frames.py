@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.families import Order, Site
+from ..core.modules import named_modules
 from ..core.patching import PatchStack
 from ..core.pieces import rehearsing
 from ..core.planes import whole
@@ -178,7 +179,7 @@ class FramePadding:
 
 def frame_padding_sites(model: nn.Module, name: str, mode: str) -> Iterator[Site]:
     """Every causal convolution of `model` that pads; with `mode` "constant" there is nothing to do."""
-    for path, module in model.named_modules(prefix=name):
+    for path, module in named_modules(model, name):
         if mode != "constant" and is_causal(module) and any(module._padding[:4]):
             says = f"convolutions pad by {mode!r}"
             yield Site(module, path, Order.PADDED, FramePadding(module, mode), says=says)

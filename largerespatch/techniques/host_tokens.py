@@ -14,6 +14,7 @@ from torch import nn
 
 from ..core.families import Order, Site
 from ..core.maps import StoredMap
+from ..core.modules import named_modules
 from ..core.pieces import assemble, side_by_side
 from ..core.planes import fetch
 from ..core.statistics import GivenStatistics
@@ -137,7 +138,7 @@ def token_sites(
     model: nn.Module, name: str, strips: HostStrips, blocked: Mapping[nn.Module, BlockedAttention]
 ) -> Iterator[Site]:
     """The transformers of a U-Net that are given maps; `blocked` is what takes the place of their self-attentions."""
-    for path, module in model.named_modules(prefix=name):
+    for path, module in named_modules(model, name):
         if isinstance(module, BasicTransformerBlock) and can_be_chunked(module) and module.attn1 in blocked:
             yield Site(module, path, Order.IN_TILES, TiledBlock(module, blocked[module.attn1]))
         elif getattr(module, "is_input_continuous", False) and isinstance(module.norm, nn.GroupNorm):

@@ -9,6 +9,7 @@ from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
 from ..core.families import Order, Site
+from ..core.modules import named_modules
 
 # What asymmetric padding must know the inside of: where zeros are put on, by the module rather than the convolution.
 LEANS_ON = ("diffusers.models.downsampling.Downsample2D.forward",)
@@ -71,7 +72,7 @@ def padding_sites(model: nn.Module, name: str, mode: str) -> Iterator[Site]:
     if mode == "constant":
         return
     says = f"convolutions pad by {mode!r}"
-    for path, module in model.named_modules(prefix=name):
+    for path, module in named_modules(model, name):
         if isinstance(module, Downsample2D) and module.use_conv and module.padding == 0:
             yield Site(module.conv, f"{path}.conv", Order.PADDED, AsymmetricPadding(mode), says=says)
         elif isinstance(module, nn.ZeroPad2d):

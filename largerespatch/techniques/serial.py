@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.maps import JoinedMap
+from ..core.modules import modules_of
 from ..core.pieces import assemble, rehearsing
 from ..core.planes import Map
 from ..core.weights import weights_found
@@ -68,7 +69,7 @@ def looking_across(model: nn.Module) -> list[str]:
 
 
 def _processors(model: nn.Module) -> list[object]:
-    return [module.processor for module in model.modules() if hasattr(module, "processor")]
+    return [module.processor for module in modules_of(model) if hasattr(module, "processor")]
 
 
 def _is_per_sample(processor: object) -> bool:

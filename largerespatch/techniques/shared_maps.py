@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from ..core.agreement import groups_of
 from ..core.bands import Band, Bands, at
 from ..core.families import Order, Site
+from ..core.modules import named_modules
 from ..core.statistics import GivenStatistics, record_by_rows
 from .strips import is_differentiated
 
@@ -220,7 +221,7 @@ def shared_map_sites(model: nn.Module, name: str, bands: Bands) -> Iterator[Site
     Raises:
         ValueError: there is one that bands are not known for.
     """
-    for path, module in model.named_modules(prefix=name):
+    for path, module in named_modules(model, name):
         match module:
             case nn.Conv2d(padding=str()) | Downsample2D(use_conv=False) | Downsample2D(padding=0):
                 raise ValueError(f"process_group: it is not known how to run {path} in bands")

@@ -18,6 +18,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from ..core.families import Order, Site
+from ..core.modules import named_modules
 from ..core.pieces import assemble, side_by_side
 from ..core.statistics import GivenStatistics, GroupStatistics, record
 from ..core.tilings import Tile
@@ -306,7 +307,7 @@ def strip_embedding(module: nn.Module, strips: Strips) -> StripResample:
 def strip_sites(model: nn.Module, name: str, strips: Strips) -> Iterator[Site]:
     """The residual blocks, upsamplers and embedded pictures of a U-Net or ControlNet; all else is left alone."""
     says = f"convolutions in strips of {strips.rows} rows"
-    for path, module in model.named_modules(prefix=name):
+    for path, module in named_modules(model, name):
         technique: Any = None
         if can_be_resnet(module):
             technique = StripResnet(module, strips)
