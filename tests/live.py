@@ -1,14 +1,15 @@
-"""Count live bytes per device; on fake tensors, where "meta" stands for an accelerator, without allocating any."""
+"""Count live bytes per device; on tensors without data, where "meta" stands for an accelerator, without any memory."""
 
 import weakref
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from largerespatch.memory.weightless import WithoutData
 
 
 class LiveBytes(TorchDispatchMode):
@@ -57,8 +58,6 @@ class _EmptyAttention(TorchFunctionMode):
 
 @contextmanager
 def fake():
-    """Inside, tensors are fake."""
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_EmptyAttention())
+    """Inside, tensors have no data."""
+    with WithoutData("meta"), _EmptyAttention():
         yield

@@ -221,7 +221,7 @@ def test_tiles_that_would_be_too_large_are_halved_as_often_as_need_be(monkeypatc
 @pytest.mark.parametrize("strip_bytes", [2**24, 2**17], ids=["tiles at once", "tiles in strips"])
 def test_maps_that_wait_on_a_host_change_nothing(half, wrap, split, strip_bytes, monkeypatch):
     monkeypatch.setattr(room, "TILE_STRIP_BYTES", strip_bytes)
-    vae, x, run = tiny.vae(), INPUTS[half](2, 17, 9), HALVES[half]
+    vae, x, run = tiny.vae(), INPUTS[half](2, 11, 6), HALVES[half]
     results = []
     for host in (None, ELSEWHERE):
         with PatchStack() as stack:

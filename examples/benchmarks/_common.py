@@ -61,6 +61,22 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     add_clock_options(parser)
 
 
+def add_blocking_options(parser: argparse.ArgumentParser, context: int) -> None:
+    """Sizes of blocks, in tokens; `blocking` makes them options of a patch."""
+    parser.add_argument("--attn-slice", type=positive, default=64, metavar="N", help="in tokens (%(default)s)")
+    parser.add_argument("--attn-full-tokens", type=positive, default=16384, metavar="N", help="(%(default)s)")
+    parser.add_argument("--attn-context", type=int, default=context, metavar="N", help="in tokens (%(default)s)")
+
+
+def blocking(options: argparse.Namespace) -> dict[str, int]:
+    return {
+        "attn_slice_x": options.attn_slice,
+        "attn_slice_y": options.attn_slice,
+        "attn_full_tokens": options.attn_full_tokens,
+        "attn_context": options.attn_context,
+    }
+
+
 def add_clock_options(parser: argparse.ArgumentParser) -> None:
     """``--threads`` and ``--clock``, for what runs on a CPU alone; apply them with `prepare`."""
     parser.set_defaults(device=parser.get_default("device") or "cpu")

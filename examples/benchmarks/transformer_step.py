@@ -10,7 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,8 +21,10 @@ from _common import (
     Arithmetic,
     AttentionByFormula,
     Candidate,
+    add_blocking_options,
     add_clock_options,
     add_common_options,
+    blocking,
     cost_on_paper,
     interleaved,
     positive,
@@ -81,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
         "--sizes", type=positive, nargs="+", default=[1024, 2048, 4096, 8192], metavar="N", help="(%(default)s)"
     )
     parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="(%(default)s)")
+    add_blocking_options(parser, context=2048)
     parser.add_argument("--timed-side", type=positive, default=64, metavar="N", help="in tokens (%(default)s)")
     parser.add_argument("--timed-slice", type=positive, default=16, metavar="N", help="in tokens (%(default)s)")
     parser.add_argument("--timed-context", type=positive, default=1024, metavar="N", help="in tokens (%(default)s)")
@@ -114,38 +117,42 @@ def values_unread() -> Iterator[None]:
         yield
 
 
-def counted(model: Model, blocks: dict[str, int], size: int, patched: bool) -> tuple[int, int]:
+# Puts a patch on a pipeline, or nothing.
+Way = Callable[[Any], AbstractContextManager[Any]]
+
+
+def counted(model: Model, blocks: dict[str, int], size: int, way: Way) -> tuple[int, int]:
     """Of attention and of all else."""
     pipe = build_pipeline(model, blocks)
-    patch = LargeResPatch(pipe, size, size, memory_limit=None) if patched else nullcontext()
-    with patch, values_unread(), torch.no_grad(), AttentionByFormula() as attention, Arithmetic() as other:
+    with way(pipe), values_unread(), torch.no_grad(), AttentionByFormula() as attention, Arithmetic() as other:
         play("step", list(families_in(pipe).values()), pipe, size, size)
     return attention.flops, other.flops
 
 
-def arithmetic(model: Model, size: int, patched: bool) -> dict[str, float]:
+def arithmetic(model: Model, size: int, way: Way) -> dict[str, float]:
     """Of a whole step, in floating-point operations."""
     one = dict.fromkeys(model.blocks, 1)
-    found = counted(model, one, size, patched)
+    found = counted(model, one, size, way)
     totals = [float(each) for each in found]
     for kind, count in model.blocks.items():
-        more = counted(model, one | {kind: 1 + MORE}, size, patched)
+        more = counted(model, one | {kind: 1 + MORE}, size, way)
         totals = [total + (count - 1) * (a - b) / MORE for total, a, b in zip(totals, more, found, strict=True)]
     return dict(zip(("attention", "other"), totals, strict=True))
 
 
-def on_paper(name: str, size: int) -> dict[str, Any]:
+def on_paper(name: str, size: int, blocks: dict[str, int]) -> dict[str, Any]:
     model, row = MODELS[name], {"model": name, "size": size}
     whole = build_pipeline(model, model.blocks)
+    patched = partial(LargeResPatch, width=size, height=size, memory_limit=None, **blocks)
     try:
-        patch = LargeResPatch(whole, size, size, memory_limit=None)
+        patch = patched(whole)
     except ValueError as error:  # it has no positions for so many tokens
         return row | {"refused": str(error)}
     started = time.perf_counter()
-    for way in ("dense", "in blocks"):
-        flops = arithmetic(model, size, patched=way == "in blocks")
-        peak = patch.estimate(patched=way == "in blocks").step
-        row[way] = {"flops": sum(flops.values()), "attention_flops": flops["attention"], "activations": peak}
+    for named, way in (("dense", nullcontext), ("in blocks", patched)):
+        flops = arithmetic(model, size, way)
+        peak = patch.estimate(patched=way is patched).step
+        row[named] = {"flops": sum(flops.values()), "attention_flops": flops["attention"], "activations": peak}
     ratio = row["dense"]["flops"] / row["in blocks"]["flops"]
     return row | {"arithmetic_ratio": ratio, "seconds_to_count": time.perf_counter() - started}
 
@@ -216,13 +223,14 @@ def main() -> None:
         "note": options.note,
         "counted": f"one block of each kind, and {MORE} more of one kind at a time; the rest is multiplied",
         "activations": "bfloat16, estimated, guidance's samples at once where the pipeline has them so",
+        "options": blocking(options),
         "timed_with": {name: getattr(options, f"timed_{name}") for name in ("side", "slice", "context", "heads")},
         "rows": [],
         "times": [],
     }
     for name in options.models:
         for size in options.sizes:
-            report["rows"].append(on_paper(name, size))
+            report["rows"].append(on_paper(name, size, blocking(options)))
             write_json(options.out, report)  # after every row: the next one may take long
     print_paper(report["rows"])
     for row in time_blocks(options):

@@ -13,8 +13,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 
 from _common import (
     Candidate,
+    add_blocking_options,
     add_common_options,
     add_device_options,
+    blocking,
     cost_on_paper,
     dtype_of,
     interleaved,
@@ -59,9 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="SECONDS",
         help="no further round of a size begins after this time, so large sizes get fewer (%(default)s)",
     )
-    parser.add_argument("--attn-slice", type=positive, default=64, metavar="N", help="in tokens (%(default)s)")
-    parser.add_argument("--attn-full-tokens", type=positive, default=16384, metavar="N", help="(%(default)s)")
-    parser.add_argument("--attn-context", type=int, default=512, metavar="N", help="in tokens (%(default)s)")
+    add_blocking_options(parser, context=512)
     parser.add_argument(
         "--architecture", choices=ARCHITECTURES, default="sd15", help="tiny is for trying the script out (%(default)s)"
     )
@@ -93,15 +93,7 @@ def candidates(pipe: StableDiffusionPipeline, size: int, options: argparse.Names
         unet(latents, TIMESTEP, encoder_hidden_states=prompt)
 
     def patch() -> LargeResPatch:
-        return LargeResPatch(
-            pipe,
-            size,
-            size,
-            attn_slice_x=options.attn_slice,
-            attn_slice_y=options.attn_slice,
-            attn_full_tokens=options.attn_full_tokens,
-            attn_context=options.attn_context,
-        )
+        return LargeResPatch(pipe, size, size, **blocking(options))
 
     return {"unpatched": Candidate(step), "patched": Candidate(step, patch)}
 
