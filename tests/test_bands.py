@@ -21,7 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.models.attention_processor import Attention
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -605,6 +605,7 @@ def test_the_example_paints_one_image_and_tells_what_each_process_took(pool):
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 9), st.integers(0, 4), st.integers(0, 3), st.booleans())
+@example(165, 16, 9, 4, 3, False)
 def test_bands_cover_every_map_and_fit_each_other(height, width, count, halvings, doublings, rounds_up):
     try:
         maps = banded(height, width, count, halvings, doublings, rounds_up)
@@ -622,7 +623,7 @@ def test_bands_cover_every_map_and_fit_each_other(height, width, count, halvings
         if rows.cuts:
             assert runs[0][0] == 0 and runs[-1][1] == rows.height
             assert all(one[1] == other[0] for one, other in pairwise(runs)) and all(a < b for a, b in runs)
-            assert rows.tallest() <= 2 * rows.height / count + 2
+            assert rows.tallest() <= 2 * rows.height / count + 1
         else:
             assert runs == [(0, rows.height)] * count
 

@@ -50,8 +50,8 @@ def banded(
 
     The model is given a map of ``height x width`` cells and makes others of it, `doublings` times as large and
     `halvings` times as small along each axis; halves of odd sizes are rounded up or down. Edges of bands lie on whole
-    cells of all maps that are cut. Those of fewer rows than processes are whole in every one. The last band takes what
-    remains.
+    cells of all maps that are cut; the last band takes what remains. Maps of fewer rows than processes are whole in
+    every one.
 
     Raises:
         ValueError: there are fewer rows than processes, or maps of different height are equally wide.
@@ -59,8 +59,7 @@ def banded(
     if height < count:
         raise ValueError(f"a map of {height} rows cannot be cut for {count} processes")
     deepest = max(i for i in range(halvings + 1) if height >> i >= count)
-    units = height >> deepest
-    firsts = [units * i // count << deepest for i in range(count)]
+    firsts = [height * i // count >> deepest << deepest for i in range(count)]
     maps = [
         BandRows(height << i, width << i, tuple(first << i for first in (*firsts, height)))
         for i in range(doublings, 0, -1)
