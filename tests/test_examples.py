@@ -294,6 +294,7 @@ def test_transformer_step(run, tmp_path, capsys):
     assert "3072 sample pixels" in refused["refused"]
     assert [row["kind"] for row in report["times"]] == ["num_layers", "num_single_layers"]
     assert all(len(row["seconds"]["dense"]) == 2 and row["arithmetic_ratio"] > 1 for row in report["times"])
+    assert all(row["defaults_ratio"] < row["time_ratio"] for row in report["times"])
     assert "num_single_layers, 64 tokens" in capsys.readouterr().out
 
 

@@ -185,6 +185,22 @@ def transformer_table() -> str:
     return markdown(headings, rows)
 
 
+def transformer_times_table() -> str:
+    """What a block of each kind takes on the CPU, to dense."""
+    report = load("transformers")
+    kinds = {"num_layers": "a double block of Flux", "num_single_layers": "a single block of Flux"}
+    rows = [
+        [
+            kinds[row["kind"]],
+            str(row["tokens"]),
+            *(f"{row[ratio]:.2f}" for ratio in ("time_ratio", "arithmetic_ratio", "defaults_ratio")),
+        ]
+        for row in report["times"]
+    ]
+    headings = ("to dense, in float32", "tokens", "time in small tiles", "arithmetic of it", "time with the defaults")
+    return f"{markdown(headings, rows)}\n\n{where(report, len(report['times'][0]['seconds']['dense']))}"
+
+
 def transformer_fidelity_table() -> str:
     """PSNR to dense attention, the worst of all seeds and noise levels, by tokens of context."""
     report = load("transformer_fidelity")["rows"]
@@ -335,6 +351,45 @@ def growth_table() -> str:
     names = MODEL_NAMES | {"tiny": "a U-Net of 32 to 64 channels"}
     rows = [[f"{case['of']}: {names[case['model']]}", f"{case['ratio']:.2f} x"] for case in cases]
     return markdown((f"from {sizes}", "grows by"), rows)
+
+
+def bands_table() -> str:
+    """What each of several processes holds for a step and sends, by kind, and how much faster they are than one."""
+    report = load("bands")
+    found, at = report["measured"], report["environment"]
+    one, everyone = found["peak_live_bytes"].values()
+    kinds = list(dict.fromkeys(kind for sent in found["sent"] for kind in sent))
+    rows = [
+        [str(rank), f"{peak / one:.2f}", *(f"{sent.get(kind, 0) / 2**20:.2f}" for kind in kinds)]
+        for rank, (peak, sent) in enumerate(zip(everyone, found["sent"], strict=True))
+    ]
+    told = (
+        f"{MODEL_NAMES[report['model']]}, {found['size']}², one sample: {found['speedup']:.2f} times as fast as one "
+        f"process, one thread each, median of {len(found['seconds']['all'])}; the largest difference is "
+        f"{found['relative_difference']:.0e} of the largest value. {at['device_name']}, {at['cpu_cores']} cores, "
+        f"{at['dtype']}; torch {at['torch']}, diffusers {at['diffusers']}, {at['date'][:10]}."
+    )
+    headings = ("process", "live bytes, to one alone", *(f"MiB sent: {kind}" for kind in kinds))
+    return f"{markdown(headings, rows)}\n\n{told}"
+
+
+def projection_table() -> str:
+    """A step on several GPUs, by arithmetic."""
+    cases = load("bands")["projected"]
+    links = list(cases[0]["rows"][0]["sending_ms"])
+    rows = [
+        [
+            MODEL_NAMES[case["model"]],
+            f"{case['size']}²",
+            str(row["processes"]),
+            f"{row['computing_ms']:.0f}",
+            *(f"{row['sending_ms'][link]:.1f}" for link in links),
+        ]
+        for case in cases
+        for row in case["rows"]
+    ]
+    headings = ("by arithmetic", "image", "GPUs", "ms of computing", *(f"of sending, {link}" for link in links))
+    return markdown(headings, rows)
 
 
 def options_table() -> str:
