@@ -566,7 +566,8 @@ def test_a_limit_is_of_each_process(pool):
     waiting = pool.start(2, planned, limit)
     assert "vae_recompute=True" in planned(None, limit)
     one, other = waiting()
-    assert "no saver needed" in one and one == other
+    assert "no saver needed" in one and "maps in bands of 2 processes" in one and one == other
+    assert "maps in one band, of one process" in pool.run(1, planned, limit)[0]
     lower = known.weights + int(0.26 * known.decode) + LEAST_MARGIN
     assert "vae_chunk_size_y=" in pool.run(2, planned, lower)[1]  # of savers those that there are for bands
 

@@ -68,7 +68,7 @@ class KL(AnyAutoencoder):
         if options.process_group is not None:
             steps = len(model.config.block_out_channels) - 1
             sizes = {"halvings": steps, "rounds_up": False} if encodes else {"doublings": steps}
-            says = f"maps in bands of {bands.count} processes"
+            says = f"maps in {bands}"
             yield Site(half, path, Order.IN_BANDS, InBands(half, path, bands, sizes, all_cut=True), says=says)
         least = self.reflected * scale
         yield from reflection_sites(half, path, options.padding_mode, least, factor // scale, self.reflected)

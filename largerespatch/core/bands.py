@@ -88,6 +88,9 @@ class Bands:
             return max(range(self.count), key=lambda i: (heights[i], min(i, self.count - 1 - i)))
         return int(self.group.rank())
 
+    def __str__(self) -> str:
+        return f"bands of {self.count} processes" if self.count > 1 else "one band, of one process"
+
     @contextmanager
     def sharing(self, height: int, width: int, **sizes: Any) -> Iterator[None]:
         """Inside, maps are those that a model makes of one of ``height x width`` cells.

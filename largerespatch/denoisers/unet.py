@@ -61,7 +61,7 @@ class WithSkips(AnyDenoiser):
             embedding = getattr(net, "controlnet_cond_embedding", nn.Module())
             steps = (each.stride[0] for each in embedding.modules() if isinstance(each, nn.Conv2d))
             sizes = {"halvings": self.halvings(net), "doublings": prod(steps).bit_length() - 1}
-            says = f"maps in bands of {bands.count} processes"
+            says = f"maps in {bands}"
             yield Site(net, path, Order.IN_BANDS, InBands(net, path, bands, sizes, self.joins), says=says)
         yield from shared_map_sites(model, name, bands)
 
