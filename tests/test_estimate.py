@@ -330,8 +330,8 @@ def test_a_rehearsal_needs_what_the_whole_needs(monkeypatch, kind, size, options
         assert getattr(rehearsed, stage) == pytest.approx(getattr(whole, stage), rel=0.005)
 
 
-DOZEN = [(64, 64), (72, 144), (104, 88), (80, 136), (96, 96), (136, 72)]
-DOZEN += [(112, 64), (88, 128), (120, 112), (80, 96), (152, 64), (104, 120)]
+DOZEN = [(64, 64), (56, 72), (72, 64), (48, 112), (80, 64), (72, 80)]
+DOZEN += [(104, 48), (96, 72), (64, 88), (88, 80), (112, 64), (72, 104)]
 LEAST = {
     "step": {"unet_serial": True, "unet_offload": "maps", "unet_strip_rows": 3},
     "decode": {"vae_offload": True, "vae_attn": "blocked"},
@@ -342,7 +342,7 @@ LEAST = {
 @pytest.mark.parametrize("of", LEAST)
 def test_what_is_left_with_every_saver_is_the_same_at_a_dozen_sizes_when_all_of_it_is_run(of, monkeypatch):
     """On the device and on the host, to the byte where no statistics are recorded piece by piece."""
-    monkeypatch.setattr("largerespatch.denoisers.unet.LEAST_BYTES", 2**13)
+    monkeypatch.setattr("largerespatch.denoisers.unet.LEAST_BYTES", 2**12)
     pipe = BUILD["sd"]()
     for model in (pipe.unet, pipe.vae):
         model.to("meta")
