@@ -119,7 +119,7 @@ class JointTests(TableTests):
         pipe, arguments = plain
         with patch(pipe, attn_context=24):
             first = paint(pipe, arguments)
-            paint(pipe, arguments, width=WIDTH + 32, num_inference_steps=3)
+            paint(pipe, arguments, width=WIDTH + 32, num_inference_steps=1)
             assert torch.equal(paint(pipe, arguments), first)
 
     def test_a_size_other_than_the_patchs(self, plain):
@@ -175,7 +175,7 @@ class JointTests(TableTests):
                     if isinstance(module, torch.nn.Linear):
                         stack.wrap(module, "forward", partial(count, (id(block), name)), f"{path}.{name}.forward")
             with patch(pipe):
-                paint(pipe, arguments)
+                paint(pipe, arguments, num_inference_steps=1)
         for _, block, idle in blocks:
             found = {name: runs for (of, name), runs in runs.items() if of == id(block)}
             twice = {name for name, runs in found.items() if runs == max(found.values())}
@@ -193,7 +193,7 @@ class JointTests(TableTests):
 
         def painted():
             with patch(pipe, attn_context=24):
-                return paint(pipe, arguments)
+                return paint(pipe, arguments, num_inference_steps=1)
 
         alone = painted()
         blocks = [block for block in pipe.transformer.modules() if type(block).__name__.endswith("Block")]
