@@ -35,6 +35,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def what_a_module_leaves_stays():
+    """So do its caches."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_generate_tests(metafunc):
     """A class of tests that has `cases` runs those that ask for a `case` on each of them."""
     if "case" in metafunc.fixturenames and hasattr(metafunc.cls, "cases"):

@@ -4,6 +4,7 @@ Each is compared with itself unpatched where nothing needs blocking (equal), and
 says is cut up (the patched path runs, the picture stays the picture, everything is restored).
 """
 
+import gc
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,6 +58,7 @@ class TableTests:
         if id(case) not in _drawn:
             pipe = quiet(case.build())
             _drawn[id(case)] = pipe, self.draw(pipe, case)
+            gc.freeze()  # it stays, so it need not be searched for garbage
         return _drawn[id(case)]
 
     @pytest.fixture

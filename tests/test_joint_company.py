@@ -17,7 +17,7 @@ import test_sd3
 import torch
 import torch.nn.functional as F
 from diffusers.hooks import apply_group_offloading
-from joint import ALL, CLOSE, error, paint, patch
+from joint import ALL, CLOSE, TOKENS, error, paint, patch
 from peft import LoraConfig
 from test_company import CPU
 from test_weights import META, PlayedGroup, loads, offload_on_a_stream  # noqa: F401  fixtures
@@ -328,7 +328,7 @@ def test_callbacks_at_the_end_of_steps_see_and_change_latents():
 
     pipe, seen = hooked(FLUX), []
     assert_blocked_and_dense(pipe, FLUX[1] | {"callback_on_step_end": halve})
-    assert len(seen) == 4 * 2 and seen[:2] == [(0, (1, 143, 16)), (1, (1, 143, 16))]
+    assert len(seen) == 4 * 2 and seen[:2] == [(0, (1, TOKENS, 16)), (1, (1, TOKENS, 16))]
     seen.clear()
     assert_blocked_and_dense(pipe, FLUX[1] | {"callback_on_step_end": stop}, num_inference_steps=3)
     assert seen == [0] * 4
@@ -336,8 +336,8 @@ def test_callbacks_at_the_end_of_steps_see_and_change_latents():
 
 def test_attention_that_is_told_of_tokens_in_words_of_its_own_sees_all_of_them():
     """A mask that keeps a part of the text from a part of the image, as for prompts by region."""
-    seen = torch.ones(1, 1, 148, 148, dtype=torch.bool)
-    seen[..., 80:, :3] = False
+    seen = torch.ones(1, 1, 5 + TOKENS, 5 + TOKENS, dtype=torch.bool)
+    seen[..., 60:, :3] = False
     pipe, arguments = hooked(FLUX), FLUX[1] | {"joint_attention_kwargs": {"attention_mask": seen}}
     dense = paint(pipe, arguments)
     assert error(dense, paint(pipe, FLUX[1])) > CLOSE
@@ -365,7 +365,7 @@ def test_forward_hooks_see_all_on_blocks_and_tiles_inside_of_which_is_warned_onc
         once(pipe, FLUX[1])
     assert len(warned) == 1
     assert r"forward hooks inside it (attn, attn.to_q) see the text and one tile" in str(warned[0].message)
-    assert sum(inside) == 2 * (2 + 1) * 143  # of two blocks, both walks of what is ahead of attention and one behind
+    assert sum(inside) == 2 * (2 + 1) * TOKENS  # of two blocks, both walks of what is ahead of attention and one behind
     assert repr(active)
 
 
@@ -427,7 +427,7 @@ def test_sizes_are_multiples_of_a_token_or_become_what_upstream_makes_of_them(ki
 def test_more_context_than_there_are_tokens_is_all_of_them(kind):
     pipe, arguments = hooked(KINDS[kind]), KINDS[kind][1]
     pictures = []
-    for context in (2 * 143, 10**9):
+    for context in (2 * TOKENS, 10**9):
         with patch(pipe, attn_context=context):
             pictures.append(paint(pipe, arguments))
     assert torch.equal(*pictures)
@@ -436,10 +436,10 @@ def test_more_context_than_there_are_tokens_is_all_of_them(kind):
 def test_a_map_that_does_not_fit_the_tokens_is_passed_on():
     """As a pipeline of one's own may call a model: with references of which nothing says that they are there."""
     pipe = hooked(FLUX)
-    told = {"hidden_states": noise(1, 143 + 5, 16), "encoder_hidden_states": noise(1, 5, 32)}
+    told = {"hidden_states": noise(1, TOKENS + 5, 16), "encoder_hidden_states": noise(1, 5, 32)}
     told |= {"pooled_projections": noise(1, 32), "timestep": torch.tensor([0.5]), "txt_ids": torch.zeros(5, 3)}
-    ids = d.FluxPipeline._prepare_latent_image_ids(1, 11, 13, CPU, torch.float32)
-    told |= {"img_ids": torch.cat([ids, torch.tensor([0.0, 11, 3]).expand(5, 3)]), "return_dict": False}
+    ids = d.FluxPipeline._prepare_latent_image_ids(1, 9, 11, CPU, torch.float32)
+    told |= {"img_ids": torch.cat([ids, torch.tensor([0.0, 9, 3]).expand(5, 3)]), "return_dict": False}
     dense = pipe.transformer(**told)[0]
     with patch(pipe, attn_context=0):
         assert torch.equal(pipe.transformer(**told)[0], dense)

@@ -5,7 +5,7 @@ from typing import ClassVar
 import diffusers as d
 import pytest
 import torch
-from joint import ALL, CLOSE, Case, JointTests, error, paint, patch, strayed
+from joint import ALL, CLOSE, TOKENS, Case, JointTests, error, paint, patch, strayed
 
 import tiny
 from conftest import quiet
@@ -61,7 +61,7 @@ def test_text_sees_all():
 def test_texts_of_different_lengths_stay_together_where_nothing_is_cut():
     pipe = quiet(pipeline())
     dense = paint(pipe, texts(7, 3))
-    for changes in ({"attn_full_tokens": 143}, {"attn_slice_x": 16, "attn_slice_y": 16}):
+    for changes in ({"attn_full_tokens": TOKENS}, {"attn_slice_x": 16, "attn_slice_y": 16}):
         with patch(pipe, **changes):
             assert torch.equal(paint(pipe, texts(7, 3)), dense)
 

@@ -170,7 +170,7 @@ def test_on_a_device_with_a_host_only_the_host_holds_more_for_a_larger_image(hal
 @pytest.mark.parametrize("wrap", [False, True])
 def test_copies_on_streams_of_their_own_are_waited_for(half, recompute, wrap):
     """As on CUDA, on streams that are played."""
-    vae, x, run = sd_like(), INPUTS[half](1, 10, 5), HALVES[half]
+    vae, x, run = sd_like(), INPUTS[half](1, 7, 5), HALVES[half]
     host = Host("cpu:0", band_bytes=1500)
     results = []
     for where in (None, host):

@@ -46,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         "--pictures", type=int, nargs="*", default=[512, 2048], metavar="N", help="contexts of pictures (%(default)s)"
     )
     parser.add_argument("--steps", type=positive, nargs="+", default=[8, 20], metavar="N", help="(%(default)s)")
+    parser.add_argument("--prompts", type=positive, default=len(CASES), metavar="N", help="(%(default)s)")
     add_clock_options(parser)
     add_common_options(parser, "transformer_fidelity")
     return parser.parse_args()
@@ -99,7 +100,7 @@ def measure(flux: Any, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each case, size and context: one forward at a noise level, or a picture over so many steps."""
     sizes = [(steps, times) for steps in options.steps for times in options.times]
     for steps, times in sizes:
-        for prompt in CASES:
+        for prompt in list(CASES)[: options.prompts]:
             painter = Painter(flux, prompt, TRAINED * times)
             told = {"times": times, "prompt": prompt, "seed": painter.seed}
             dense = painter.latent(steps, None)
