@@ -417,6 +417,7 @@ TABLES = {
         growth_table,
         vae_table,
         autoencoder_table,
+        transformer_times_table,
         transformer_table,
         transformer_fidelity_table,
         pipeline_table,
