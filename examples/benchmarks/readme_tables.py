@@ -420,6 +420,8 @@ TABLES = {
         transformer_times_table,
         transformer_table,
         transformer_fidelity_table,
+        bands_table,
+        projection_table,
         pipeline_table,
     ),
 }
