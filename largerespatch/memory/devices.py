@@ -59,9 +59,11 @@ def _bytes(tensors: Iterator[torch.Tensor]) -> int:
 
 
 def _weights(*modules: nn.Module, recurse: bool = True) -> Iterator[torch.Tensor]:
+    """Parameters and buffers; what several modules share comes several times."""
     for module in modules:
-        yield from module.parameters(recurse)
-        yield from module.buffers(recurse)
+        for each in modules_of(module) if recurse else (module,):
+            held = (*each._parameters.values(), *each._buffers.values())
+            yield from (tensor for tensor in held if tensor is not None)
 
 
 def _come_with(group: Any) -> Iterator[torch.Tensor]:

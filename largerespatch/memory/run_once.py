@@ -183,9 +183,9 @@ def makes_of(models: Iterable[nn.Module], phases: Mapping[nn.Module, int]) -> di
 
     def number(module: nn.Module) -> int:
         if module not in made:
-            inside = tuple((name, number(child)) for name, child in module.named_children())
+            inside = tuple((name, number(child)) for name, child in module._modules.items() if child is not None)
             weights = tuple(
-                (name, weight.size(), weight.dtype) for name, weight in module.named_parameters(recurse=False)
+                (name, weight.size(), weight.dtype) for name, weight in module._parameters.items() if weight is not None
             )
             processor = type(getattr(module, "processor", None))
             make = type(module), processor, _settings(module), phases.get(module), inside, weights

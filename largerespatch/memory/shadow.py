@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..core.families import Family, families_in
+from ..core.modules import modules_of
 from ..core.patching import PatchStack
 from ..core.pieces import rehearsal
 from ..core.tilings import PHASES
@@ -65,7 +66,7 @@ def _compute_dtype(module: nn.Module) -> torch.dtype | None:
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """What `copy.deepcopy` makes of a model, in less than half the time: most of what modules hold are numbers and
     empty containers, for each of which it takes a detour."""
-    plain = [module for module in model.modules() if not _copies_itself(type(module))]
+    plain = [module for module in modules_of(model) if not _copies_itself(type(module))]
     copies = [module.__new__(type(module)) for module in plain]
     memo.update((id(module), made) for module, made in zip(plain, copies, strict=True))
     for module, made in zip(plain, copies, strict=True):
@@ -89,7 +90,7 @@ def _without_weights(model: nn.Module, stacks: list[PatchStack]) -> nn.Module:
     """A weightless copy of a model, as its class made it: without replacements, hooks and compiled calls."""
     # What `deepcopy` finds in its memo it takes for copied.
     memo: dict[int, Any] = {}
-    for module in model.modules():
+    for module in modules_of(model):
         for attribute in ("forward", "_compiled_call_impl", *_HOOKS):
             if vars(module).get(attribute) is not None:
                 memo[id(vars(module)[attribute])] = None
@@ -97,7 +98,7 @@ def _without_weights(model: nn.Module, stacks: list[PatchStack]) -> nn.Module:
         shadow = _copied(model, memo)
     for stack in stacks:
         stack.undo_in(memo)
-    for original, module in zip(list(model.modules()), list(shadow.modules()), strict=True):
+    for original, module in zip(modules_of(model), modules_of(shadow), strict=True):
         for attribute in ("forward", *_HOOKS):
             vars(module).pop(attribute, None)
         for attribute in _HOOK_DICTS:
