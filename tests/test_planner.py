@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -173,7 +174,8 @@ def test_without_an_amount_too_a_host_without_the_memory_is_told_before_anything
 
 
 def test_where_maps_fit_in_any_case_or_stay_there_is_no_estimate(pipe, monkeypatch):
-    monkeypatch.setattr(LargeResPatch, "_estimator", lambda *_: pytest.fail("there is one"))
+    estimator = mock.Mock(side_effect=AssertionError("there is one"))
+    monkeypatch.setattr(LargeResPatch, "_estimator", estimator)
     monkeypatch.setattr(host_room, "host_bytes", lambda: 1)
     for options in ({}, ON_HOST["both"]):  # these models are on the host
         with LargeResPatch(pipe, 16384, 8192, **options):
@@ -185,6 +187,7 @@ def test_where_maps_fit_in_any_case_or_stay_there_is_no_estimate(pipe, monkeypat
     monkeypatch.setattr(host_room, "host_bytes", lambda: host_room.MOST_BYTES_A_PIXEL * 16384 * 8192)
     with LargeResPatch(pipe, 16384, 8192, **ON_HOST["both"]):
         pass
+    assert not estimator.called
 
 
 def test_the_host_says_what_it_has():

@@ -1,7 +1,7 @@
 """A model's modules, each once, from the outside in.
 
-As `torch.nn.Module.named_modules` has them, in a fourth of the time, since nothing is handed from level to level: all
-who look for their sites walk over the whole model, once for each patch and again for each line of a plan.
+As `torch.nn.Module.named_modules` has them, in half the time, since nothing is handed from level to level: all who look
+for their sites walk over the whole model, once for each patch and again for each line of a plan.
 """
 
 from typing import Any

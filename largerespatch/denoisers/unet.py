@@ -14,7 +14,7 @@ from ..core.bands import Bands
 from ..core.calls import PROMPT_TOKENS, nets_of, taken, takes
 from ..core.families import Order, Site, register
 from ..core.hosts import Host
-from ..core.modules import modules_of, named_modules
+from ..core.modules import named_modules
 from ..techniques.attention import BlockedAttention
 from ..techniques.host_strips import LEAST_BYTES, HostStrips, host_sites
 from ..techniques.host_tokens import token_sites
@@ -189,8 +189,8 @@ def skip_sites(model: nn.Module, name: str, host: Host, says: str = "") -> Itera
     from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, DownBlock2D
 
     makers: dict[nn.Module, OffDevice] = {}
-    owners: list[Any] = modules_of(model)
-    for owner in owners:
+    modules = named_modules(model, name)
+    for _, owner in modules:
         match owner:
             case UNet2DConditionModel():
                 makers |= dict.fromkeys([owner.conv_in, *owner.up_blocks[:-1]], OffDevice(host, makes=True))
@@ -201,7 +201,7 @@ def skip_sites(model: nn.Module, name: str, host: Host, says: str = "") -> Itera
                 makers |= dict.fromkeys(
                     owner.controlnet_down_blocks, OffDevice(host, makes=True, at_once=not host.least)
                 )
-    for path, module in named_modules(model, name):
+    for path, module in modules:
         if module in makers:
             yield Site(module, path, Order.OFF_DEVICE, makers[module], says=says)
         elif isinstance(module, ResnetBlock2D | Downsample2D):

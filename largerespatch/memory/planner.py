@@ -42,9 +42,9 @@ DENOISER_SAVERS: tuple[Saver, ...] = (
 )
 VAE_SAVERS: Mapping[str, tuple[Saver, ...]] = {
     "two-pass": (
-        Saver({"vae_offload": True}, 0.03),  # the same tiles, cut from a map that waits elsewhere
-        Saver({"vae_attn": "blocked"}, 0.1, exact=False),
-        Saver({"vae_chunk_size_x": 32, "vae_chunk_size_y": 32}, 0.08, exact=False),  # other tiles, other statistics
+        Saver({"vae_offload": True}, 0.04),  # the same tiles, cut from a map that waits elsewhere
+        Saver({"vae_attn": "blocked"}, 0.035, exact=False),
+        Saver({"vae_chunk_size_x": 32, "vae_chunk_size_y": 32}, 0.03, exact=False),  # other tiles, other statistics
     ),
     "exact": (  # whatever is recomputed, waits elsewhere or is cut into thinner strips
         Saver({"vae_recompute": True}, 0.6),

@@ -75,7 +75,7 @@ class WithoutData(LiveBytes):  # type: ignore[no-untyped-call]
         return run(func, types, args, kwargs)
 
     def new(self, look: Look) -> torch.Tensor:
-        """A new tensor that looks like this, counted. In a third of the time that an operation takes to make it."""
+        """A new tensor that looks like this, counted. No operation is looked up for it, as for others."""
         with torch._C._DisableTorchDispatch():
             made = look.made()
         self._forget()

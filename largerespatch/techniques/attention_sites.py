@@ -39,8 +39,8 @@ def attention_sites(
     """All self-attentions of `model` to the cells of maps, and the transformers that note the size of these."""
     blocking = blocking_of(options)
     says = f"{{count}} self-attentions in {blocking}"
-    layer = 0
-    for place, transformer in named_modules(model, name):
+    modules, layer = named_modules(model, name), 0
+    for place, transformer in modules:
         if attends_cells(transformer):
             note = MapNote()
             noting = MapNoting(note, getattr(transformer.config, "patch_size", None) or 1)
@@ -50,7 +50,7 @@ def attention_sites(
                     blocked = BlockedAttention(module, blocking, step_note, layer, note, bands, path)
                     yield Site(module, path, Order.IN_BLOCKS, blocked, says=says)
                     layer += 1
-    for path, module in named_modules(model, name):
+    for path, module in modules:
         if attends_map(module):
             blocked = BlockedAttention(module, blocking, step_note, layer, None, bands, path)
             yield Site(module, path, Order.IN_BLOCKS, blocked, says=says)

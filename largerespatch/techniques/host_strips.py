@@ -16,7 +16,7 @@ from torch import nn
 from ..core.families import Order, Site
 from ..core.hosts import BAND_BYTES, LARGE_BANDS, Host
 from ..core.maps import ComputedMap, StoredMap
-from ..core.modules import modules_of, named_modules
+from ..core.modules import named_modules
 from ..core.pieces import assemble
 from ..core.planes import Map, fetch
 from ..core.statistics import GivenStatistics
@@ -172,12 +172,13 @@ def _of_ends(model: Any, strips: HostStrips) -> dict[nn.Module, Callable[..., An
 def host_sites(model: nn.Module, name: str, strips: HostStrips) -> Iterator[Site]:
     """All that reads or makes a large map in a U-Net or a ControlNet, its transformers aside."""
     ends: dict[nn.Module, Callable[..., Any]] = {}
-    for each in modules_of(model):
+    modules = named_modules(model, name)
+    for _, each in modules:
         if hasattr(each, "down_blocks") and hasattr(each, "conv_in"):
             ends |= _of_ends(each, strips)
     least = f"{strips.host.least / 2**20:g} MiB"
     says = f"maps of at least {least} on the host, read and written in strips of {strips.rows} rows"
-    for path, module in named_modules(model, name):
+    for path, module in modules:
         technique = ends.get(module) or _of_blocks(module, strips)
         if technique is not None:
             yield Site(module, path, Order.IN_STRIPS, technique, says=says)
