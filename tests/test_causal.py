@@ -20,6 +20,7 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import in_pairs
 from test_company import CPU
 from test_weights import cpu_as_accelerator, offload_on_a_stream  # noqa: F401  fixtures
 from torch.overrides import TorchFunctionMode
@@ -469,12 +470,10 @@ def cast_by_layers(vae):
     vae.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
 
 
-@EVERY
-@MODES
-@pytest.mark.parametrize(
-    "hook",
-    [offloaded_by_leaves, offloaded_by_blocks, offloaded_by_layers, offloaded_as_a_model, cast_by_layers],
-)
+BRINGING = [offloaded_by_leaves, offloaded_by_blocks, offloaded_by_layers, offloaded_as_a_model, cast_by_layers]
+
+
+@in_pairs({"kind": KINDS, "mode": ["exact", "two-pass"], "hook": BRINGING})
 def test_hooks_that_bring_weights_work(kind, mode, hook):
     vae = autoencoder(kind)
     hook(vae)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
+from products import in_pairs
 from test_tiny import autoencoder as preview
 
 import tiny
@@ -43,9 +44,7 @@ def written(monkeypatch):
     return sizes
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", PIPELINES)
-@pytest.mark.parametrize(("height", "width"), [(17, 11), (10, 19)])
+@in_pairs({"way": WAYS, "case": PIPELINES, "height, width": [(17, 11), (10, 19)]})
 def test_it_is_the_pipelines_image(case, way, height, width, written):
     pipe = quiet(PIPELINES[case]())
     arguments = {"prompt": "a house", "height": 8 * height, "width": 8 * width, "num_inference_steps": 1}

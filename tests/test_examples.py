@@ -296,7 +296,7 @@ def test_unet_step(run, tmp_path, capsys):
 
 def test_transformer_step(run, tmp_path, capsys):
     out = tmp_path / "transformers.json"
-    timed = ("--timed-side", 8, "--timed-slice", 2, "--timed-context", 16, "--timed-heads", 1, "--rounds", 2)
+    timed = ("--timed-side", 8, "--timed-slice", 4, "--timed-context", 16, "--timed-heads", 1, "--rounds", 2)
     few = ("--models", "sd3.5-large", "--sizes", 512, 1024, 8192, "--threads", 1, "--clock", "cpu")
     small = ("--attn-slice", 32, "--attn-full-tokens", 1024, "--attn-context", 64)
     run(BENCHMARKS / "transformer_step.py", *few, *small, *timed, "--out", out)
@@ -480,7 +480,7 @@ def test_the_table_of_pipelines_is_made_of_test_results(run, tmp_path):
 
 def test_memory(run, tmp_path, capsys):
     out = tmp_path / "memory.json"
-    sizes = ["--sizes", 128, "--proof-size", 160, "--growth-sizes", 64, 128, "--picture-size", 1024]
+    sizes = ["--sizes", 128, "--proof-size", 136, "--growth-sizes", 64, 128, "--picture-size", 512]
     run(BENCHMARKS / "memory.py", "--models", "tiny", *sizes, "--threads", 1, "--out", out)
     report = json.loads(out.read_text())
     check_environment(report)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import in_pairs
 
 import streams
 import tiny
@@ -43,9 +44,7 @@ def made(monkeypatch):
     return shapes
 
 
-@pytest.mark.parametrize("case", UNETS)
-@pytest.mark.parametrize(("batch", "height", "width"), [(2, 8, 8), (3, 9, 7), (1, 14, 14)])
-@pytest.mark.parametrize("least", [0, 4000])
+@in_pairs({"case": UNETS, "batch, height, width": [(2, 8, 8), (3, 9, 7), (1, 14, 14)], "least": [0, 4000]})
 def test_a_unet_whose_maps_are_on_the_host_is_the_unet(case, batch, height, width, least, made):
     build, arguments = UNETS[case]
     model, sample = build(), noise(batch, 4, height, width)

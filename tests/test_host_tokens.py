@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import in_pairs
 
 import streams
 import tiny
@@ -54,9 +55,7 @@ def tiled(monkeypatch):
     return notes
 
 
-@pytest.mark.parametrize("case", UNETS)
-@pytest.mark.parametrize(("batch", "height", "width"), [(2, 8, 8), (3, 9, 7), (1, 14, 14)])
-@pytest.mark.parametrize("shape", ["brick", "tile"])
+@in_pairs({"case": UNETS, "batch, height, width": [(2, 8, 8), (3, 9, 7), (1, 14, 14)], "shape": ["brick", "tile"]})
 def test_a_unet_whose_tokens_are_on_the_host_is_the_unet(case, batch, height, width, shape, tiled):
     build, arguments = UNETS[case]
     model, sample = build(), noise(batch, 4, height, width)

@@ -17,8 +17,10 @@ import test_sd3
 import torch
 import torch.nn.functional as F
 from diffusers.hooks import apply_group_offloading
+from diffusers.hooks.group_offloading import GroupOffloadingType
 from joint import ALL, CLOSE, TOKENS, error, paint, patch
 from peft import LoraConfig
+from products import in_pairs
 from test_company import CPU
 from test_weights import META, PlayedGroup, loads, offload_on_a_stream  # noqa: F401  fixtures
 from torch import nn
@@ -168,8 +170,14 @@ def test_a_weight_comes_once_for_all_tiles_and_leaves(kind, hook, loads):  # noq
     assert hook is not by_layer or all(weight.device == META for weight in pipe.transformer.parameters())
 
 
-@pytest.mark.parametrize("kind", ["Flux", "Stable Diffusion 3.5"])
-@pytest.mark.parametrize("patched_first", [False, True])
+@in_pairs(
+    {
+        "kind": ["Flux", "Stable Diffusion 3.5"],
+        "patched_first": [False, True],
+        "offload_on_a_stream": GroupOffloadingType,
+    },
+    ["offload_on_a_stream"],
+)
 def test_groups_that_come_ahead_on_a_stream_come_once_and_are_there(
     kind,
     patched_first,

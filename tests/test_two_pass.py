@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import in_pairs
 from torch import nn
 
 import streams
@@ -66,10 +67,14 @@ def use_true_statistics(monkeypatch, model, run):
     monkeypatch.setattr(SharedGroupNorm, "apply", apply)
 
 
-@BOTH
-@pytest.mark.parametrize("split", range(LEVELS - 1))
-@pytest.mark.parametrize("mode", ["constant", "circular", "reflect", "replicate"])
-@pytest.mark.parametrize(("shape", "size"), [((2, 9, 15), (5, 6)), ((1, 36, 5), (13, 5))], ids=["grid", "column"])
+@in_pairs(
+    {
+        "half": HALVES,
+        "split": range(LEVELS - 1),
+        "mode": ["constant", "circular", "reflect", "replicate"],
+        "shape, size": [((2, 9, 15), (5, 6)), ((1, 36, 5), (13, 5))],
+    }
+)
 def test_with_full_plane_statistics_tiles_equal_the_untiled_result(monkeypatch, half, split, mode, shape, size):
     """So halo, crop, wrap and padding are right at every split, and only the statistics are approximate."""
     vae, x, run = tiny.vae(), INPUTS[half](*shape), HALVES[half]
@@ -215,10 +220,7 @@ def test_tiles_that_would_be_too_large_are_halved_as_often_as_need_be(monkeypatc
     assert len(tiled_part.TiledPart(split, cutting((32, 32)), 64, 48).windows) == grid
 
 
-@BOTH
-@pytest.mark.parametrize("wrap", [False, True])
-@pytest.mark.parametrize("split", range(LEVELS - 1))
-@pytest.mark.parametrize("strip_bytes", [2**24, 2**17], ids=["tiles at once", "tiles in strips"])
+@in_pairs({"half": HALVES, "wrap": [False, True], "split": range(LEVELS - 1), "strip_bytes": [2**24, 2**17]})
 def test_maps_that_wait_on_a_host_change_nothing(half, wrap, split, strip_bytes, monkeypatch):
     monkeypatch.setattr(room, "TILE_STRIP_BYTES", strip_bytes)
     vae, x, run = tiny.vae(), INPUTS[half](2, 11, 6), HALVES[half]

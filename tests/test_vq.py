@@ -6,6 +6,7 @@ from diffusers import VQModel
 from diffusers.models.attention_processor import Attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import in_pairs
 
 import family
 import tiny
@@ -104,9 +105,7 @@ def test_exact_equals_untiled(kind, half, batch, height, width, rows, padding, r
     assert torch.equal(x, before)
 
 
-@BOTH
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("padding", ["constant", "circular"])
+@in_pairs({"half": HALVES, "kind": KINDS, "padding": ["constant", "circular"]})
 def test_passes_come_close_and_as_many_as_there_are_norms_are_exact(half, kind, padding):
     model, x, run = vae(kind), inputs(half, 2, 9, 7), HALVES[half]
     with padded(model, padding):

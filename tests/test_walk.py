@@ -8,6 +8,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import in_pairs
 
 import streams
 import tiny
@@ -165,9 +166,7 @@ def test_on_a_device_with_a_host_only_the_host_holds_more_for_a_larger_image(hal
     assert larger_host >= 1.8 * host
 
 
-@BOTH
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("wrap", [False, True])
+@in_pairs({"half": HALVES, "recompute": [False, True], "wrap": [False, True]})
 def test_copies_on_streams_of_their_own_are_waited_for(half, recompute, wrap):
     """As on CUDA, on streams that are played."""
     vae, x, run = sd_like(), INPUTS[half](1, 7, 5), HALVES[half]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading, group_offloading
 from diffusers.hooks.group_offloading import GroupOffloadingConfig, GroupOffloadingType, ModuleGroup
+from products import in_pairs
 from test_company import CPU, cpu_offload, group_offload, leaf_group_offload
 from torch import nn
 
@@ -84,13 +85,11 @@ STAGES = {
     "encode": lambda pipe: HALVES["encode"](pipe.vae, INPUTS["encode"](1, 8, 12)),
     "decode": lambda pipe: HALVES["decode"](pipe.vae, INPUTS["decode"](1, 8, 12)),
 }
-WAYS = {
+WAYS = {  # of a VAE, each beside one of a U-Net
     "two-pass": {},
-    "three passes": {"vae_passes": 3},
-    "exact": {"vae_mode": "exact"},
+    "three passes, serial": {"vae_passes": 3, "unet_serial": True},
+    "exact, strips": {"vae_mode": "exact", "unet_strip_rows": 2},
     "recomputed": {"vae_mode": "exact", "vae_recompute": True},
-    "strips": {"unet_strip_rows": 2},
-    "serial": {"unet_serial": True},
 }
 
 
@@ -149,7 +148,7 @@ def test_a_weight_comes_once_however_many_pieces_its_module_sees(hook, way, load
         with LargeResPatch(pipe, 96, 64, **options):
             result, patched = counted(loads, stage, pipe)
         assert torch.equal(result, unhooked(stage, way))
-        if way == "serial" and stage == "step":
+        if "unet_serial" in options and stage == "step":
             assert patched == unpatched + unpatched  # a sample at a time, as if called for each
         else:
             assert patched == unpatched
@@ -231,9 +230,7 @@ class Stop(BaseException):
     pass
 
 
-@pytest.mark.parametrize("hook", OFFLOADS)
-@pytest.mark.parametrize("way", ["two-pass", "recomputed", "strips"])
-@pytest.mark.parametrize("stage", STAGES)
+@in_pairs({"hook": OFFLOADS, "way": ["two-pass", "exact, strips", "recomputed"], "stage": STAGES})
 def test_after_an_exception_on_the_way_all_has_left_and_hooks_are_as_before(hook, way, stage, monkeypatch):
     pipe, convolve, calls = hooked(hook), nn.Conv2d._conv_forward, []
     pipe_stage = STAGES[stage]
@@ -348,8 +345,9 @@ def test_where_weights_are_held_a_call_that_nobody_foresaw_finds_them_and_a_fore
         assert torch.equal(layers[2](x), third)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("patched_first", [False, True])
+@in_pairs(
+    {"way": WAYS, "patched_first": [False, True], "offload_on_a_stream": GroupOffloadingType}, ["offload_on_a_stream"]
+)
 def test_groups_that_come_ahead_on_a_stream_are_there_for_every_piece(way, patched_first, streamed):
     """Which one comes next is learnt in the first call. That may be one with the patch on, or without."""
     pipe, patch = streamed, LargeResPatch(streamed, 96, 64, **SMALL, **WAYS[way])
@@ -370,8 +368,14 @@ def test_with_a_stream_another_group_is_there_by_the_estimate(streamed):
     assert with_streams - weights_on(pipe, CPU) == max(sum(weight.nbytes for weight in kept) for kept in ahead)
 
 
-@pytest.mark.parametrize("way", ["two-pass", "exact"])
-@pytest.mark.parametrize("patched_first", [False, True])
+@in_pairs(
+    {
+        "way": ["two-pass", "exact, strips"],
+        "patched_first": [False, True],
+        "offload_on_a_stream": GroupOffloadingType,
+    },
+    ["offload_on_a_stream"],
+)
 def test_groups_that_come_ahead_on_a_stream_are_there_for_every_slice(way, patched_first, streamed):
     pipe, unhooked = streamed, quiet(tiny.text_to_image())
     patches = [LargeResPatch(each, 96, 64, **SMALL, **WAYS[way]) for each in (pipe, unhooked)]
