@@ -111,7 +111,7 @@ def lcm(pipe):
 
 
 TEXT = {"prompt": "a house", "width": SIZE, "height": SIZE}
-IMAGE = {"prompt": "a house", "image": picture(), "strength": 0.7}
+IMAGE = {"prompt": "a house", "image": picture(), "strength": 0.7, "num_inference_steps": 2}  # of which it leaves one
 CONTROL = TEXT | {"image": picture()}
 CONTROLS = TEXT | {"image": [picture(), picture().flip(-1)], "controlnet_conditioning_scale": [0.7, 0.4]}
 INPAINT = IMAGE | {"mask_image": mask(), "width": SIZE, "height": SIZE}

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
-from table import TableTests
+from table import STEPS, TableTests
 from torch.utils._pytree import tree_leaves
 
 from conftest import quiet
@@ -85,7 +85,7 @@ class JointTests(TableTests):
     blocks: ClassVar = TILES | {"vae_chunk_size_x": 8, "vae_chunk_size_y": 8}
 
     def draw(self, pipe, case):
-        return torch.as_tensor(paint(pipe, case.arguments, output_type="pt"))
+        return torch.as_tensor(paint(pipe, STEPS | case.arguments, output_type="pt"))
 
     @pytest.fixture
     def plain(self):

@@ -25,6 +25,7 @@ from test_patch import SMALL, fingerprint
 EXACT = {"ff_chunk_size": 23, "vae_mode": "exact", "vae_chunk_size_x": 5, "vae_chunk_size_y": 5}
 EXACT |= {"unet_serial": True, "unet_strip_rows": 3, "unet_offload": True}
 
+STEPS = {"num_inference_steps": 1}  # where a case does not say that it takes more to show anything
 
 _drawn = {}  # by case: shared, since every test leaves its pipeline as it was
 
@@ -50,7 +51,7 @@ class TableTests:
     blocks: ClassVar = SMALL
 
     def draw(self, pipe, case):
-        return run(pipe, case.arguments)
+        return run(pipe, STEPS | case.arguments)
 
     @pytest.fixture
     def drawn(self, case):
