@@ -384,7 +384,7 @@ ALL = {
     "maps away": ({"vae_offload": True}, "vae_offload must be False with a process_group"),
     "another denoiser": (
         {"kind": "PixArt"},
-        "pipe.transformer (PixArtTransformer2DModel); accepted are AutoencoderKL, U-Nets as",
+        "pipe.transformer (PixArtTransformer2DModel); accepted are AutoencoderKL, AutoencoderKLFlux2,",
     ),
     "another U-Net": ({"kind": "Kandinsky"}, "pipe.unet (UNet2DConditionModel); accepted are"),
     "a U-Net with FreeU": ({"kind": "FreeU"}, "pipe.unet (UNet2DConditionModel); accepted are"),

@@ -236,17 +236,17 @@ class Band:
         return self.rows.height, self.rows.width
 
     def own(self, plane: torch.Tensor) -> torch.Tensor:
-        """This process's rows of a whole map ``[B, C, H, W]``."""
-        return plane[:, :, slice(*self.run)]
+        """This process's rows of a whole map ``[..., H, W]``."""
+        return plane[..., slice(*self.run), :]
 
     def whole(self, plane: torch.Tensor, kind: str = "maps") -> torch.Tensor:
-        """A map ``[B, C, H, W]`` of the bands of all processes."""
+        """A map ``[..., H, W]`` of the bands of all processes."""
         if self.alone:
             return plane
-        missing = self.rows.tallest() - plane.shape[2]
+        missing = self.rows.tallest() - plane.shape[-2]
         bands = self.bands.gathered(F.pad(plane, (0, 0, 0, missing)) if missing else plane, kind)
         runs = (self.rows.run(i) for i in range(len(bands)))
-        return torch.cat([band[:, :, : b - a] for band, (a, b) in zip(bands, runs, strict=True)], dim=2)
+        return torch.cat([band[..., : b - a, :] for band, (a, b) in zip(bands, runs, strict=True)], dim=-2)
 
     def all_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Those of the whole map, ``[B, height * width, C]``, of this process's."""
