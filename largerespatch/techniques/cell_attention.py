@@ -100,7 +100,8 @@ class CellAttention:
         """What the original makes of a map or of tokens, with given keys and values, or those of other tokens,
         normalized."""
         if encoder_hidden_states is not None:
-            keys_and_values = self.projections.to_others(encoder_hidden_states)
+            # Else torch's kernels would not take them, and there would be scores of all for all.
+            keys_and_values = [each.contiguous() for each in self.projections.to_others(encoder_hidden_states)]
         with OtherKeys(*keys_and_values):
             return original(hidden_states) if hidden_states.ndim == 4 else _tokens(original(_column(hidden_states)))
 
