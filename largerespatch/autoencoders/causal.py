@@ -57,14 +57,14 @@ class Causal(KL):
         return any(_is_kind(halves[0], f"{kind}Encoder3d") for kind in KINDS) and all(map(_is_known, halves))
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
-        frames = Frames(model, name)
+        frames, left = Frames(model, name), "left as they are" if options.process_group is None else "refused"
         for method in ("_encode", "_decode"):
             yield Site(model, name, Order.IN_STAGES, frames, method)
         for site in super().sites(model, name, options, pipe):
             if isinstance(site.technique, InPieces):
                 planes = _planes(site.module, site.path, options.padding_mode)
                 one = OneFrame(site.technique, frames, planes)
-                site = replace(site, technique=one, says=f"{site.says}; several frames are left as they are")
+                site = replace(site, technique=one, says=f"{site.says}; several frames are {left}")
             yield site
         yield from frame_padding_sites(model, name, options.padding_mode)
 

@@ -106,14 +106,23 @@ class OneFrame:
         count = self.frames.count
         if count is None:
             count = sample.shape[2] if feat_cache is None else 2
-        if count > 1 and not self._warned and not rehearsing():
+        if count > 1:
+            self._leave()
+        return count == 1
+
+    def _leave(self) -> None:
+        """Says once that several frames are left alone, which those of a band cannot be."""
+        if not self.in_pieces.cutting.bands.alone:
+            raise ValueError(
+                f"process_group: {self.in_pieces.path} runs in bands of single frames; got several, accepted is one"
+            )
+        if not self._warned and not rehearsing():
             self._warned = True
             warnings.warn(
                 f"{self.in_pieces.cutting.title} runs single frames in pieces, several ones as without LargeResPatch",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return count == 1
 
 
 def as_frame(original: Forward, plane: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
