@@ -15,6 +15,7 @@ import test_vq
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from test_bands import BLOCKS, assert_close, in_shares, noise, rank_of, silent
+from test_causal import Attended
 
 from halves import picture
 from largerespatch import LargeResPatch
@@ -43,11 +44,11 @@ KINDS = {
 
 
 def given(vae, which, height, width, batch=1, seed=0):
-    """What a half is given for ``height x width`` latent pixels."""
+    """What a half is given for ``height x width`` latent pixels, which for an encoder need not be whole."""
     frames = isinstance(vae.config.get("z_dim"), int)
     if which == "encode":
         factor = 8 * (vae.config.get("patch_size") or 1) if frames else 8
-        x = picture(batch, factor * height, factor * width, seed)
+        x = picture(batch, int(factor * height), factor * width, seed)
     else:
         x = noise(batch, vae.config.z_dim if frames else vae.config.latent_channels, height, width, seed=seed)
     return x[:, :, None] if frames else x
@@ -91,6 +92,7 @@ HALVES = {
     "attention blocked": (2, "Qwen-Image", "decode", (9, 7), 1, {"vae_attn": "blocked", "attn_context": 16} | BLOCKS),
     "samples in turns": (2, "Qwen-Image", "decode", (5, 4), 2, {"in turns": True}),
     "Qwen-Image encodes": (3, "Qwen-Image", "encode", (7, 5), 2, {"vae_chunk_size_y": 3}),
+    "encodes an odd height": (2, "Qwen-Image", "encode", (43 / 8, 4)),
     "encodes one row each, circular": (4, "Qwen-Image", "encode", (4, 5), 1, {"padding_mode": "circular"}),
     "Wan decodes, circular": (2, "Wan", "decode", (5, 6), 1, {"padding_mode": "circular"}),
     "Wan encodes, reflected": (2, "Wan", "encode", (5, 4), 1, {"padding_mode": "reflect"}),
@@ -144,6 +146,22 @@ def test_pictures_that_are_not_of_whole_latent_pixels_are_encoded_by_every_proce
 
 
 # Memory
+
+
+def layouts(group):
+    """How far apart the channels of keys are, of all that is attended."""
+    found = []
+    for kind in ("Qwen-Image", "HunyuanImage"):
+        vae = KINDS[kind]()
+        with LargeResPatch(pipe_of(vae), 64, 64, vae_mode="exact", process_group=group), Attended() as attended:
+            run(vae, "decode", given(vae, "decode", 4, 4))
+        found += [key.stride(-1) for _, key in attended.met]
+    return found
+
+
+def test_keys_of_all_bands_lie_as_torchs_kernels_want_them(pool):
+    """Of others there would be scores of all tokens for all."""
+    assert pool.run(2, layouts) == [[1, 1]] * 2
 
 
 def peaks(group, size):
