@@ -19,7 +19,8 @@ from test_causal import Attended
 
 from halves import picture
 from largerespatch import LargeResPatch
-from largerespatch.core.bands import counting_sent
+from largerespatch.core import bands as bands_room
+from largerespatch.core.bands import Bands, counting_sent
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.techniques import chunked_attention
 
@@ -130,6 +131,25 @@ def test_both_halves_of_guidance_decode_alike(pool):
     waiting = pool.start(4, in_shares, 2, half, *what)
     expected = half(None, *what)
     assert_close(waiting(), expected)
+
+
+def places(group):
+    """Where errors would say that it happened, of all that is sent."""
+    found, talking = set(), Bands._talking
+
+    def noted(self, *what):
+        found.add(bands_room._PLACE.get())
+        return talking(self, *what)
+
+    with mock.patch.object(Bands, "_talking", noted):
+        half(group, "HunyuanImage", "decode", (4, 4))
+    return found
+
+
+def test_errors_would_say_at_which_module_it_was(pool):
+    for found in pool.run(2, places):
+        assert {f"vae.decoder{path}" for path in ("", ".conv_in", ".mid_block.attentions.0", ".norm_out")} <= found
+        assert all(place.startswith("vae.decoder") for place in found)
 
 
 def untouched(group):

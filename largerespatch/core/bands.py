@@ -48,8 +48,8 @@ def counting_sent() -> Iterator["Counter[str]"]:
 
 @contextmanager
 def at(place: str) -> Iterator[None]:
-    """Inside, `place` is where errors say that it happened: the path of a module."""
-    token = _PLACE.set(place)
+    """Inside, `place` is where errors say that it happened: the path of a module. Without one it is where it was."""
+    token = _PLACE.set(place or _PLACE.get())
     try:
         yield
     finally:
