@@ -111,7 +111,11 @@ class OneFrame:
         return count == 1
 
     def _leave(self) -> None:
-        """Says once that several frames are left alone, which those of a band cannot be."""
+        """Says once that several frames are left alone.
+
+        Raises:
+            ValueError: this process has a band of them.
+        """
         if not self.in_pieces.cutting.bands.alone:
             raise ValueError(
                 f"process_group: {self.in_pieces.path} runs in bands of single frames; got several, accepted is one"
