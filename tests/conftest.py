@@ -53,6 +53,16 @@ def quiet(pipe):
     return pipe
 
 
+@pytest.fixture(scope="session")
+def pool():
+    """Forked when all tests are imported, which is what they run."""
+    import processes
+
+    made = processes.Pool()
+    yield made
+    assert made.close() == [0] * processes.MOST
+
+
 @pytest.fixture
 def pipe():
     """A tiny Stable Diffusion text-to-image pipeline."""

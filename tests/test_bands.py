@@ -51,13 +51,6 @@ DEEP = {
 }
 
 
-@pytest.fixture(scope="session")
-def pool():
-    made = processes.Pool()
-    yield made
-    assert made.close() == [0] * processes.MOST
-
-
 def fused(model):
     """With attention processors that take no keys but those they make themselves."""
     model.fuse_qkv_projections()
@@ -384,7 +377,7 @@ ALL = {
     "maps away": ({"vae_offload": True}, "vae_offload must be False with a process_group"),
     "another denoiser": (
         {"kind": "PixArt"},
-        "pipe.transformer (PixArtTransformer2DModel); accepted are AutoencoderKL, U-Nets as",
+        "pipe.transformer (PixArtTransformer2DModel); accepted are AutoencoderKL, AutoencoderKLFlux2,",
     ),
     "another U-Net": ({"kind": "Kandinsky"}, "pipe.unet (UNet2DConditionModel); accepted are"),
     "a U-Net with FreeU": ({"kind": "FreeU"}, "pipe.unet (UNet2DConditionModel); accepted are"),

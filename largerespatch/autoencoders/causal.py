@@ -24,6 +24,7 @@ from ..techniques.frames import (
     is_causal,
 )
 from ..techniques.halves import InPieces
+from ..techniques.shared_maps import bands_of
 from ..techniques.stages import Split, decoder_splits, encoder_splits, measure
 from ..techniques.strips import reach
 from ..techniques.walk import CONTAINERS, Walk, register_way
@@ -49,19 +50,21 @@ LAST = ("norm_out", "nonlinearity", "conv_out")
 class Causal(KL):
     """Norms of each cell, convolutions that see no later frame, and attention of each frame in the middle alone."""
 
+    shared = "AutoencoderKLQwenImage, AutoencoderKLWan"
+
     def matches(self, model: nn.Module) -> bool:
         halves = [getattr(model, half, None) for half in HALVES]
         return any(_is_kind(halves[0], f"{kind}Encoder3d") for kind in KINDS) and all(map(_is_known, halves))
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
-        frames = Frames(model, name)
+        frames, left = Frames(model, name), "left as they are" if options.process_group is None else "refused"
         for method in ("_encode", "_decode"):
             yield Site(model, name, Order.IN_STAGES, frames, method)
         for site in super().sites(model, name, options, pipe):
             if isinstance(site.technique, InPieces):
                 planes = _planes(site.module, site.path, options.padding_mode)
                 one = OneFrame(site.technique, frames, planes)
-                site = replace(site, technique=one, says=f"{site.says}; several frames are left as they are")
+                site = replace(site, technique=one, says=f"{site.says}; several frames are {left}")
             yield site
         yield from frame_padding_sites(model, name, options.padding_mode)
 
@@ -79,7 +82,8 @@ class Causal(KL):
             return module.to_qkv(module.norm(plane)).chunk(3, dim=1)
 
         query, others = (lambda plane: projected(plane)[0]), (lambda plane: projected(plane)[1:])
-        return FrameAttention(Projections(query, others, scale=module.dim**-0.5), blocking, layer)
+        projections = Projections(query, others, scale=module.dim**-0.5)
+        return FrameAttention(projections, blocking, layer, bands_of(options))
 
     def image(self, model: Any, height: int, width: int) -> torch.Tensor:
         return new_like(model)(1, model.encoder.conv_in.in_channels // _patch(model) ** 2, 1, height, width)

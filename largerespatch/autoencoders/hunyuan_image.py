@@ -10,6 +10,7 @@ from torch import nn
 from ..core.families import register
 from ..techniques.attention import Blocking
 from ..techniques.cell_attention import CellAttention, Projections
+from ..techniques.shared_maps import bands_of
 from ..techniques.stages import Skip, Split, measure, register_scaling
 from ..techniques.strips import Forward, bare, reach
 from ..techniques.walk import CONTAINERS, Walk, register_way
@@ -40,6 +41,8 @@ CONTAINERS |= {"HunyuanImageEncoder2D", "HunyuanImageDecoder2D", "HunyuanImageMi
 class HunyuanImage(KL):
     """Those of HunyuanImage 2.1; not its refiner's, which are of films."""
 
+    shared = "AutoencoderKLHunyuanImage"
+
     def matches(self, model: nn.Module) -> bool:
         halves = [type(getattr(model, half, None)).__name__ for half in ("encoder", "decoder")]
         return halves == ["HunyuanImageEncoder2D", "HunyuanImageDecoder2D"]
@@ -58,7 +61,8 @@ class HunyuanImage(KL):
             group_norm=module.norm,
         )
         # Beyond a tile scores of all tokens for all others would decide how much memory it takes.
-        return CellAttention(projections, blocking, layer, options.vae_chunk_size_y * options.vae_chunk_size_x)
+        least = options.vae_chunk_size_y * options.vae_chunk_size_x
+        return CellAttention(projections, blocking, layer, least, bands_of(options))
 
     def factor(self, model: Any) -> int:
         return int(model.config.spatial_compression_ratio)

@@ -29,10 +29,10 @@ class KL(AnyAutoencoder):
     rank = 0
     known = True
     reflected = 2  # cells that the smallest map must have for that
-    shared = "AutoencoderKL"
+    shared = "AutoencoderKL, AutoencoderKLFlux2"  # a family that does not say so of its own shares none
 
     def can_be_shared(self, model: Any) -> bool:
-        return type(model).__name__ == "AutoencoderKL"
+        return type(model).__name__ in self.shared.split(", ")
 
     def matches(self, model: nn.Module) -> bool:
         encoder, decoder = (getattr(model, half, None) for half in HALVES)
@@ -65,11 +65,9 @@ class KL(AnyAutoencoder):
         host = Host() if options.vae_offload else None
         in_pieces = self.in_pieces(half, path, encodes, cutting, host, options)
         yield Site(half, path, Order.IN_STAGES, in_pieces, says=self.way(options, in_pieces))
-        if options.process_group is not None:
-            steps = len(model.config.block_out_channels) - 1
-            sizes = {"halvings": steps, "rounds_up": False} if encodes else {"doublings": steps}
-            says = f"maps in {bands}"
-            yield Site(half, path, Order.IN_BANDS, InBands(half, path, bands, sizes, all_cut=True), says=says)
+        if options.process_group is not None and isinstance(in_pieces, Exact):
+            in_bands = InBands(half, path, bands, in_pieces.sizes, all_cut=True)
+            yield Site(half, path, Order.IN_BANDS, in_bands, says=f"maps in {bands}")
         least = self.reflected * scale
         yield from reflection_sites(half, path, options.padding_mode, least, factor // scale, self.reflected)
         yield from self.attention(half, path, options)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..core.families import Site, register
 from ..techniques.halves import InPieces
+from ..techniques.shared_maps import InBands
 from ..techniques.stages import Split, measure
 from ..techniques.strips import Forward
 from ..techniques.walk import CONTAINERS, Walk, register_way
@@ -34,6 +35,7 @@ class Tiny(KL):
     """Convolutions, some with a stride, and upsamplers, in a row."""
 
     ends_in_picture = False  # it is scaled
+    shared = "AutoencoderTiny"
 
     def matches(self, model: nn.Module) -> bool:
         encoder, decoder = (getattr(model, half, None) for half in HALVES)
@@ -42,7 +44,7 @@ class Tiny(KL):
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
         for site in super().sites(model, name, options, pipe):
-            if isinstance(site.technique, InPieces) and site.module is model.encoder.layers:
+            if isinstance(site.technique, InPieces | InBands) and site.module is model.encoder.layers:
                 site = replace(site, technique=WholeCells(site.technique, self.factor(model)))
             yield site
 
@@ -63,21 +65,21 @@ class Tiny(KL):
 
 
 class WholeCells:
-    """`in_pieces` for images of whole latent pixels alone: of others an encoder makes one more than fit."""
+    """`technique` for images of whole latent pixels alone: of others an encoder makes one more than fit."""
 
-    def __init__(self, in_pieces: InPieces, factor: int) -> None:
-        self.in_pieces = in_pieces
+    def __init__(self, technique: InPieces | InBands, factor: int) -> None:
+        self.technique = technique
         self.factor = factor
 
     @property
     def holds(self) -> Sequence[Sequence[nn.Module]]:
-        return getattr(self.in_pieces, "holds", ())
+        return getattr(self.technique, "holds", ())
 
     def applies(self, sample: torch.Tensor) -> bool:
         return all(length % self.factor == 0 for length in sample.shape[-2:])
 
     def __call__(self, original: Forward, sample: torch.Tensor) -> torch.Tensor:
-        return self.in_pieces(original, sample)
+        return self.technique(original, sample)
 
 
 def _doubles(upsampler: nn.Upsample) -> bool:

@@ -48,8 +48,8 @@ def counting_sent() -> Iterator["Counter[str]"]:
 
 @contextmanager
 def at(place: str) -> Iterator[None]:
-    """Inside, `place` is where errors say that it happened: the path of a module."""
-    token = _PLACE.set(place)
+    """Inside, `place` is where errors say that it happened: the path of a module. Without one it is where it was."""
+    token = _PLACE.set(place or _PLACE.get())
     try:
         yield
     finally:
@@ -236,17 +236,17 @@ class Band:
         return self.rows.height, self.rows.width
 
     def own(self, plane: torch.Tensor) -> torch.Tensor:
-        """This process's rows of a whole map ``[B, C, H, W]``."""
-        return plane[:, :, slice(*self.run)]
+        """This process's rows of a whole map ``[..., H, W]``."""
+        return plane[..., slice(*self.run), :]
 
     def whole(self, plane: torch.Tensor, kind: str = "maps") -> torch.Tensor:
-        """A map ``[B, C, H, W]`` of the bands of all processes."""
+        """A map ``[..., H, W]`` of the bands of all processes."""
         if self.alone:
             return plane
-        missing = self.rows.tallest() - plane.shape[2]
+        missing = self.rows.tallest() - plane.shape[-2]
         bands = self.bands.gathered(F.pad(plane, (0, 0, 0, missing)) if missing else plane, kind)
         runs = (self.rows.run(i) for i in range(len(bands)))
-        return torch.cat([band[:, :, : b - a] for band, (a, b) in zip(bands, runs, strict=True)], dim=2)
+        return torch.cat([band[..., : b - a, :] for band, (a, b) in zip(bands, runs, strict=True)], dim=-2)
 
     def all_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Those of the whole map, ``[B, height * width, C]``, of this process's."""
@@ -301,6 +301,10 @@ class Band:
         parts = self.bands.gathered(torch.stack([statistics.mean, statistics.variance]), "statistics")
         heights = [stop - start for start, stop in map(self.rows.run, range(self.bands.count))]
         return pool([GroupStatistics(rows * self.rows.width, *each) for rows, each in zip(heights, parts, strict=True)])
+
+    def summed(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over the whole map, of those over this band, which may be written over."""
+        return sums if self.alone else self.bands.summed(sums, "statistics")
 
     def picked(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """The tokens ``[B, S, C]`` of the whole map at places ``[B, S]``, of this band's tokens ``[B, N, C]``."""

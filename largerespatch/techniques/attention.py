@@ -64,7 +64,7 @@ class BlockedAttention:
             is not so is attended whole.
         bands: of several processes each has a band of the map, one of these; then keys of a map that is attended whole
             come from all. The tiles and the context are those of one process.
-        path: of the attention, for messages.
+        path: of the attention, for messages, where nothing around it has said so.
     """
 
     sees_tiles = True  # once its context is known, it sees no token of the map but those of the tile
@@ -77,7 +77,7 @@ class BlockedAttention:
         layer: int,
         map_note: MapNote | None = None,
         bands: Bands = ALONE,
-        path: str = "attention",
+        path: str = "",
     ) -> None:
         self.attention: Any = attention
         self.blocking = blocking

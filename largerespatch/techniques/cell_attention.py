@@ -13,6 +13,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
+from ..core.bands import ALONE, Bands
 from .attention import BlockedAttention, Blocking
 from .chunked_attention import ChunkedAttention, OtherKeys
 from .notes import StepNote
@@ -64,13 +65,18 @@ class CellAttention:
         projections: what it projects by.
         blocking: how it is blocked; None: in chunks.
         layer: its place among the attentions of its model.
+        bands: of several processes each has a band of the map, one of these.
     """
 
-    def __init__(self, projections: Projections, blocking: Blocking | None, layer: int, least: int) -> None:
+    def __init__(
+        self, projections: Projections, blocking: Blocking | None, layer: int, least: int, bands: Bands = ALONE
+    ) -> None:
         self.projections = projections
         attention: Any = projections
         self.technique = (
-            ChunkedCells(attention) if blocking is None else BlockedAttention(attention, blocking, StepNote(), layer)
+            ChunkedCells(attention, bands)
+            if blocking is None
+            else BlockedAttention(attention, blocking, StepNote(), layer, bands=bands)
         )
         self.least = least
 
@@ -87,15 +93,17 @@ class CellAttention:
     def _attend(
         self,
         original: Forward,
-        tokens: torch.Tensor,
+        hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         keys_and_values: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """What the original makes of `tokens`, with given keys and values, or those of other tokens, normalized."""
+        """What the original makes of a map or of tokens, with given keys and values, or those of other tokens,
+        normalized."""
         if encoder_hidden_states is not None:
-            keys_and_values = self.projections.to_others(encoder_hidden_states)
+            # Else torch's kernels would not take them, and there would be scores of all for all.
+            keys_and_values = [each.contiguous() for each in self.projections.to_others(encoder_hidden_states)]
         with OtherKeys(*keys_and_values):
-            return _tokens(original(_column(tokens)))
+            return original(hidden_states) if hidden_states.ndim == 4 else _tokens(original(_column(hidden_states)))
 
 
 def _column(tokens: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.bands import ALONE, Bands
 from ..core.families import Order, Site
 from ..core.modules import named_modules
 from ..core.patching import PatchStack
@@ -98,21 +99,34 @@ class OneFrame:
         with PatchStack() as stack:
             for path, (module, plane) in self.planes.items():
                 stack.wrap(module, "forward", plane, f"{path}.forward")
-            return self.in_pieces(original, sample[:, :, 0], *args, **kwargs)[:, :, None]
+            return self.in_pieces(original, sample[:, :, 0], None, *args, **kwargs)[:, :, None]
 
     def _is_all(self, sample: torch.Tensor, feat_cache: Any) -> bool:
         """Whether there is this one frame and no other; of a call by itself only an empty cache says so."""
         count = self.frames.count
         if count is None:
             count = sample.shape[2] if feat_cache is None else 2
-        if count > 1 and not self._warned and not rehearsing():
+        if count > 1:
+            self._leave()
+        return count == 1
+
+    def _leave(self) -> None:
+        """Says once that several frames are left alone.
+
+        Raises:
+            ValueError: this process has a band of them.
+        """
+        if not self.in_pieces.cutting.bands.alone:
+            raise ValueError(
+                f"process_group: {self.in_pieces.path} runs in bands of single frames; got several, accepted is one"
+            )
+        if not self._warned and not rehearsing():
             self._warned = True
             warnings.warn(
                 f"{self.in_pieces.cutting.title} runs single frames in pieces, several ones as without LargeResPatch",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return count == 1
 
 
 def as_frame(original: Forward, plane: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -123,8 +137,8 @@ def as_frame(original: Forward, plane: torch.Tensor, *args: Any, **kwargs: Any) 
 class FrameAttention(CellAttention):
     """For attention of each frame to itself alone, given a single one: ``[B, C, 1, H, W]``, or a map without frames."""
 
-    def __init__(self, projections: Projections, blocking: Blocking | None, layer: int) -> None:
-        super().__init__(projections, blocking, layer, least=0)
+    def __init__(self, projections: Projections, blocking: Blocking | None, layer: int, bands: Bands = ALONE) -> None:
+        super().__init__(projections, blocking, layer, 0, bands)
 
     def applies(self, hidden_states: torch.Tensor) -> bool:
         if hidden_states.ndim == 4:  # the original wants frames

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
@@ -181,7 +182,8 @@ class Exact(InPieces):
         # An error now rather than in the call.
         ways = {place: walked(module, place, Walk(1, False)) for place, module in self.steps.items()}
         upsamplers = [place for place, way in ways.items() if isinstance(way, WalkedUpsample)]
-        self.doublings = sum(getattr(way, "scale", 1) == 2 for way in ways.values())
+        scales = [getattr(way, "scale", 1) for way in ways.values()]
+        self.doublings, self.halvings = scales.count(2), scales.count(Fraction(1, 2))
         self.by_rows = any(getattr(way, "by_rows", False) for way in ways.values())
         self.recompute = recompute and any(getattr(way, "saves_if_recomputed", False) for way in ways.values())
         # Called when their block is done.
@@ -193,6 +195,11 @@ class Exact(InPieces):
         names = place.removeprefix(self.path).split(".")[1:]
         line = list(accumulate(names, getattr, initial=self.model))
         return [*line[:-1], *line[-1].modules()]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """How its maps follow from its input; see `largerespatch.core.band_rows.banded`."""
+        return {"halvings": self.halvings, "doublings": self.doublings, "rounds_up": False}
 
     def _run(self, original: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         passing = not listeners(self.model)

@@ -74,7 +74,8 @@ class WalkedLinearAttention:
                 original(block)
             return noted[0]
 
-        pooled = torch.stack(collect(cuts, note, read=read, carries=True)).sum(dim=0)
+        here = torch.stack(collect(cuts, note, read=read, carries=True)).sum(dim=0)
+        pooled = walk.bands.of(plane).summed(here)
 
         def compute(strip: Tile, given: Block) -> torch.Tensor:
             above, block = given

@@ -205,7 +205,7 @@ class StripResample:
         self.plain = plain
 
     def __call__(self, original: Forward, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.strips.is_one(hidden_states) or hidden_states.shape[-2] < self.halo:
+        if self.strips.is_one(hidden_states):
             return original(hidden_states, *args, **kwargs)
         return self.run(original, hidden_states, *args, **kwargs)
 
