@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import test_kl
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
@@ -92,8 +93,9 @@ def test_what_is_no_latents_is_named(pipe, case):
     assert fingerprint(pipe) == before
 
 
-def test_without_such_an_autoencoder_it_says_so(pipe):
-    pipe.vae = None
+@pytest.mark.parametrize("build", [lambda: None, test_kl.flux_2], ids=["none", "of latents that are normalized"])
+def test_without_such_an_autoencoder_it_says_so(pipe, build):
+    pipe.vae = build()
     with pytest.raises(
         ValueError, match=r"must have an autoencoder that makes images .*; StableDiffusionPipeline has none"
     ):

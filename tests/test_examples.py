@@ -480,7 +480,7 @@ def test_the_table_of_pipelines_is_made_of_test_results(run, tmp_path):
 
 def test_memory(run, tmp_path, capsys):
     out = tmp_path / "memory.json"
-    sizes = ["--sizes", 128, "--proof-size", 136, "--growth-sizes", 64, 128, "--picture-size", 512]
+    sizes = ["--sizes", 128, "--proof-size", 136, "--growth-sizes", 64, 128, "--picture-size", 1024]
     run(BENCHMARKS / "memory.py", "--models", "tiny", *sizes, "--threads", 1, "--out", out)
     report = json.loads(out.read_text())
     check_environment(report)

@@ -35,15 +35,17 @@ def _autoencoder(pipe: Any) -> tuple[Any, int, bool]:
     """The model that decodes, sample pixels to a latent pixel, and whether its last layer makes the picture.
 
     Raises:
-        ValueError: there is none whose latents are maps and whose images have three channels.
+        ValueError: there is none whose latents are maps, scaled by a number, and whose images have three channels.
     """
     for model, family in families_in(pipe).values():
         config = getattr(model, "config", None)
-        maps = getattr(config, "latent_channels", None) and getattr(config, "out_channels", None) == CHANNELS
+        maps = all(getattr(config, name, None) for name in ("latent_channels", "scaling_factor"))
+        maps = maps and getattr(config, "out_channels", None) == CHANNELS
         if "decode" in family.stages and maps and (factor := family.factor(model)):
             return model, factor, getattr(family, "ends_in_picture", False)
     raise ValueError(
-        "pipe must have an autoencoder that makes images of three channels of latents [B, C, height, width]; "
+        "pipe must have an autoencoder that makes images of three channels of latents [B, C, height, width] that are "
+        "scaled by a number of its configuration; "
         f"{type(pipe).__name__} has none"
     )
 
