@@ -191,7 +191,7 @@ def test_what_is_known_is_not_counted_again(pipe, monkeypatch):
     patch = LargeResPatch(pipe, 64, 64)
     estimator = patch._estimator(patch._on)
     first = estimator.peak("step", 64, 64, patch.options)
-    monkeypatch.setattr(estimator.shadow, "peaks", lambda work: (1, 1))
+    monkeypatch.setattr(estimator.shadow, "peaks", lambda work, most: (1, 1))
     assert estimator.peak("step", 64, 64, LargeResPatch(pipe, 96, 96).options) == first, "equal options"
     assert estimator.peak("step", 64, 96, patch.options) == 1
     assert estimator.peak("decode", 64, 64, patch.options) == 1
@@ -328,6 +328,22 @@ def test_a_rehearsal_needs_what_the_whole_needs(monkeypatch, kind, size, options
     # A few numbers per piece are left for the statistics of group norms.
     for stage in STAGES:
         assert getattr(rehearsed, stage) == pytest.approx(getattr(whole, stage), rel=0.005)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_whether_it_fits_is_known_sooner_where_it_does_not(stage):
+    patch = LargeResPatch(BUILD["sd image-to-image"](), 120, 136, **SHORT)
+    needed = patch._estimator(patch._on).peak(stage, 120, 136, patch.options)
+
+    def fits(room):
+        with Operations() as run:
+            return patch._estimator(patch._on).fits(stage, 120, 136, patch.options, room), run
+
+    enough, all_of_it = fits(needed)
+    too_little, nearly = fits(needed - 1)
+    half, few = fits(needed // 2)
+    assert (enough, too_little, half) == (True, False, False)
+    assert few.count < nearly.count <= all_of_it.count
 
 
 DOZEN = [(64, 64), (56, 72), (72, 64), (48, 112), (80, 64), (72, 80)]

@@ -34,6 +34,13 @@ WORK = {
     "indices": lambda plane, tokens: tokens.gather(1, tokens.topk(3, dim=1).indices),
     "of numbers": lambda plane, tokens: torch.tensor([1, 2, 3]).expand(4, -1) * 2.5,
     "doubled": lambda plane, tokens: F.interpolate(plane, scale_factor=2.0, mode="nearest"),
+    "value by value": lambda plane, tokens: (F.silu(plane), plane + plane, tokens * 2.5, tokens.clamp(min=0), -plane),
+    "with others": lambda plane, tokens: (
+        plane + plane[:1],
+        plane.half() * plane,
+        plane / plane.permute(1, 0, 3, 2)[0, 0, 0, 0],
+    ),
+    "of whole numbers": lambda plane, tokens: (torch.arange(6) / 2, torch.arange(6) + torch.arange(6)),
     "put together": lambda plane, tokens: torch.cat([plane, plane[:, :3]], dim=1),
 }
 

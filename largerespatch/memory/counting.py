@@ -78,11 +78,18 @@ def makes_views(func: Any) -> bool:
     return func is torch.ops.aten._unsafe_view.default or all(result.alias_info is not None for result in returns)
 
 
+class TooManyBytesError(Exception):
+    """More bytes were alive than it was worth while to go on for."""
+
+
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that come to life inside the block on devices of type `device` and of the `others`.
 
     `peaks` says of each type what was alive at most at once, `peak` and `alive` speak of the first alone. What existed
     before, and views of it, count nothing; nor does the private workspace of kernels.
+
+    Raises:
+        TooManyBytesError: more than `most` were alive on `device`.
     """
 
     @classmethod
@@ -90,9 +97,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """No: to keep each operation from being compiled takes longer than to count it, and none is."""
         return False
 
-    def __init__(self, device: str, *others: str) -> None:
+    def __init__(self, device: str, *others: str, most: float = math.inf) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
+        self.most = most
         self.peaks: Sizes = dict.fromkeys((device, *others), 0)
         self._alive = dict(self.peaks)  # upper bounds: a storage may have been shrunk or be gone since it was counted
         self._known: dict[int, _Storage] = {}
@@ -146,6 +154,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         alive = self.all_alive()
         for device, size in sizes.items():
             self.peaks[device] = max(self.peaks[device], alive[device] + size)
+        if self.peak > self.most:
+            raise TooManyBytesError
 
     def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()

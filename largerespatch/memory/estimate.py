@@ -1,14 +1,16 @@
 """Peak memory, told beforehand."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..core.calls import encodes, held
 from ..core.families import Family
 from ..core.patching import PatchStack
-from .counting import gibibytes
+from .counting import TooManyBytesError, gibibytes
 from .devices import execution_device, weights_on
 from .shadow import Peaks, Shadow
 
@@ -81,16 +83,24 @@ class Estimator:
         """
         return self._peaks(stage, height, width, options).device
 
+    def fits(self, stage: str, height: int, width: int, options: Any, room: int) -> bool:
+        """Whether `peak` is no more than `room`; where it is more that is known sooner than the peak."""
+        try:
+            return self._peaks(stage, height, width, options, room).device <= room
+        except TooManyBytesError:
+            return False
+
     def host_peak(self, stage: str, height: int, width: int, options: Any) -> int:
         """Bytes of one of `STAGES` in the host's memory, where the pipeline runs elsewhere; 0 where nothing leaves."""
         return self._peaks(stage, height, width, options).host if options.unet_offload or options.vae_offload else 0
 
-    def _peaks(self, stage: str, height: int, width: int, options: Any) -> Peaks:
+    def _peaks(self, stage: str, height: int, width: int, options: Any, most: float = math.inf) -> Peaks:
         key = (stage, height, width, options)
         if key not in self._known:
             pipe, models = self.shadow.pipe, list(self.shadow.models.values())
             with self.patched(self.shadow.calling(stage), options), as_called(stage, models, pipe) as grown:
-                device, host = self.shadow.peaks(lambda: play(stage, models, pipe, height, width))
+                work = partial(play, stage, models, pipe, height, width)
+                device, host = self.shadow.peaks(work, most - grown)
             self._known[key] = Peaks(grown + device, host)
         return self._known[key]
 

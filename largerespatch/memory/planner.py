@@ -1,9 +1,9 @@
 """Settings that fit a budget, the cheapest first."""
 
-from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, count, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -55,8 +55,8 @@ VAE_SAVERS: Mapping[str, tuple[Saver, ...]] = {
     ),
 }
 MARGIN, LEAST_MARGIN = 0.1, 2**29  # of a limit, for kernels' workspace and fragmentation
-SEARCH_STEP = 64  # sample pixels, between sides of images that are tried where nothing fits
-SEARCH_RATIO = 1.25  # or by what they grow at least
+SEARCH_STEP = 64  # sample pixels, the shortest side of images that are tried where nothing fits
+SEARCH_FROM = 0.9  # where those left are parted: what is too much is known sooner than what fits
 
 
 class DoesNotFitError(ValueError):
@@ -180,41 +180,52 @@ class Planner:
         settings: Settings = {}
         peak = without = host = 0
         for stages, ladder in self._ladders:
-            needs = [partial(self._needs, stages, height, width, saver.settings) for saver in ladder]
-            enough = self._first_that_fits(needs, ladder)
+            needs = partial(self._needs, stages, height, width)
+            enough = self._first_that_fits(ladder, needs, partial(self._fits, stages, height, width))
             if enough == len(ladder):
-                least = self.estimator.weights + needs[-1]()
+                least = self.estimator.weights + needs(ladder[-1].settings)
                 raise DoesNotFitError(
                     self._refusal(height, width, least), self.denoiser[-1].settings | self.vae[-1].settings
                 )
             picked = ladder[enough].settings
             settings = picked | settings
-            peak, without = max(peak, needs[enough]()), max(without, needs[0]())
+            peak, without = max(peak, needs(picked)), max(without, needs(ladder[0].settings))
             host = max(host, self._needs_of_host(stages, height, width, picked))
         if host > (there := host_bytes() or host):
             raise DoesNotFitError(self._host_refusal(height, width, settings, host, there), _staying(settings))
         weights = self.estimator.weights
         return Plan(settings, self.limit, weights + peak, weights + without, host)
 
-    def _first_that_fits(self, needs: Sequence[Callable[[], int]], ladder: Sequence[Saver]) -> int:
+    def _first_that_fits(
+        self, ladder: Sequence[Saver], needs: Callable[[Settings], int], fits: Callable[[Settings], bool]
+    ) -> int:
         """The place of the first on a ladder that fits, or its length: each needs no more than the one before.
 
         Each count takes time. So the first are where `Saver.leaves` has it, and just before, or else at the end.
         """
-        if needs[0]() <= self.room:
+        without = needs(ladder[0].settings)
+        if without <= self.room:
             return 0
-        above, fits, last = 0, len(ladder), len(ladder) - 1  # what does not fit, and what does
-        guess = next((i for i, saver in enumerate(ladder) if saver.leaves * needs[0]() <= self.room), last)
-        while fits - above > 1:
-            likely = (i for i in (guess, guess - 1, last) if above < i < fits)
-            tried = next(likely, (above + fits) // 2)
-            above, fits = (above, tried) if needs[tried]() <= self.room else (tried, fits)
-        return fits
+        above, below, last = 0, len(ladder), len(ladder) - 1  # what does not fit, and what does
+        guess = next((i for i, saver in enumerate(ladder) if saver.leaves * without <= self.room), last)
+        while below - above > 1:
+            likely = (i for i in (guess, guess - 1, last) if above < i < below)
+            tried = next(likely, (above + below) // 2)
+            settings = ladder[tried].settings
+            # What the last one needs is told where it is too much.
+            enough = needs(settings) <= self.room if tried == last else fits(settings)
+            above, below = (above, tried) if enough else (tried, below)
+        return below
 
     def _needs(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> int:
         """Bytes that the largest of some stages needs, beside the weights."""
         options = replace(self.options, **settings)
         return max(self.estimator.peak(stage, height, width, options) for stage in stages)
+
+    def _fits(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> bool:
+        """Whether they need no more than there is room for."""
+        options = replace(self.options, **settings)
+        return all(self.estimator.fits(stage, height, width, options, self.room) for stage in stages)
 
     def _needs_of_host(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> int:
         options = replace(self.options, **settings)
@@ -236,26 +247,34 @@ class Planner:
         )
 
     def _largest(self, height: int, width: int) -> tuple[int, int] | None:
-        """The largest size of nearly the same shape, in search steps, that fits with every saver; None: none does."""
-        savers = [(stages, ladder[-1].settings) for stages, ladder in self._ladders]
+        """The largest of some sizes of nearly the same shape that fits with every saver; None: none does."""
+        # 64, 128, 192, 256, 384, 512, 768, ..: of whole tiles, which are soon counted.
+        sides = chain([SEARCH_STEP], (SEARCH_STEP * part << i for i in count() for part in (2, 3)))
+        sizes = [self._scaled(height, width, side) for side in takewhile(lambda side: side < min(height, width), sides)]
+        asked = [(stages, ladder[-1].settings) for stages, ladder in self._ladders]
+        fitting = dict.fromkeys((stages for stages, _ in asked), 0)  # how many of the sizes, as far as is known
 
-        def too_large(size: tuple[int, int]) -> bool:
-            for i, (stages, settings) in enumerate(savers):
-                if self._needs(stages, *size, settings) > self.room:
-                    savers.insert(0, savers.pop(i))  # what is too large for one size is likely to be so for the next
-                    return True
+        def too_large(place: int) -> bool:
+            for i, (stages, settings) in enumerate(asked):
+                if place >= fitting[stages]:
+                    if not self._fits(stages, *sizes[place], settings):
+                        asked.insert(0, asked.pop(i))  # what is too much for one size is likely to be so for the next
+                        return True
+                    fitting[stages] = place + 1
             return False
 
-        sizes, i = [], 1
-        while i * SEARCH_STEP < min(height, width):
-            sizes.append(self._scaled(height, width, i))
-            i = max(i + 1, int(SEARCH_RATIO * i))
-        fitting = bisect(sizes, False, key=too_large)
-        return sizes[fitting - 1] if fitting else None
+        low, high = 0, len(sizes)
+        while low < high:
+            place = low + int(SEARCH_FROM * (high - low))
+            low, high = (low, place) if too_large(place) else (place + 1, high)
+        # A smaller image may need more: less of it is large enough to wait on the host.
+        while low and not all(self._fits(stages, *sizes[low - 1], settings) for stages, settings in asked):
+            low -= 1
+        return sizes[low - 1] if low else None
 
-    def _scaled(self, height: int, width: int, i: int) -> tuple[int, int]:
-        """The size whose shorter side is `i` search steps, both in whole latent pixels."""
-        short, factor = i * SEARCH_STEP, max(factor_of(self.estimator.shadow.pipe), 8)
+    def _scaled(self, height: int, width: int, short: int) -> tuple[int, int]:
+        """The size whose shorter side is so long, both in whole latent pixels."""
+        factor = max(factor_of(self.estimator.shadow.pipe), 8)
         scale = short / min(height, width)
         longer = max(int(scale * max(height, width)) // factor * factor, short)
         return (short, longer) if height <= width else (longer, short)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -173,9 +174,14 @@ class Shadow:
             vars(pipe)["components"] = pipe.components | others
         return pipe
 
-    def peaks(self, work: Callable[[], object]) -> Peaks:
-        """The most bytes alive at once while `work` calls the copies."""
-        count = WithoutData(self.place, HOST)
+    def peaks(self, work: Callable[[], object], most: float = math.inf) -> Peaks:
+        """The most bytes alive at once while `work` calls the copies.
+
+        Raises:
+            TooManyBytesError: there are more than `most` on the pipeline's device, as is known before all is done.
+        """
+        libraries = 0 if self.place == HOST else LIBRARIES
+        count = WithoutData(self.place, HOST, most=most - libraries)
         alike = RunOnce(count, self._makes)
 
         def forward(make: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -185,6 +191,4 @@ class Shadow:
             for block in self._phases:
                 stack.wrap(block, "forward", partial(forward, self._makes[block]), "forward")
             work()
-        if self.place == HOST:
-            return Peaks(count.peak, 0)
-        return Peaks(count.peak + LIBRARIES, count.peaks[HOST])
+        return Peaks(count.peak + libraries, 0 if self.place == HOST else count.peaks[HOST])

@@ -138,9 +138,26 @@ _NORMS: dict[Any, tuple[torch.memory_format, _Sizes]] = {
     torch.ops.aten.native_batch_norm.default: (torch.preserve_format, lambda plane, *others: (0,)),
 }
 
+# Operations that make of tensors that look the same one that looks like them, where these leave no gaps.
+_BY_VALUE = {
+    getattr(torch.ops.aten, name)
+    for name in ("add", "sub", "mul", "div", "neg", "exp", "sqrt", "rsqrt", "clamp", "silu", "gelu", "relu", "sigmoid")
+}
+
+
+def _looks_like(args: Any) -> Look | None:
+    """How all of the tensors look that are given, if they look the same, leave no gaps and are not of whole numbers."""
+    given = [each for each in args if isinstance(each, torch.Tensor)]
+    first, *others = {Look.of(each) for each in given}
+    formats = (torch.contiguous_format, torch.channels_last) if len(first.size) == 4 else (torch.contiguous_format,)
+    gapless = any(given[0].is_contiguous(memory_format=layout) for layout in formats)
+    return first if gapless and not others and first.dtype.is_floating_point else None
+
 
 def _work_out(func: Any, args: Any, kwargs: Any) -> Any:
     """What an operation makes, each tensor as its look. It is not on the host where one of its arguments is not."""
+    if func.overloadpacket in _BY_VALUE and (look := _looks_like(args)):
+        return look
     if func in _NORMS and not kwargs and not any(each is True for each in args):
         layout, statistics_of = _NORMS[func]
         given = _plain(args[0])
