@@ -110,6 +110,7 @@ def lcm(pipe):
     pipe.scheduler = d.LCMScheduler()
 
 
+ONE_STEP = {"num_inference_steps": 1}  # where a case does not say that it takes more to show anything
 TEXT = {"prompt": "a house", "width": SIZE, "height": SIZE}
 IMAGE = {"prompt": "a house", "image": picture(), "strength": 0.7, "num_inference_steps": 2}  # of which it leaves one
 CONTROL = TEXT | {"image": picture()}

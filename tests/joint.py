@@ -7,11 +7,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
-from table import STEPS, TableTests
+from table import TableTests
 from torch.utils._pytree import tree_leaves
 
 from conftest import quiet
-from family import noise
+from family import ONE_STEP, noise
 from largerespatch import LargeResPatch
 from largerespatch.core.calls import held
 from largerespatch.core.families import family_of
@@ -85,7 +85,7 @@ class JointTests(TableTests):
     blocks: ClassVar = TILES | {"vae_chunk_size_x": 8, "vae_chunk_size_y": 8}
 
     def draw(self, pipe, case):
-        return torch.as_tensor(paint(pipe, STEPS | case.arguments, output_type="pt"))
+        return torch.as_tensor(paint(pipe, ONE_STEP | case.arguments, output_type="pt"))
 
     @pytest.fixture
     def plain(self):

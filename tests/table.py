@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import quiet
-from family import CASES, SIZE, run
+from family import CASES, ONE_STEP, SIZE, run
 from largerespatch import LargeResPatch
 from largerespatch.techniques.attention import BlockedAttention
 from largerespatch.techniques.chunks import Attended, ChunkedFeedForward
@@ -24,8 +24,6 @@ from test_patch import SMALL, fingerprint
 
 EXACT = {"ff_chunk_size": 23, "vae_mode": "exact", "vae_chunk_size_x": 5, "vae_chunk_size_y": 5}
 EXACT |= {"unet_serial": True, "unet_strip_rows": 3, "unet_offload": True}
-
-STEPS = {"num_inference_steps": 1}  # where a case does not say that it takes more to show anything
 
 _drawn = {}  # by case: shared, since every test leaves its pipeline as it was
 
@@ -51,7 +49,7 @@ class TableTests:
     blocks: ClassVar = SMALL
 
     def draw(self, pipe, case):
-        return run(pipe, STEPS | case.arguments)
+        return run(pipe, ONE_STEP | case.arguments)
 
     @pytest.fixture
     def drawn(self, case):

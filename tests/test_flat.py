@@ -17,7 +17,7 @@ import live
 import tiny
 from calls import assert_same, noise, text
 from conftest import quiet
-from family import CASES, SIZE, run
+from family import CASES, ONE_STEP, SIZE, run
 from halves import CPU, OFFLOADS
 from largerespatch import LargeResPatch
 from largerespatch.autoencoders import kl
@@ -73,7 +73,7 @@ CHOSEN += [("others: Kandinsky 2.2", serial) for serial in (False, True)]
 @pytest.mark.filterwarnings("ignore:attn_context:RuntimeWarning")
 @pytest.mark.parametrize(("case", "serial"), CHOSEN)
 def test_a_pipeline_makes_the_same_picture_with_its_maps_on_a_host(case, serial, rows):
-    pipe, arguments = quiet(CASES[case].build()), CASES[case].arguments
+    pipe, arguments = quiet(CASES[case].build()), ONE_STEP | CASES[case].arguments
     with LargeResPatch(pipe, SIZE, SIZE, **SMALL, unet_serial=serial):
         expected = run(pipe, arguments)
     before = fingerprint(pipe)

@@ -110,8 +110,7 @@ def test_what_a_hook_keeps_of_tokens_stays_right():
     assert_same(actual + 0, expected)
 
 
-@pytest.mark.parametrize("serial", [False, True])
-@pytest.mark.parametrize("shape", ["brick", "tile"])
+@pytest.mark.parametrize(("shape", "serial"), [("brick", False), ("tile", True)])
 def test_copies_on_streams_of_their_own_are_waited_for(shape, serial):
     """As on CUDA, on streams that are played."""
     model, sample, host = tiny.unet(), noise(2, 4, 11, 6), elsewhere()
