@@ -1,6 +1,7 @@
 """Chroma's transformer: as Flux, whose processors it has, but that text which only fills up is masked."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ..core.families import register
@@ -26,6 +27,7 @@ class Chroma(Flux):
 
     class_name = "ChromaTransformer2DModel"
     in_turns = True
+    takes: Mapping[str, Any] = MappingProxyType({})  # its mask has rows of text and image together
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": DOUBLE, "single_transformer_blocks": SINGLE}

@@ -26,7 +26,7 @@ TOKENS = Tokens(
     },
     gives=(TEXT, IMAGE),
     text_first=True,
-    idle=("attn.to_q", "attn.add_q_proj"),
+    asking=("attn.to_q", "attn.add_q_proj"),
 )
 
 

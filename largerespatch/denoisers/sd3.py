@@ -21,7 +21,7 @@ TOKENS = Tokens(
     takes={"hidden_states": IMAGE, "encoder_hidden_states": TEXT},
     gives=(TEXT, IMAGE),
     text_first=False,
-    idle=("attn.to_q", "attn.add_q_proj", "attn2.to_q"),
+    asking=("attn.to_q", "attn.add_q_proj", "attn2.to_q"),
     attentions=lambda block: 1 + bool(getattr(block, "use_dual_attention", False)),
 )
 

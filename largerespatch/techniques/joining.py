@@ -58,6 +58,32 @@ class Attending:
         """How many keys there are beside those of the image; none in attention to that alone."""
         return int(self.part("key", self.other_keys).shape[2])
 
+    def of_tokens(self, count: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> "Attending":
+        """The same call with queries, keys and values of so many image tokens, and of others where they are.
+
+        Its mask treats all tokens of the image as that of this call does the first one.
+        """
+        mask: torch.Tensor | None = self.given.get("attn_mask")
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.ndim)]
+            for dim, rows in ((2, self.image), (3, self.image_keys)):
+                if mask.shape[dim] > 1:
+                    one, rest = mask.narrow(dim, rows.start, 1), mask.shape[dim] - rows.stop
+                    sizes = [count if i == dim else -1 for i in range(4)]
+                    parts = [mask.narrow(dim, 0, rows.start), one.expand(sizes), mask.narrow(dim, rows.stop, rest)]
+                    mask = torch.cat(parts, dim=dim)
+        given = self.given | {"query": query, "key": key, "value": value, "attn_mask": mask}
+        image, image_keys = (slice(rows.start, rows.start + count) for rows in (self.image, self.image_keys))
+        return Attending(self.attend, given, image, image_keys, self.copies)
+
+    def narrowed(self, places: torch.Tensor) -> "Attending":
+        """The same call with those tokens of the image alone that are at `places` among these."""
+        parts = []
+        for name, rows in (("query", self.image), ("key", self.image_keys), ("value", self.image_keys)):
+            before, after = self.part(name, slice(0, rows.start)), self.part(name, slice(rows.stop, None))
+            parts.append(torch.cat([before, self.part(name, places + rows.start), after], dim=2))
+        return self.of_tokens(len(places), *parts)
+
     def nothing(self) -> torch.Tensor:
         """What has the shape of the result."""
         value: torch.Tensor = self.given["value"]

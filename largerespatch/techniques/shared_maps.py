@@ -83,18 +83,21 @@ class InBands:
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind_partial(*args, **kwargs)
         name, sample = next(iter(given.arguments.items()))
-        self._check(sample, given.arguments)
+        size = self._size(sample)
+        self._check(sample, size[0], given.arguments)
         with at(self.path):
-            sample = self.bands.first(sample)
-            with self.bands.sharing(*sample.shape[-2:], **self.sizes):
-                given.arguments[name] = self._cut(sample).contiguous()
-                for each in MAPS:
-                    if each in given.arguments:
-                        given.arguments[each] = tree_map_only(torch.Tensor, self._cut, given.arguments[each])
+            given.arguments[name] = self.bands.first(sample)
+            with self.bands.sharing(*size, **self.sizes):
+                self._cut_all(given.arguments)
+                given.arguments[name] = given.arguments[name].contiguous()
                 result = original(*given.args, **given.kwargs)
                 return tree_map_only(torch.Tensor, self._whole, result) if self.joined else result
 
-    def _check(self, sample: torch.Tensor, arguments: dict[str, Any]) -> None:
+    def _size(self, sample: torch.Tensor) -> tuple[int, int]:
+        """(height, width) of the map that the model is given."""
+        return sample.shape[-2], sample.shape[-1]
+
+    def _check(self, sample: torch.Tensor, height: int, arguments: dict[str, Any]) -> None:
         if is_differentiated(self.model, sample):
             raise RuntimeError(
                 f"process_group: {self.path} runs in bands, which have no gradients: call it under torch.no_grad()"
@@ -109,11 +112,17 @@ class InBands:
         count, least = self.bands.count, 1
         if self.all_cut:
             least = int(2 ** self.sizes.get("halvings", 0))
-        if sample.shape[-2] < count * least:
+        if height < count * least:
             raise ValueError(
                 f"process_group: {self.path} needs a map of at least {count * least} rows for {count} processes; got "
-                f"{sample.shape[-2]}"
+                f"{height}"
             )
+
+    def _cut_all(self, arguments: dict[str, Any]) -> None:
+        """Leaves of maps among the arguments this process's rows."""
+        for each in (next(iter(arguments)), *MAPS):
+            if each in arguments:
+                arguments[each] = tree_map_only(torch.Tensor, self._cut, arguments[each])
 
     def _whole(self, plane: torch.Tensor) -> torch.Tensor:
         return self.bands.of(plane).whole(plane)
