@@ -33,7 +33,7 @@ from .joint_tokens import Kind, Maps, MapsNote, Piece, Tokens, own_rows
 from .key_source import KeySources
 from .notes import StepNote
 from .passing import Passing
-from .shared_attention import SharedAttention
+from .shared_attention import SharedSources
 from .shared_maps import bands_of
 from .shared_tokens import TokensInBands
 
@@ -125,10 +125,10 @@ class JointBlock:
         """This process's of the image; all of what is not cut."""
         return self.bands.cutting(*maps[0]) if maps else Band(ALONE, BandRows(0, 0))
 
-    def _source(self, call: "_Call", band: Band, cover: Sequence[Tile]) -> KeySources | SharedAttention:
+    def _source(self, call: "_Call", band: Band, cover: Sequence[Tile]) -> KeySources | SharedSources:
         """Who does the attentions of a call."""
         if not band.alone:
-            return SharedAttention(band, cover, self.blocking.context)
+            return SharedSources(band, cover, self.blocking.context)
         pieces, places = Each(call.maps.piece, cover), partial(call.places, others=call.others)
         return KeySources(pieces, places, call.maps, call.others, call.tokens.text_first, self.blocking.context)
 
@@ -201,7 +201,7 @@ class _Call:
         self.attentions, self.copies = tokens.attentions(block), tokens.copies(block)
         self.others = texts + tokens.keys_between  # keys that are not of the image
 
-    def run(self, source: KeySources | SharedAttention, into: torch.Tensor | None) -> Any:
+    def run(self, source: KeySources | SharedSources, into: torch.Tensor | None) -> Any:
         """What the block returns; its tokens of the image in the memory of `into`, if they are as that is."""
         if len(source.pieces) > 1:
             idle = (*self.tokens.idle, *(() if source.asks else self.tokens.asking))

@@ -179,12 +179,20 @@ class Tokens:
 Kind = Tokens | Callable[[Mapping[str, Any]], Tokens]
 
 
-def own_rows(takes: Mapping[str, Any], arguments: Mapping[str, Any], band: Band) -> dict[str, Any]:
-    """The arguments with this process's tokens of the image, where they have those of the whole map."""
+def own_rows(
+    takes: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    band: Band,
+    seen: Callable[[torch.Tensor], torch.Tensor] = lambda whole: whole,
+) -> dict[str, Any]:
+    """The arguments with this process's tokens of the image, where they have those of the whole map.
+
+    `seen` makes of these what all processes see in their place.
+    """
 
     def own(rows: Rows, each: torch.Tensor) -> torch.Tensor:
         for dim in rows.dims if rows.of == "image" and not band.alone else ():
-            each = band.own_tokens(each, dim) if each.shape[dim] == band.cells else each
+            each = band.own_tokens(seen(each), dim) if each.shape[dim] == band.cells else each
         return each
 
     return {name: _each(rows, arguments[name], own) for name, rows in takes.items() if name in arguments}

@@ -11,14 +11,20 @@ import torch
 from ..core.band_rows import rounds
 from ..core.bands import Band
 from ..core.dealt_heads import DealtAttention
-from ..core.pieces import assemble, collect
+from ..core.pieces import Putting, assemble
 from ..core.tilings import Each, Run, Tile
 from .joining import Attending
 from .joint_tokens import Maps, Piece
 from .key_source import KeySource
 
+# How all tokens of the heads that are done here attend, and which heads these are.
+_Known = tuple[DealtAttention, Attending]
 
-class SharedAttention:
+# By process, several tensors of the tokens that it has.
+_Parts = list[list[torch.Tensor]]
+
+
+class SharedSources:
     """The attentions of a block that runs on the rows of a `band`, piece by piece; see `KeySources`.
 
     The whole map is attended in the tiles of `cover`, or at once where that is none or one. Pieces are as large as a
@@ -37,24 +43,35 @@ class SharedAttention:
             for each in rounds(band.rows, longest)
         }
         self.pieces = list(self.runs)
-        self.known: dict[int, tuple[DealtAttention, Attending]] = {}
-        self.made: dict[int, Sequence[torch.Tensor]] = {}
+        self.known: list[_Known] = []
+        self.made: list[Sequence[torch.Tensor]] = []
 
     def learn(self, walk: Callable[[Piece], Sequence[Attending]]) -> None:
-        """Of all pieces; `walk` tells how a piece attends."""
+        """All that they give; `walk` tells how a piece attends."""
+        first: list[Attending] = []
 
-        def deal(piece: Piece) -> None:
-            for i, attending in enumerate(walk(piece)):
-                self._deal(i, attending, piece)
+        def compute(piece: Piece) -> list[_Parts]:
+            met = walk(piece)
+            first.extend(met if not self.known else ())
+            return [self._received(attending, piece) for attending in met]
 
-        collect(self.pieces, deal)
+        def put(piece: Piece, received: Sequence[_Parts]) -> None:
+            if not self.known:
+                self.known.extend(map(self._room, first))
+                first.clear()
+            for known, parts in zip(self.known, received, strict=True):
+                self._put(known, piece, parts)
+
+        assemble(self.pieces, compute, place=lambda piece: piece, into=Putting(put))
+        while self.known:
+            self.made.append(self._made(self.known.pop(0)))
 
     def attended(self, i: int, attending: Attending, piece: Piece, text_too: bool) -> torch.Tensor:
         """What the i-th attention gives for the tokens of a piece; for the text all that it attends to, or nothing."""
-        if i not in self.made:
-            if i not in self.known:  # there was no walk before, since there is one piece alone
-                self._deal(i, attending, piece)
-            self.made[i] = self._made(*self.known.pop(i))
+        if i == len(self.made):  # of a single piece nothing was learned before
+            known = self._room(attending)
+            self._put(known, piece, self._received(attending, piece))
+            self.made.append(self._made(known))
         text, image = self.made[i]
         result = attending.nothing()
         result[:, :, attending.image] = image[:, :, piece.tiles[0].top * self.band.rows.width :][:, :, : piece.area]
@@ -66,34 +83,34 @@ class SharedAttention:
         """Of rows of the map."""
         return slice(run[0] * self.band.rows.width, run[1] * self.band.rows.width)
 
-    def _deal(self, i: int, attending: Attending, piece: Piece) -> None:
-        """Queries, keys and values of the tokens that each process has of a piece go to those that do their heads."""
-        if i not in self.known:
-            dealt = DealtAttention(self.band, attending.given["key"].shape[1])
-            self.known[i] = dealt, self._room(dealt, attending)
-        dealt, everything = self.known[i]
-        runs = [self._tokens(run) for run in self.runs[piece]]
-        image, image_keys = attending.image, attending.image_keys
-        parts = [attending.part("query", image), *(attending.part(name, image_keys) for name in ("key", "value"))]
-        found = dealt.to_heads(parts, [run.stop - run.start for run in runs])
-        for run, received in zip(runs, found, strict=True):
-            for name, rows, part in zip(_NAMES, (image, image_keys, image_keys), received, strict=True):
-                everything.given[name][:, :, rows.start :][:, :, run] = part
+    def _received(self, attending: Attending, piece: Piece) -> _Parts:
+        """By process, queries, keys and values of the tokens that it has of a piece, of heads that are done here."""
+        dealt = DealtAttention(self.band, attending.given["key"].shape[1])
+        counts = [(stop - start) * self.band.rows.width for start, stop in self.runs[piece]]
+        return dealt.to_heads([attending.part(name, rows) for name, rows in _rows(attending)], counts)
 
-    def _room(self, dealt: DealtAttention, attending: Attending) -> Attending:
+    def _room(self, attending: Attending) -> _Known:
         """The same call for all tokens of the map, of this process's heads: those of the image are not there yet."""
+        dealt = DealtAttention(self.band, attending.given["key"].shape[1])
         made: list[torch.Tensor] = []
-        for name, rows in zip(_NAMES, (attending.image, attending.image_keys, attending.image_keys), strict=True):
+        for name, rows in _rows(attending):
             own = dealt.own(attending.given[name])
             before, after = own[:, :, : rows.start], own[:, :, rows.stop :]
             count = before.shape[2] + self.maps.area + after.shape[2]
             made.append(own.new_empty(*own.shape[:2], count, own.shape[3]))
             made[-1][:, :, : rows.start] = before
             made[-1][:, :, rows.start + self.maps.area :] = after
-        return attending.of_tokens(self.maps.area, *made)
+        return dealt, attending.of_tokens(self.maps.area, *made)
 
-    def _made(self, dealt: DealtAttention, everything: Attending) -> Sequence[torch.Tensor]:
+    def _put(self, known: _Known, piece: Piece, received: _Parts) -> None:
+        _, everything = known
+        for run, parts in zip(self.runs[piece], received, strict=True):
+            for (name, rows), part in zip(_rows(everything), parts, strict=True):
+                everything.part(name, rows)[:, :, self._tokens(run)] = part
+
+    def _made(self, known: _Known) -> Sequence[torch.Tensor]:
         """What all heads give for the text, and for this process's tokens of the image."""
+        dealt, everything = known
         result = self._by_tiles(everything) if len(self.cover) > 1 else everything.attend(**everything.given)
         text, image = result[:, :, everything.text], result[:, :, everything.image]
         runs = (self._tokens(self.band.rows.run(i)) for i in range(self.band.bands.count))
@@ -101,7 +118,7 @@ class SharedAttention:
 
     def _by_tiles(self, everything: Attending) -> torch.Tensor:
         """Where queries were, if results are as large."""
-        query, key, value = (everything.given[name] for name in _NAMES)
+        query, key, value = (everything.given[name] for name, _ in _rows(everything))
         source = KeySource(key, value, self.maps, everything.image_keys.start, self.context)
         texts: list[torch.Tensor] = []
 
@@ -125,4 +142,6 @@ class SharedAttention:
         return result
 
 
-_NAMES = ("query", "key", "value")
+def _rows(attending: Attending) -> list[tuple[str, slice]]:
+    """What is dealt, and where in it the image's rows are."""
+    return [("query", attending.image), ("key", attending.image_keys), ("value", attending.image_keys)]

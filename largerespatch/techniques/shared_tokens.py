@@ -40,7 +40,10 @@ class TokensInBands(InBands):
         return maps[0]
 
     def _cut_all(self, arguments: dict[str, Any]) -> None:
-        arguments.update(own_rows(self.takes, arguments, self.bands.cutting(*self.note.maps[0])))
+        band, sample = self.bands.cutting(*self.note.maps[0]), next(iter(arguments))
+        arguments.update(own_rows({sample: self.takes[sample]}, arguments, band))
+        rest = {name: rows for name, rows in self.takes.items() if name != sample}
+        arguments.update(own_rows(rest, arguments, band, self.bands.first))  # pictures may be encoded with other noise
 
     def _whole(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.bands.cutting(*self.note.maps[0]).all_tokens(tokens, "maps")
