@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from hypothesis import settings
 
+import processes
 import tiny
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -54,6 +55,14 @@ def pytest_generate_tests(metafunc):
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Forked when all tests are imported, which is what they run."""
+    made = processes.Pool()
+    yield made
+    assert made.close() == [0] * processes.MOST
 
 
 @pytest.fixture

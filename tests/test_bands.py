@@ -51,13 +51,6 @@ DEEP = {
 }
 
 
-@pytest.fixture(scope="session")
-def pool():
-    made = processes.Pool()
-    yield made
-    assert made.close() == [0] * processes.MOST
-
-
 def fused(model):
     """With attention processors that take no keys but those they make themselves."""
     model.fuse_qkv_projections()

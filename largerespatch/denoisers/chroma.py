@@ -1,13 +1,12 @@
 """Chroma's transformer: as Flux, whose processors it has, but that text which only fills up is masked."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from ..core.families import register
 from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Tokens
 from .any import Call
-from .flux import Flux
+from .flux import TAKES, Flux
 
 # What `DOUBLE` and `SINGLE` must know the inside of: of which tokens arguments and results have rows.
 _ROOM = "diffusers.models.transformers.transformer_chroma."
@@ -27,7 +26,7 @@ class Chroma(Flux):
 
     class_name = "ChromaTransformer2DModel"
     in_turns = True
-    takes: Mapping[str, Any] = MappingProxyType({})  # its mask has rows of text and image together
+    takes: Mapping[str, Any] = TAKES | {"attention_mask": BOTH}
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": DOUBLE, "single_transformer_blocks": SINGLE}

@@ -70,7 +70,7 @@ class FluxControlNets(Flux):
     class_name = "FluxControlNetModel"
     stages = ()
     passes_on = False  # what blocks give is its result
-    takes = TAKES | {"controlnet_cond": IMAGE}
+    takes: Mapping[str, Any] = TAKES | {"controlnet_cond": IMAGE}
     joins = False
 
     def can_be_shared(self, model: Any) -> bool:

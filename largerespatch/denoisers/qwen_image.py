@@ -30,12 +30,18 @@ TOKENS = Tokens(
 )
 
 
+# Arguments of the model with rows of image tokens: what ControlNets give beside the sample. What it makes itself has
+# rows of all.
+TAKES = {"hidden_states": IMAGE, "controlnet_block_samples": IMAGE}
+
+
 @register
 class QwenImage(Packed):
     """`QwenImageTransformer2DModel`. Pictures that it edits come after the image."""
 
     class_name = "QwenImageTransformer2DModel"
     passes_on = True
+    takes: Mapping[str, Any] = TAKES
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS}
@@ -61,3 +67,5 @@ class QwenImageControlNets(QwenImage):
     class_name = "QwenImageControlNetModel"
     stages = ()
     passes_on = False  # what blocks give is its result
+    takes: Mapping[str, Any] = TAKES | {"controlnet_cond": IMAGE}
+    joins = False

@@ -183,16 +183,21 @@ def own_rows(
     takes: Mapping[str, Any],
     arguments: Mapping[str, Any],
     band: Band,
-    seen: Callable[[torch.Tensor], torch.Tensor] = lambda whole: whole,
+    seen: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """The arguments with this process's tokens of the image, where they have those of the whole map.
 
-    `seen` makes of these what all processes see in their place.
+    `seen` makes of what enters a model what all processes see in its place; there rows of both are all text's and then
+    all of the image's.
     """
 
     def own(rows: Rows, each: torch.Tensor) -> torch.Tensor:
-        for dim in rows.dims if rows.of == "image" and not band.alone else ():
-            each = band.own_tokens(seen(each), dim) if each.shape[dim] == band.cells else each
+        for dim in () if band.alone else rows.dims:
+            texts = each.shape[dim] - band.cells
+            if (rows.of == "image" and not texts) or (rows.of == "both" and seen is not None):
+                whole = each if seen is None else seen(each)
+                image = band.own_tokens(whole.narrow(dim, texts, band.cells), dim)
+                each = torch.cat([each.narrow(dim, 0, texts), image], dim=dim) if texts else image
         return each
 
     return {name: _each(rows, arguments[name], own) for name, rows in takes.items() if name in arguments}

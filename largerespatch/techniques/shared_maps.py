@@ -102,9 +102,7 @@ class InBands:
             raise RuntimeError(
                 f"process_group: {self.path} runs in bands, which have no gradients: call it under torch.no_grad()"
             )
-        refused = [key for key in OF_WHOLE_MAPS if key in (arguments.get("cross_attention_kwargs") or ())]
-        refused += ["attention_mask"] * (arguments.get("attention_mask") is not None)
-        if refused:
+        if refused := self._refused(arguments):
             raise ValueError(
                 f"process_group: {self.path} runs in bands of maps and cannot be given {refused[0]}, which is for "
                 "whole ones; accepted are calls without"
@@ -117,6 +115,11 @@ class InBands:
                 f"process_group: {self.path} needs a map of at least {count * least} rows for {count} processes; got "
                 f"{height}"
             )
+
+    def _refused(self, arguments: dict[str, Any]) -> list[str]:
+        """Arguments that are made for whole maps."""
+        refused = [key for key in OF_WHOLE_MAPS if key in (arguments.get("cross_attention_kwargs") or ())]
+        return refused + ["attention_mask"] * (arguments.get("attention_mask") is not None)
 
     def _cut_all(self, arguments: dict[str, Any]) -> None:
         """Leaves of maps among the arguments this process's rows."""
