@@ -1,5 +1,7 @@
 """One image over several processes, by transformers with joint attention: what each gets is what one gets alone."""
 
+import warnings
+from itertools import pairwise
 from types import SimpleNamespace
 
 import diffusers as d
@@ -9,12 +11,17 @@ import test_flux
 import test_flux2
 import test_qwen_image
 import torch
-from test_bands import assert_close, noise, rank_of
+from hypothesis import given
+from hypothesis import strategies as st
+from test_bands import assert_close, in_shares, noise, rank_of
 
+import processes
 import tiny
 from conftest import quiet
 from largerespatch import LargeResPatch
+from largerespatch.core.band_rows import banded, rounds
 from largerespatch.core.bands import counting_sent
+from largerespatch.memory.counting import LiveBytes
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -106,14 +113,27 @@ def test_a_step_of_its_kin_is_too(pool, kind):
         assert_close([result for result, _ in waiting()], expected)
 
 
-PIPELINES = {name: case for name, case in test_flux.TestFlux.cases.items() if name not in ("Kontext",)}
+def test_guidance_is_dealt_out_first(pool):
+    what = ("Flux", (8, 9), 2, BLOCKS | {"attn_context": 24})
+    waiting = pool.start(4, in_shares, 2, step, *what)
+    expected, _ = step(None, *what)
+    results = waiting()
+    assert_close([result for result, _ in results], expected)
+    assert all({"samples", "heads"} <= sent.keys() for _, sent in results)
 
 
-def picture(group, name, options):
-    case = PIPELINES[name]
+# name: how many processes
+PICTURES = {"text": 3, "ControlNet": 2, "IP-Adapter": 2}
+
+
+def picture(group, name):
+    case = test_flux.TestFlux.cases[name]
     pipe = quiet(case.build())
-    generator = torch.Generator().manual_seed(rank_of(group))
-    with LargeResPatch(pipe, 176, 144, vae_mode="exact", process_group=group, **options):
+    if name == "text":
+        pipe.transformer = flux(1, 1, 1, num_attention_heads=PICTURES[name])[0]
+    generator = torch.Generator().manual_seed(rank_of(group))  # other noise in every process but the first
+    options = BLOCKS | {"attn_context": 24, "vae_mode": "exact", "process_group": group}
+    with LargeResPatch(pipe, 176, 144, **options):
         result = pipe(
             width=176, height=144, num_inference_steps=4, output_type="pt", generator=generator, **case.arguments
         )
@@ -121,7 +141,136 @@ def picture(group, name, options):
     return result.images.numpy()
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_those_of_one_process(pool, name):
-    waiting = pool.start(2, picture, name, BLOCKS | {"attn_context": 24})
-    assert_close(waiting(), picture(None, name, BLOCKS | {"attn_context": 24}), 1e-4)
+    waiting = pool.start(PICTURES[name], picture, name)
+    assert_close(waiting(), picture(None, name), 1e-4)
+
+
+# What is refused
+
+
+def refusal(group, kind):
+    """What a process says of a call that it cannot make, and whether the model is as it was."""
+    model, told = MODELS["Flux"](1, 6, 5)
+    sample = noise(1, 30, 16)
+    if kind == "references":
+        told["img_ids"] = torch.cat([told["img_ids"], ids(2, 5) + torch.tensor([1, 0, 0])])
+        sample = noise(1, 40, 16)
+    elif kind == "no grid":
+        told["img_ids"] = told["img_ids"][torch.randperm(30, generator=torch.Generator().manual_seed(0))]
+    elif kind == "a cache":
+        model.enable_cache(d.PyramidAttentionBroadcastConfig(2, current_timestep_callback=lambda: 500))
+    elif kind == "a mask":
+        told["joint_attention_kwargs"] = {"attention_mask": torch.zeros(1, 1, 1, 5 * 6 + TEXTS)}
+    elif kind == "rows":
+        told["img_ids"], sample = ids(1, 30), sample
+    else:
+        model.requires_grad_(True)
+    said = ""
+    with patched(model, (6, 5), group, BLOCKS), torch.set_grad_enabled(kind == "gradients"):
+        try:
+            model(sample, noise(1, TEXTS, 32), timestep=torch.full((1,), 0.5), **told)
+        except (ValueError, RuntimeError) as error:
+            said = str(error)
+    return said, [path for path, module in model.named_modules() if "forward" in vars(module)]
+
+
+REFUSED = {
+    "references": "transformer runs in bands of the tokens of one image, without references; got 40 tokens of 6x5 and",
+    "no grid": "transformer runs in bands of the tokens of one image, without references; got 30 tokens of no maps",
+    "a cache": "inside it may look at more than one tile, so it cannot run in bands",
+    "a mask": "it passes on to its attention what has rows of tokens (attention_mask), so it cannot run in bands",
+    "rows": "transformer needs a map of at least 2 rows for 2 processes; got 1",
+    "gradients": "transformer runs in bands, which have no gradients",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_calls_that_bands_cannot_make_are_refused_by_all(pool, kind):
+    for said, left in pool.run(2, refusal, kind):
+        assert said.startswith("process_group: ") and REFUSED[kind] in said
+        assert not left or kind == "a cache"  # which leaves hooks of its own
+
+
+def refused_entry(group, kind):
+    model = flux(1, 1, 1, num_attention_heads=2)[0]
+    if kind == "parallel":
+        model._parallel_config = object()
+    with pytest.raises(ValueError, match="process_group") as refused, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that such a model is left as it is
+        patched(model, (6, 5), group, {})
+    return str(refused.value)
+
+
+def test_what_cannot_be_dealt_out_is_refused_at_entry(pool):
+    few = "process_group must have at most 2 processes for FluxTransformer2DModel, each of which does some of as many"
+    assert all(few in said for said in pool.run(3, refused_entry, "heads"))
+    shared = "it is not known how several processes share the maps of pipe.transformer (FluxTransformer2DModel)"
+    assert all(shared in said for said in pool.run(2, refused_entry, "parallel"))
+
+
+# Faults
+
+
+def fault(rank, group):
+    model, told = MODELS["Flux"](1, 6, 5)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    if rank == 1:
+        model.single_transformer_blocks[0].register_forward_pre_hook(fail)
+    try:
+        with patched(model, (6, 5), group, BLOCKS):
+            model(noise(1, 30, 16), noise(1, TEXTS, 32), timestep=torch.full((1,), 0.5), **told)
+    except RuntimeError as error:
+        return str(error), [path for path, module in model.named_modules() if "forward" in vars(module)]
+
+
+def test_the_others_of_a_process_that_fails_end_with_an_error_that_says_where():
+    (said, left), failed = processes.alone(fault, 2, 2)
+    assert said.startswith("rank 0 of 2, at transformer.single_transformer_blocks.0: no answer from the others")
+    assert left == [] and failed == ("out of memory", [])
+
+
+# Memory
+
+
+def peaks(group, options):
+    """Of a step: the bytes counted in this process, those told beforehand, by asking nobody, and what is told."""
+    pipe, (height, width) = quiet(test_flux.pipeline()), (72, 64)
+    pipe.transformer, told = flux(1, height, width, num_attention_heads=6)
+    patch = LargeResPatch(pipe, 16 * width, 16 * height, vae_mode="exact", process_group=group, **options)
+    told |= {"txt_ids": torch.zeros(512, 3)}  # as many as pipelines give it
+    estimated = patch.estimate().step if group is None or group.rank() == 1 else None
+    with patch, LiveBytes("cpu") as count:
+        pipe.transformer(noise(1, height * width, 16), noise(1, 512, 32), timestep=torch.full((1,), 0.5), **told)
+    return count.peak, estimated, repr(patch)
+
+
+def test_an_estimate_is_of_one_process_which_holds_less(pool):
+    options = {"attn_full_tokens": 200, "attn_slice_x": 24, "attn_slice_y": 24, "attn_context": 64}
+    waiting = pool.start(3, peaks, options)
+    alone, told_alone, _ = peaks(None, options)
+    results = waiting()
+    most, told = max(peak for peak, _, _ in results), results[1][1]
+    assert most < 0.55 * alone
+    beside = told_alone - alone  # what a pipeline holds beside the step
+    assert abs(told - beside - most) < 0.05 * most
+    says = "maps in bands of 3 processes, 4 transformer blocks in bricks of 48x24 and 24x48 tokens with 64 of context"
+    assert all(says in each for _, _, each in results)
+
+
+# Geometry
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 70))
+def test_all_bands_have_as_many_turns_and_each_row_has_one(height, count, longest):
+    (rows, *_) = banded(max(height, count), 3, count)
+    turns = rounds(rows, longest)
+    for i in range(count):
+        runs = [each[i] for each in turns]
+        assert runs[0][0] == rows.run(i)[0] and runs[-1][1] == rows.run(i)[1]
+        assert all(one[1] == other[0] for one, other in pairwise(runs))
+        assert all(0 < stop - start <= longest + 1 for start, stop in runs)

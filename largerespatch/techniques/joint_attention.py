@@ -104,7 +104,7 @@ class JointBlock:
             given = inspect.BoundArguments(bound.signature, OrderedDict({**bound.arguments, **changed}))
             return original(*given.args, **given.kwargs)
 
-        if obstacle := self._obstacle(bound.arguments, here.area, texts):
+        if obstacle := self._obstacle(bound.arguments, maps.area, texts):
             self._check_whole(band, obstacle)
             self._warn_of_whole(obstacle)
             return original(*args, **kwargs)
