@@ -1,6 +1,7 @@
 """One image over several processes, by transformers with joint attention: what each gets is what one gets alone."""
 
 import warnings
+from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -21,6 +22,8 @@ from conftest import quiet
 from largerespatch import LargeResPatch
 from largerespatch.core.band_rows import banded, rounds
 from largerespatch.core.bands import counting_sent
+from largerespatch.core.pieces import rehearsal
+from largerespatch.denoisers.joint import asked_for
 from largerespatch.memory.counting import LiveBytes
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -260,6 +263,26 @@ def test_an_estimate_is_of_one_process_which_holds_less(pool):
     assert abs(told - beside - most) < 0.05 * most
     says = "maps in bands of 3 processes, 4 transformer blocks in bricks of 48x24 and 24x48 tokens with 64 of context"
     assert all(says in each for _, _, each in results)
+
+
+def told_and_sent(group):
+    """Bytes of a step by kind, as a rehearsal counts them and as they are."""
+    model, told = MODELS["Flux"](1, 12, 9)
+    told |= {"hidden_states": noise(1, 108, 16), "encoder_hidden_states": noise(1, TEXTS, 32)}
+    counted = []
+    with patched(model, (12, 9), group, BLOCKS | {"attn_slice_y": 2, "attn_context": 24}):
+        for inside in (rehearsal(), nullcontext()):
+            with inside, asked_for((12, 9)), counting_sent() as sent:
+                model(**told, timestep=torch.full((1,), 0.5))
+            counted.append(dict(sent))
+    return counted
+
+
+def test_what_is_sent_is_told_without_sending(pool):
+    (told, sent), *_ = pool.run(4, told_and_sent)
+    assert {"input", "heads", "maps"} == told.keys() and told["heads"] == sent["heads"] and told["maps"] == sent["maps"]
+    own, channels, blocks = 3 * 9, 16, 4  # of float32; of five heads the first process does one
+    assert sent["heads"] == 4 * blocks * channels * (3 * own * 4 + 3 * own + 3 * TEXTS)
 
 
 # Geometry

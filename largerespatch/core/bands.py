@@ -192,11 +192,15 @@ class Bands:
 
         return finished
 
+    def count_sent(self, kind: str, size: int) -> None:
+        """So many bytes of a kind that are sent, where that is counted; of no kind they are counted elsewhere."""
+        if kind and (counter := _SENT.get()) is not None:
+            counter[kind] += size
+
     @contextmanager
     def _talking(self, kind: str, size: int) -> Iterator[bool]:
         """What is sent inside is counted; yields whether there is anybody to hear it."""
-        if (counter := _SENT.get()) is not None:
-            counter[kind] += size
+        self.count_sent(kind, size)
         try:
             yield not rehearsing()
         except RuntimeError as error:

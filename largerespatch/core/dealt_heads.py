@@ -40,7 +40,7 @@ class DealtAttention:
     def to_heads(self, parts: Sequence[torch.Tensor], counts: Sequence[int]) -> list[list[torch.Tensor]]:
         """Of what each process has of some tokens, all heads, in several `parts`, the heads that this one does.
 
-        By process, each of which has so many tokens, as `counts` says.
+        By process, each of which has so many tokens, as `counts` says. Not counted as sent: see `count_sent`.
         """
         rank, processes = self.band.bands.rank, range(len(counts))
         own = [self.own(part) for part in parts]
@@ -49,9 +49,14 @@ class DealtAttention:
             [(*part.shape[:2], count, part.shape[3]) for part in own] if i != rank else []
             for i, count in enumerate(counts)
         ]
-        found = self.band.bands.exchange(parts[0], give, take, "heads")()
+        found = self.band.bands.exchange(parts[0], give, take, "")()
         found[rank] = own
         return found
+
+    def count_sent(self, tokens: torch.Tensor, number: int) -> None:
+        """What `to_heads` sends for so many tokens like these, in however many turns: a rehearsal leaves some out."""
+        size = tokens[:, :, :1].numel() * tokens.element_size() * number
+        self.band.bands.count_sent("heads", size - size * self.own(tokens).shape[1] // tokens.shape[1])
 
     def to_bands(self, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
         """Of what this process made of its heads, for each process in several `parts`, all heads of its own tokens."""

@@ -94,6 +94,7 @@ class SharedSources:
         dealt = DealtAttention(self.band, attending.given["key"].shape[1])
         made: list[torch.Tensor] = []
         for name, rows in _rows(attending):
+            dealt.count_sent(attending.given[name], (self.band.run[1] - self.band.run[0]) * self.band.rows.width)
             own = dealt.own(attending.given[name])
             before, after = own[:, :, : rows.start], own[:, :, rows.stop :]
             count = before.shape[2] + self.maps.area + after.shape[2]
