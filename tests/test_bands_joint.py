@@ -7,14 +7,21 @@ from types import SimpleNamespace
 
 import diffusers as d
 import pytest
+import test_auraflow
 import test_chroma
 import test_flux
 import test_flux2
+import test_krea2
+import test_lumina2
 import test_qwen_image
+import test_sd3
+import test_z_image
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from joint import TILES, paint
 from test_bands import assert_close, in_shares, noise, rank_of
+from torch.utils._pytree import tree_leaves
 
 import processes
 import tiny
@@ -67,8 +74,9 @@ def qwen_image(batch, height, width):
 MODELS = {"Flux": flux, "Flux 2": flux_2, "Chroma": chroma, "Qwen-Image": qwen_image}
 
 
-def patched(model, size, group, options):
-    pipe = SimpleNamespace(components={"transformer": model}, transformer=model, scheduler=None, vae_scale_factor=8)
+def patched(model, size, group, options, **others):
+    models = {"transformer": model} | others
+    pipe = SimpleNamespace(components=models, scheduler=None, vae_scale_factor=8, **models)
     return LargeResPatch(pipe, 16 * size[1], 16 * size[0], process_group=group, **options)
 
 
@@ -116,6 +124,43 @@ def test_a_step_of_its_kin_is_too(pool, kind):
         assert_close([result for result, _ in waiting()], expected)
 
 
+# What pipelines call: with pictures to follow, and models that are given latents, whose tokens are cut where they enter
+# a list of blocks.
+CALLS = {
+    "Flux: ControlNet": test_flux.TestFlux.cases["ControlNet"],
+    "Flux: IP-Adapter": test_flux.TestFlux.cases["IP-Adapter"],
+    "Stable Diffusion 3": test_sd3.TestStableDiffusion3.cases["3.5 medium"],
+    "AuraFlow": test_auraflow.TestAuraFlow.cases["text"],
+    "Lumina 2": test_lumina2.TestLumina2.cases["two pictures"],
+    "Krea 2": test_krea2.TestKrea2.cases["texts of different lengths"],
+    "Z-Image": test_z_image.TestZImage.cases["texts of different lengths"],
+}
+
+
+def called(group, name):
+    """What a transformer gives at the first step, with other noise in every process but the first."""
+    case = CALLS[name]
+    pipe, given = quiet(case.build()), []
+    pipe.transformer.register_forward_hook(lambda _, args, result: given.extend(tree_leaves(result)))
+    generator = torch.Generator().manual_seed(rank_of(group))
+    others = {"controlnet": pipe.controlnet} if hasattr(pipe, "controlnet") else {}
+    with (
+        patched(pipe.transformer, (9, 11), group, TILES | {"attn_context": 24}, **others),
+        counting_sent() as sent,
+    ):
+        paint(pipe, case.arguments, num_inference_steps=1, generator=generator)
+    return given[0].numpy(), dict(sent)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_pipelines_call_gives_what_one_process_gets(pool, name):
+    waiting = pool.start(2, called, name)
+    expected, _ = called(None, name)
+    results = waiting()
+    assert_close([result for result, _ in results], expected)
+    assert all({"heads", "maps"} <= sent.keys() for _, sent in results)
+
+
 def test_guidance_is_dealt_out_first(pool):
     what = ("Flux", (8, 9), 2, BLOCKS | {"attn_context": 24})
     waiting = pool.start(4, in_shares, 2, step, *what)
@@ -125,29 +170,22 @@ def test_guidance_is_dealt_out_first(pool):
     assert all({"samples", "heads"} <= sent.keys() for _, sent in results)
 
 
-# name: how many processes
-PICTURES = {"text": 3, "ControlNet": 2, "IP-Adapter": 2}
-
-
-def picture(group, name):
-    case = test_flux.TestFlux.cases[name]
+def picture(group):
+    case = test_flux.TestFlux.cases["text"]
     pipe = quiet(case.build())
-    if name == "text":
-        pipe.transformer = flux(1, 1, 1, num_attention_heads=PICTURES[name])[0]
+    pipe.transformer = flux(1, 1, 1, num_attention_heads=3)[0]
     generator = torch.Generator().manual_seed(rank_of(group))  # other noise in every process but the first
     options = BLOCKS | {"attn_context": 24, "vae_mode": "exact", "process_group": group}
     with LargeResPatch(pipe, 176, 144, **options):
-        result = pipe(
-            width=176, height=144, num_inference_steps=4, output_type="pt", generator=generator, **case.arguments
-        )
+        size = {"width": 176, "height": 144, "num_inference_steps": 4}
+        result = pipe(**size, output_type="pt", generator=generator, **case.arguments)
     assert not any("forward" in vars(module) for module in pipe.transformer.modules())
     return result.images.numpy()
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_pictures_are_those_of_one_process(pool, name):
-    waiting = pool.start(PICTURES[name], picture, name)
-    assert_close(waiting(), picture(None, name), 1e-4)
+def test_pictures_are_those_of_one_process(pool):
+    waiting = pool.start(3, picture)
+    assert_close(waiting(), picture(None), 1e-4)
 
 
 # What is refused
@@ -180,8 +218,8 @@ def refusal(group, kind):
 
 
 REFUSED = {
-    "references": "transformer runs in bands of the tokens of one image, without references; got 40 tokens of 6x5 and",
-    "no grid": "transformer runs in bands of the tokens of one image, without references; got 30 tokens of no maps",
+    "references": "transformer runs in bands of the tokens of one image, without references; got 6x5 and 2x5",
+    "no grid": "transformer runs in bands of the tokens of one image, without references; got no maps that",
     "a cache": "inside it may look at more than one tile, so it cannot run in bands",
     "a mask": "it passes on to its attention what has rows of tokens (attention_mask), so it cannot run in bands",
     "rows": "transformer needs a map of at least 2 rows for 2 processes; got 1",

@@ -7,7 +7,7 @@ A family of these is one file with one class, which says
 - `told`: what pipelines tell it beside the sample, so that its memory can be told,
 
 and where it is not as most are: `maps`, `sample`, `predict`, `timestep`, `scheduled`, `longest`, `cell`, `passes_on`;
-`takes`, if several processes can share its tokens.
+`takes`, if several processes can share more than its blocks.
 """
 
 from abc import abstractmethod
@@ -40,9 +40,10 @@ class JointAttention(AnyDenoiser):
 
     `timestep` is the parameter that tells it. `passes_on` says whether the model uses the tokens that a block is given
     or gives for nothing but the next block, so that they need not be there twice; its ``forward`` is to be leaned on.
-    `takes` are the arguments of a model in which image tokens have rows, and where (see `Tokens`), if it does nothing
-    that looks from one of them at others but attention in blocks; `of_all` those that concern all samples, and
-    `joins` whether what it gives is a picture again, not what another model wants in bands.
+    `takes` are the arguments of a model in which image tokens have rows, and where (see `Tokens`). With the sample
+    among them several processes share all that the model does, which must look from one token at others in its blocks
+    alone; without it they share what these do. `of_all` are arguments that concern all samples, `joins` says whether
+    what the model gives is a picture again, not what another model wants in bands.
     """
 
     rank = 0
@@ -55,10 +56,10 @@ class JointAttention(AnyDenoiser):
 
     @property
     def shared(self) -> str:  # type: ignore[override]
-        return self.class_name if self.takes else ""
+        return self.class_name
 
     def can_be_shared(self, model: Any) -> bool:
-        return bool(self.takes) and not _is_shared(model)
+        return not _is_shared(model)
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == self.class_name
@@ -139,7 +140,10 @@ def patches(model: Any, arguments: Mapping[str, Any]) -> Size:
 
 
 def _check_heads(model: Any, bands: Bands) -> None:
-    if (heads := model.config.num_attention_heads) < bands.count:
+    """Where several heads share their keys a call may have more to say."""
+    told = (getattr(model.config, name, None) for name in ("num_attention_heads", "n_heads"))
+    heads = next((number for number in told if number is not None), bands.count)
+    if heads < bands.count:
         raise ValueError(
             f"process_group must have at most {heads} processes for {type(model).__name__}, each of which does some of "
             f"as many heads of attention; got {bands.count}"

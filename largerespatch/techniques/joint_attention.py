@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -62,6 +62,16 @@ class MapsNoting:
             self.note.passing.begin(original, arguments)
 
 
+class Edges(NamedTuple):
+    """Whether a block is the first one that has tokens in bands, which it `cuts`, and the last one, which `joins`."""
+
+    cuts: bool = False
+    joins: bool = False
+
+
+INSIDE = Edges()
+
+
 class JointBlock:
     """Takes the place of the ``forward`` of a transformer block, whose tokens are as `kind` says.
 
@@ -78,11 +88,12 @@ class JointBlock:
         step_note: StepNote,
         layer: int,
         bands: Bands = ALONE,
+        edges: Edges = INSIDE,
         path: str = "block",
     ) -> None:
         self.block, self.kind, self.blocking = block, kind, blocking
         self.note, self.step_note, self.layer = note, step_note, layer
-        self.bands, self.path = bands, path
+        self.bands, self.edges, self.path = bands, edges, path
 
     # A graph would write every tile out.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -93,8 +104,12 @@ class JointBlock:
         cover, band = self._cover(maps), self._band(maps)
         if len(cover) < 2 and band.alone:
             return original(*args, **kwargs)
-        bound.arguments.update(own_rows(tokens.takes, bound.arguments, band))
         here = maps if band.alone else Maps([(band.run[1] - band.run[0], band.rows.width)])
+        beside = tokens.texts_beside(bound.arguments, (maps if self.edges.cuts else here).area)
+        bound.arguments.update(own_rows(tokens.takes, bound.arguments, band, beside, tokens.text_first))
+        if self.edges.cuts:  # a copy, so that tokens of the whole map need not stay
+            stream = next(iter(tokens.takes))
+            bound.arguments[stream] = bound.arguments[stream].clone()
         texts = tokens.texts(bound.arguments, here.area)
         if texts is None:
             self._check_whole(band, " was given other tokens than those of one image")
@@ -112,7 +127,8 @@ class JointBlock:
         try:
             with native_kernels(self.block), at(self.path):
                 call = _Call(called, bound.arguments, self.block, tokens, here, texts)
-                return call.run(self._source(call, band, cover), self._free(bound, tokens))
+                result = call.run(self._source(call, band, cover), self._free(bound, tokens))
+                return call.joined(result, band) if self.edges.joins else result
         except _NotMetError:
             processors = {type(each.processor).__name__ for each in self.block.modules() if hasattr(each, "processor")}
             named = ", ".join(sorted(processors)) or "attention of its own"
@@ -237,6 +253,14 @@ class _Call:
         output[:, output.shape[1] - after :] = whole[:, whole.shape[1] - after :]
         return self.tokens.with_image(kept[0], output)
 
+    def joined(self, result: Any, band: Band) -> Any:
+        """What `run` returned, with the tokens of the whole image."""
+        some = self.tokens.image_of(result)
+        others = some.shape[1] - self.maps.area
+        first = others if self.tokens.text_first else 0
+        before, image, after = some.split_with_sizes([first, self.maps.area, others - first], dim=1)
+        return self.tokens.with_image(result, torch.cat([before, band.all_tokens(image, "maps"), after], dim=1))
+
     @property
     def _device(self) -> torch.device:
         return next(each.device for each in tree_leaves(self.arguments) if isinstance(each, torch.Tensor))
@@ -298,14 +322,17 @@ def joint_sites(
     """
     blocking, note, layer = blocking_of(options, CONTEXT), MapsNote(Passing(model) if passes_on else None), 0
     bands = replace(bands_of(options), others=None)  # who have other samples
+    sample, takes = list(inspect.signature(type(model).forward).parameters)[1], takes or {}
+    cut = options.process_group is None or sample in takes  # before they come to blocks
     yield Site(model, name, Order.MAP_NOTED, MapsNoting(note, maps))
     if options.process_group is not None:
-        sharing = TokensInBands(model, name, bands, note, takes or {}, joined)
+        sharing = TokensInBands(model, name, bands, note, takes, sample, joined and cut)
         yield Site(model, name, Order.IN_BANDS, sharing, says=f"maps in {bands}")
     says = f"{{count}} transformer blocks in {blocking}"
     for path, kind in kinds.items():
-        for i, block in enumerate(model.get_submodule(path)):
-            own = f"{name}.{path}.{i}"
-            technique = JointBlock(block, kind, blocking, note, step_note, layer, bands, own)
+        blocks: Any = model.get_submodule(path)
+        for i, block in enumerate(blocks):
+            own, edges = f"{name}.{path}.{i}", Edges(not cut and i == 0, not cut and i == len(blocks) - 1)
+            technique = JointBlock(block, kind, blocking, note, step_note, layer, bands, edges, own)
             yield Site(block, own, Order.IN_BLOCKS, technique, says=says)
             layer += 1

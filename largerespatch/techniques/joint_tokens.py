@@ -145,6 +145,13 @@ class Tokens:
         texts = found["text"] | {count - image for count in found["both"]} or {0}
         return texts.pop() if len(texts) == 1 and min(texts) >= 0 and len(found["image"]) == 1 else None
 
+    def texts_beside(self, arguments: Mapping[str, Any], image: int) -> int:
+        """How many text tokens there are beside so many of the image in what the block changes."""
+        name, rows = next(iter(self.takes.items()))
+        if rows.of == "both":
+            return int(arguments[name].shape[1]) - image - self.ahead
+        return next((arguments[name].shape[1] for name, rows in self.takes.items() if rows == TEXT), 0)
+
     def cut(self, arguments: Mapping[str, Any], places: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The arguments with a part of their tokens: those in `places` of each kind of rows, and all rows of text."""
 
@@ -183,21 +190,24 @@ def own_rows(
     takes: Mapping[str, Any],
     arguments: Mapping[str, Any],
     band: Band,
-    seen: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    texts: int | None = None,
+    text_first: bool = True,
+    seen: Callable[[torch.Tensor], torch.Tensor] = lambda whole: whole,
 ) -> dict[str, Any]:
     """The arguments with this process's tokens of the image, where they have those of the whole map.
 
-    `seen` makes of what enters a model what all processes see in its place; there rows of both are all text's and then
-    all of the image's.
+    Rows of both are those of so many `texts`, or of any number if that is None, before the image's or after them.
+    `seen` makes of what is cut what all processes see in its place.
     """
 
     def own(rows: Rows, each: torch.Tensor) -> torch.Tensor:
-        for dim in () if band.alone else rows.dims:
-            texts = each.shape[dim] - band.cells
-            if (rows.of == "image" and not texts) or (rows.of == "both" and seen is not None):
-                whole = each if seen is None else seen(each)
-                image = band.own_tokens(whole.narrow(dim, texts, band.cells), dim)
-                each = torch.cat([each.narrow(dim, 0, texts), image], dim=dim) if texts else image
+        for dim in () if band.alone or rows.of == "text" else rows.dims:
+            others = each.shape[dim] - band.cells
+            if others == 0 if rows.of == "image" else others >= 0 and texts in (None, others):
+                first = others if text_first else 0
+                before, image, after = seen(each).split_with_sizes([first, band.cells, others - first], dim=dim)
+                own = band.own_tokens(image, dim)
+                each = torch.cat([before, own, after], dim=dim) if others else own
         return each
 
     return {name: _each(rows, arguments[name], own) for name, rows in takes.items() if name in arguments}

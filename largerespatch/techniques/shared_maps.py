@@ -13,7 +13,7 @@ import torch
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core.agreement import groups_of
 from ..core.bands import Band, Bands, at
@@ -89,16 +89,15 @@ class InBands:
             given.arguments[name] = self.bands.first(sample)
             with self.bands.sharing(*size, **self.sizes):
                 self._cut_all(given.arguments)
-                given.arguments[name] = given.arguments[name].contiguous()
                 result = original(*given.args, **given.kwargs)
                 return tree_map_only(torch.Tensor, self._whole, result) if self.joined else result
 
-    def _size(self, sample: torch.Tensor) -> tuple[int, int]:
+    def _size(self, sample: Any) -> tuple[int, int]:
         """(height, width) of the map that the model is given."""
         return sample.shape[-2], sample.shape[-1]
 
-    def _check(self, sample: torch.Tensor, height: int, arguments: dict[str, Any]) -> None:
-        if is_differentiated(self.model, sample):
+    def _check(self, sample: Any, height: int, arguments: dict[str, Any]) -> None:
+        if is_differentiated(self.model, *tree_leaves(sample)):
             raise RuntimeError(
                 f"process_group: {self.path} runs in bands, which have no gradients: call it under torch.no_grad()"
             )
@@ -123,7 +122,9 @@ class InBands:
 
     def _cut_all(self, arguments: dict[str, Any]) -> None:
         """Leaves of maps among the arguments this process's rows."""
-        for each in (next(iter(arguments)), *MAPS):
+        sample = next(iter(arguments))
+        arguments[sample] = self._cut(arguments[sample]).contiguous()
+        for each in MAPS:
             if each in arguments:
                 arguments[each] = tree_map_only(torch.Tensor, self._cut, arguments[each])
 
