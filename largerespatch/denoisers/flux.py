@@ -11,12 +11,14 @@ from .any import Call
 from .joint import Packed, maps_of_ids
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
-# And of the model, that it passes tokens on from block to block and keeps none.
+# And of the model, that it passes tokens on from block to block and keeps none; that ControlNets, too, look from one
+# token at others in blocks alone.
 LEANS_ON = (
     "diffusers.models.transformers.transformer_flux.FluxTransformerBlock.forward",
     "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock.forward",
     "diffusers.models.transformers.transformer_flux.FluxAttnProcessor.__call__",
     "diffusers.models.transformers.transformer_flux.FluxTransformer2DModel.forward",
+    "diffusers.models.controlnets.controlnet_flux.FluxControlNetModel.forward",
 )
 
 TOKENS = Tokens(

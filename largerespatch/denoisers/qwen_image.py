@@ -9,11 +9,13 @@ from .any import Call
 from .joint import Packed
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
-# And of the model, that it passes tokens on from block to block and keeps none.
+# And of the model, that it passes tokens on from block to block and keeps none; that ControlNets, too, look from one
+# token at others in blocks alone.
 LEANS_ON = (
     "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformerBlock.forward",
     "diffusers.models.transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0.__call__",
     "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel.forward",
+    "diffusers.models.controlnets.controlnet_qwenimage.QwenImageControlNetModel.forward",
 )
 
 TOKENS = Tokens(
