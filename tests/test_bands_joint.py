@@ -17,7 +17,7 @@ import test_qwen_image
 import test_sd3
 import test_z_image
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from joint import TILES, paint
 from test_bands import assert_close, in_shares, noise, rank_of
@@ -327,6 +327,7 @@ def test_what_is_sent_is_told_without_sending(pool):
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 70))
+@example(5, 3, 1)
 def test_all_bands_have_as_many_turns_and_each_row_has_one(height, count, longest):
     (rows, *_) = banded(max(height, count), 3, count)
     turns = rounds(rows, longest)
