@@ -9,11 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from hypothesis import settings
-
-import processes
-import tiny
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DEMO_MODEL = EXAMPLES / "demo_model"
@@ -60,6 +56,8 @@ def quiet(pipe):
 @pytest.fixture(scope="session")
 def pool():
     """Forked when all tests are imported, which is what they run."""
+    import processes
+
     made = processes.Pool()
     yield made
     assert made.close() == [0] * processes.MOST
@@ -68,12 +66,16 @@ def pool():
 @pytest.fixture
 def pipe():
     """A tiny Stable Diffusion text-to-image pipeline."""
+    import tiny  # not above: who only hands out tests loads this file, too
+
     return quiet(tiny.text_to_image())
 
 
 @pytest.fixture(scope="session")
 def demo():
     """The trained pipeline that comes with the examples; not to be changed."""
+    from diffusers import StableDiffusionPipeline
+
     return quiet(StableDiffusionPipeline.from_pretrained(DEMO_MODEL))
 
 
