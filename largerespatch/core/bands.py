@@ -116,12 +116,7 @@ class Bands:
                 return Band(self, rows)
         return Band(self, BandRows(height, width))
 
-    def of_whole(self, plane: torch.Tensor) -> "Band | None":
-        """This process's band of a map that is whole, ``[B, C, H, W]``; None where that is not cut."""
-        band = self.cutting(*plane.shape[-2:])
-        return None if band.alone else band
-
-    def cutting(self, height: int, width: int) -> "Band":
+    def of_whole(self, height: int, width: int) -> "Band":
         """This process's band of a map of so many cells in all; all of one that is not cut."""
         maps = () if self.alone else _MAPS.get()
         return Band(self, next((rows for rows in maps if rows[:2] == (height, width)), BandRows(height, width)))

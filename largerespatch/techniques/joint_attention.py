@@ -139,7 +139,7 @@ class JointBlock:
 
     def _band(self, maps: Maps) -> Band:
         """This process's of the image; all of what is not cut."""
-        return self.bands.cutting(*maps[0]) if maps else Band(ALONE, BandRows(0, 0))
+        return self.bands.of_whole(*maps[0]) if maps else Band(ALONE, BandRows(0, 0))
 
     def _source(self, call: "_Call", band: Band, cover: Sequence[Tile]) -> KeySources | SharedSources:
         """Who does the attentions of a call."""

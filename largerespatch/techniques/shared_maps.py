@@ -133,8 +133,7 @@ class InBands:
 
     def _cut(self, plane: torch.Tensor) -> torch.Tensor:
         """This process's rows of a map that is whole; one that is in bands already as it is."""
-        band = self.bands.of_whole(plane)
-        return plane if band is None else band.own(plane)
+        return self.bands.of_whole(*plane.shape[-2:]).own(plane)
 
 
 class BandConvolution:

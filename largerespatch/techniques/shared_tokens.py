@@ -51,11 +51,11 @@ class TokensInBands(InBands):
         return []  # what of that there is blocks see
 
     def _cut_all(self, arguments: dict[str, Any]) -> None:
-        band = self.bands.cutting(*self.note.maps[0])
+        band = self.bands.of_whole(*self.note.maps[0])
         for name, rows in self.takes.items():
             # Pictures may be encoded with other noise, too. The sample is the first process's already.
             seen = (lambda sample: sample) if name == self.sample else self.bands.first
             arguments.update(own_rows({name: rows}, arguments, band, seen=seen))
 
     def _whole(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.bands.cutting(*self.note.maps[0]).all_tokens(tokens, "maps")
+        return self.bands.of_whole(*self.note.maps[0]).all_tokens(tokens, "maps")
