@@ -323,6 +323,21 @@ def test_what_is_sent_is_told_without_sending(pool):
     assert sent["heads"] == 4 * blocks * channels * (3 * own * 4 + 3 * own + 3 * TEXTS)
 
 
+def masked_peak(group):
+    model, told = MODELS["Chroma"](1, 32, 24)
+    told |= {"hidden_states": noise(1, 32 * 24, 16), "encoder_hidden_states": noise(1, TEXTS, 32)}
+    options = {"attn_full_tokens": 200, "attn_slice_x": 8, "attn_slice_y": 8, "attn_context": 32}
+    with patched(model, (32, 24), group, options), LiveBytes("cpu") as count:
+        model(**told, timestep=torch.full((1,), 0.5))
+    return count.peak
+
+
+def test_a_mask_of_all_tokens_for_all_is_nowhere(pool):
+    waiting = pool.start(2, masked_peak)
+    alone = masked_peak(None)
+    assert max(waiting()) < 0.8 * alone < 4 * (32 * 24) ** 2
+
+
 # Geometry
 
 

@@ -101,7 +101,8 @@ class SharedSources:
             made.append(own.new_empty(*own.shape[:2], count, own.shape[3]))
             made[-1][:, :, : rows.start] = before
             made[-1][:, :, rows.start + self.maps.area :] = after
-        return dealt, attending.of_tokens(self.maps.area, *made)
+        query, key, value = made
+        return dealt, attending.holding(query, key, value, self.maps.area)
 
     def _put(self, known: _Known, piece: Piece, received: _Parts) -> None:
         _, everything = known
@@ -112,10 +113,13 @@ class SharedSources:
     def _made(self, known: _Known) -> Sequence[torch.Tensor]:
         """What all heads give for the text, and for this process's tokens of the image."""
         dealt, everything = known
-        result = self._by_tiles(everything) if len(self.cover) > 1 else everything.attend(**everything.given)
+        result = self._by_tiles(everything) if len(self.cover) > 1 else self._at_once(everything)
         text, image = result[:, :, everything.text], result[:, :, everything.image]
         runs = (self._tokens(self.band.rows.run(i)) for i in range(self.band.bands.count))
         return dealt.to_bands([(text, image[:, :, run]) for run in runs])
+
+    def _at_once(self, everything: Attending) -> torch.Tensor:
+        return everything.attend(**everything.given | {"attn_mask": everything.mask_of(self.maps.area)})
 
     def _by_tiles(self, everything: Attending) -> torch.Tensor:
         """Where queries were, if results are as large."""
