@@ -11,12 +11,14 @@ import test_auraflow
 import test_chroma
 import test_flux
 import test_flux2
+import test_joint
 import test_krea2
 import test_lumina2
 import test_qwen_image
 import test_sd3
 import test_z_image
 import torch
+from diffusers.configuration_utils import FrozenDict
 from hypothesis import example, given
 from hypothesis import strategies as st
 from joint import TILES, paint
@@ -29,6 +31,7 @@ from conftest import quiet
 from largerespatch import LargeResPatch
 from largerespatch.core.band_rows import banded, rounds
 from largerespatch.core.bands import counting_sent
+from largerespatch.core.families import register, unregister
 from largerespatch.core.pieces import rehearsal
 from largerespatch.denoisers.joint import asked_for
 from largerespatch.memory.counting import LiveBytes
@@ -159,6 +162,27 @@ def test_what_pipelines_call_gives_what_one_process_gets(pool, name):
     results = waiting()
     assert_close([result for result, _ in results], expected)
     assert all({"heads", "maps"} <= sent.keys() for _, sent in results)
+
+
+def strange(group):
+    """What a model of a family gives that says nothing of processes."""
+    register(test_joint.Strangers)
+    try:
+        pipe = test_joint.Pipeline()
+        pipe.transformer.config = FrozenDict(in_channels=4)
+        with LargeResPatch(pipe, 176, 144, process_group=group, **TILES | {"attn_context": 24}) as active:
+            result = pipe(176, 144, 1, torch.Generator().manual_seed(0), "latent")[0]
+        return result.numpy(), repr(active)
+    finally:
+        unregister(test_joint.Strangers)
+
+
+def test_a_family_need_not_know_of_processes(pool):
+    waiting = pool.start(2, strange)
+    expected, _ = strange(None)
+    results = waiting()
+    assert_close([result for result, _ in results], expected)
+    assert all("maps in bands of 2 processes, 2 transformer blocks in bricks" in says for _, says in results)
 
 
 def test_guidance_is_dealt_out_first(pool):

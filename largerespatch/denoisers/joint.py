@@ -170,7 +170,7 @@ def asked_for(*maps: Size) -> Iterator[None]:
 class Packed(JointAttention):
     """Those whose pipelines pack squares of four latent pixels into a token each, and tell the step from 0 to 1."""
 
-    of_all = ("img_ids", "txt_ids")
+    of_all: Sequence[str] = ("img_ids", "txt_ids")
 
     def scheduled(self, timestep: float) -> float:
         return 1000 * timestep

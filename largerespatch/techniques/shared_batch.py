@@ -24,9 +24,9 @@ def batch_sites(model: nn.Module, name: str, bands: Bands, joined: bool, of_all:
 class SharedBatch:
     """Takes the place of a denoiser's ``forward``: this process runs its share of the samples.
 
-    The first parameter, ``[B, ...]``, says how many there are. All run all where they cannot be dealt evenly, where an
-    attention processor may look across samples, and where the samples are those of one half of guidance (a ControlNet's
-    ``guess_mode``), which the pipeline completes.
+    The first parameter, ``[B, ...]``, says how many there are. All run all where they cannot be dealt evenly or are
+    in a list, where an attention processor may look across samples, and where the samples are those of one half of
+    guidance (a ControlNet's ``guess_mode``), which the pipeline completes.
 
     Args:
         model: whose forward it is, and `path` its name in messages.
@@ -49,7 +49,8 @@ class SharedBatch:
         batch, count = len(sample), self.shares.count
         with at(self.path):
             given.arguments[name] = self.shares.first(sample)
-            if batch % count or given.arguments.get("guess_mode") or looking_across(self.model):
+            in_one = isinstance(sample, torch.Tensor)  # not in a list of some
+            if not in_one or batch % count or given.arguments.get("guess_mode") or looking_across(self.model):
                 return original(*given.args, **given.kwargs)
             first = self.shares.rank * batch // count
             for each in set(given.arguments) - set(self.of_all):
