@@ -260,17 +260,22 @@ def test_calls_that_bands_cannot_make_are_refused_by_all(pool, kind):
 
 def refused_entry(group, kind):
     model = flux(1, 1, 1, num_attention_heads=2)[0]
+    size = (1, 5) if kind == "low" else (6, 5)
     if kind == "parallel":
         model._parallel_config = object()
     with pytest.raises(ValueError, match="process_group") as refused, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that such a model is left as it is
-        patched(model, (6, 5), group, {})
+        patched(model, size, group, {})
     return str(refused.value)
 
 
 def test_what_cannot_be_dealt_out_is_refused_at_entry(pool):
     few = "process_group must have at most 2 processes for FluxTransformer2DModel, each of which does some of as many"
     assert all(few in said for said in pool.run(3, refused_entry, "heads"))
+    low = (
+        "height must be at least 32 sample pixels for a process_group of 2 (2 or more rows of latent pixels each); got"
+    )
+    assert all(low in said for said in pool.run(2, refused_entry, "low"))
     shared = "it is not known how several processes share the maps of pipe.transformer (FluxTransformer2DModel)"
     assert all(shared in said for said in pool.run(2, refused_entry, "parallel"))
 

@@ -158,6 +158,10 @@ class Family(ABC):
             ValueError: it cannot make them at all.
         """
 
+    def rows(self, model: Any) -> int:
+        """Rows of latent pixels that each of several processes must have at least."""
+        return 1
+
     def can_be_shared(self, model: Any) -> bool:
         """Whether `model` is one whose maps several processes can share, each with a band of rows."""
         return False

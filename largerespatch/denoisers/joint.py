@@ -116,6 +116,9 @@ class JointAttention(AnyDenoiser):
         patch = getattr(model.config, "patch_size", 1)
         return patch if isinstance(patch, int) else 1
 
+    def rows(self, model: Any) -> int:
+        return self.cell(model)
+
     def check(self, model: Any, pipe: Any, height: int, width: int) -> None:
         for option, size in (("width", width), ("height", height)):
             check_multiple(option, size, self.cell(model) * factor_of(pipe))
@@ -174,6 +177,9 @@ class Packed(JointAttention):
 
     def scheduled(self, timestep: float) -> float:
         return 1000 * timestep
+
+    def rows(self, model: Any) -> int:
+        return 2
 
     def tokens(self, call: Call) -> int:
         """Of the image."""
