@@ -6,6 +6,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import diffusers as d
+import numpy as np
 import pytest
 import test_auraflow
 import test_chroma
@@ -74,7 +75,12 @@ def qwen_image(batch, height, width):
     return model, {"img_shapes": [[(1, height, width)]] * batch, "encoder_hidden_states_mask": mask}
 
 
-MODELS = {"Flux": flux, "Flux 2": flux_2, "Chroma": chroma, "Qwen-Image": qwen_image}
+def halves(batch, height, width):
+    model, told = flux(batch, height, width)
+    return model.to(torch.bfloat16), told
+
+
+MODELS = {"Flux": flux, "Flux in bfloat16": halves, "Flux 2": flux_2, "Chroma": chroma, "Qwen-Image": qwen_image}
 
 
 def patched(model, size, group, options, **others):
@@ -88,12 +94,12 @@ def step(group, kind, size, batch, options):
     model, told = MODELS[kind](batch, *size)
     with patched(model, size, group, options), counting_sent() as sent:
         result = model(
-            hidden_states=noise(batch, size[0] * size[1], 16, seed=rank_of(group)),
-            encoder_hidden_states=noise(batch, TEXTS, 32),
+            hidden_states=noise(batch, size[0] * size[1], 16, seed=rank_of(group)).to(model.dtype),
+            encoder_hidden_states=noise(batch, TEXTS, 32).to(model.dtype),
             timestep=torch.full((batch,), 0.5),
-            **told,
+            **{name: each.to(model.dtype) if name == "pooled_projections" else each for name, each in told.items()},
         ).sample
-    return result.numpy(), dict(sent)
+    return result.float().numpy(), dict(sent)
 
 
 # name: (how many processes, (height, width), batch, options)
@@ -118,13 +124,21 @@ def test_a_step_is_that_of_one_process(pool, name):
         assert all({"heads", "maps"} <= sent.keys() for _, sent in results)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "Flux"])
+@pytest.mark.parametrize("kind", ["Flux 2", "Chroma", "Qwen-Image"])
 def test_a_step_of_its_kin_is_too(pool, kind):
     for options in ({}, BLOCKS | {"attn_context": 24}):
         what = (kind, (10, 9), 2, options)
         waiting = pool.start(3, step, *what)
         expected, _ = step(None, *what)
         assert_close([result for result, _ in waiting()], expected)
+
+
+def test_half_precision_is_no_further_from_single_than_that_of_one_process(pool):
+    what = ((11, 10), 2, BLOCKS | {"attn_context": 24})
+    waiting = pool.start(2, step, "Flux in bfloat16", *what)
+    (single, _), (half, _) = (step(None, kind, *what) for kind in ("Flux", "Flux in bfloat16"))
+    most = np.square(half - single).mean()
+    assert all(np.square(found - single).mean() < 1.1 * most for found, _ in waiting())
 
 
 # What pipelines call: with pictures to follow, and models that are given latents, whose tokens are cut where they enter
