@@ -64,14 +64,14 @@ class SharedSources:
 
         assemble(self.pieces, compute, place=lambda piece: piece, into=Putting(put))
         while self.known:
-            self.made.append(self._made(self.known.pop(0)))
+            self.made.append(self._given_back(*self._done(self.known.pop(0))))
 
     def attended(self, i: int, attending: Attending, piece: Piece, text_too: bool) -> torch.Tensor:
         """What the i-th attention gives for the tokens of a piece; for the text all that it attends to, or nothing."""
         if i == len(self.made):  # of a single piece nothing was learned before
-            known = self._room(attending)
-            self._put(known, piece, self._received(attending, piece))
-            self.made.append(self._made(known))
+            self.known.append(self._room(attending))
+            self._put(self.known[0], piece, self._received(attending, piece))
+            self.made.append(self._given_back(*self._done(self.known.pop())))
         text, image = self.made[i]
         result = attending.nothing()
         result[:, :, attending.image] = image[:, :, piece.tiles[0].top * self.band.rows.width :][:, :, : piece.area]
@@ -110,11 +110,14 @@ class SharedSources:
             for (name, rows), part in zip(_rows(everything), parts, strict=True):
                 everything.part(name, rows)[:, :, self._tokens(run)] = part
 
-    def _made(self, known: _Known) -> Sequence[torch.Tensor]:
-        """What all heads give for the text, and for this process's tokens of the image."""
+    def _done(self, known: _Known) -> tuple[DealtAttention, torch.Tensor, torch.Tensor]:
+        """What the heads that are done here give for the text, and for the image. Nobody needs their keys any more."""
         dealt, everything = known
         result = self._by_tiles(everything) if len(self.cover) > 1 else self._at_once(everything)
-        text, image = result[:, :, everything.text], result[:, :, everything.image]
+        return dealt, result[:, :, everything.text], result[:, :, everything.image]
+
+    def _given_back(self, dealt: DealtAttention, text: torch.Tensor, image: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What all heads give for the text, and for this process's tokens of the image."""
         runs = (self._tokens(self.band.rows.run(i)) for i in range(self.band.bands.count))
         return dealt.to_bands([(text, image[:, :, run]) for run in runs])
 
