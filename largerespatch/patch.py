@@ -85,7 +85,8 @@ class LargeResPatch:
             _check_reflection("height", self.height, factor, halvings)
         if group is not None:
             check_shared(pipe)
-            check_group(group, execution_device(pipe), self.height, factor)
+            rows = max(family.rows(model) for model, family in families.values())
+            check_group(group, execution_device(pipe), self.height, factor, rows)
         self._sites()  # what these models cannot do is an error now
         self._stack, self._first_call = PatchStack(), FirstCall()
         self._planned = ""

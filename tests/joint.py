@@ -165,7 +165,7 @@ class JointTests(TableTests):
 
         kinds = family_of(pipe.transformer).kinds(pipe.transformer)
         blocks = [
-            (path, block, getattr(tokens, "idle", ()))
+            (path, block, (*getattr(tokens, "idle", ()), *getattr(tokens, "asking", ())))
             for path, tokens in kinds.items()
             for block in pipe.transformer.get_submodule(path)
         ]

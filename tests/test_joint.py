@@ -434,7 +434,7 @@ class Strangers(JointAttention):
 
     def kinds(self, model):
         rows = {"stream": BOTH, "mask": BOTH, "positions": BOTH.along(0)}
-        return {"layers": Tokens(takes=rows, gives=BOTH, text_first=True, idle=("query",))}
+        return {"layers": Tokens(takes=rows, gives=BOTH, text_first=True, asking=("query",))}
 
     def maps(self, model, arguments):
         return [arguments["latent"].shape[2:]]

@@ -373,6 +373,35 @@ def bands_table() -> str:
     return f"{markdown(headings, rows)}\n\n{told}"
 
 
+def parallel_table() -> str:
+    """Transformers' steps in bands and in diffusers' context parallelism, which do the same work."""
+    report = load("bands")["compared"]
+    at, cases = report["environment"], report["cases"]
+    names = {"one": "one process", "bands": "bands", "ulysses": "diffusers, Ulysses", "ring": "diffusers, ring"}
+    rows = []
+    for case in cases:
+        for way, name in names.items():
+            found = case["ways"].get(way)
+            if found is None:
+                rows.append([MODEL_NAMES[case["model"]], name, f"raises {case['refused'][way]}", "", ""])
+                continue
+            most = [f"{max(found[each]) / 2**20:.1f}" for each in ("peak_live_bytes", "sent")]
+            rows.append([MODEL_NAMES[case["model"]], name, f"{found['median_seconds']:.2f}", *most])
+    told = (
+        f"{cases[0]['tokens']} tokens and {cases[0]['text_tokens']} of text, dense attention, in turns; median of "
+        f"{len(cases[0]['ways']['one']['seconds'])}. {at['device_name']}, {at['cpu_cores']} cores, {at['dtype']}; "
+        f"torch {at['torch']}, diffusers {at['diffusers']}, {at['date'][:10]}."
+    )
+    headings = (
+        "a small model's step",
+        "two processes, one thread each",
+        "seconds",
+        "MiB live in each",
+        "MiB sent by each",
+    )
+    return f"{markdown(headings, rows)}\n\n{told}"
+
+
 def projection_table() -> str:
     """A step on several GPUs, by arithmetic."""
     cases = load("bands")["projected"]
@@ -421,6 +450,7 @@ TABLES = {
         transformer_table,
         transformer_fidelity_table,
         bands_table,
+        parallel_table,
         projection_table,
         pipeline_table,
     ),

@@ -114,8 +114,8 @@ def least(group: Any, number: int) -> int:
     return number if group is None else min(int(each["number"]) for each in _told(group, {"number": str(number)}))
 
 
-def check_group(group: Any, device: torch.device, height: int, factor: int) -> None:
-    """Sees that a group can send what is on a device, and that each process gets a row of latent pixels.
+def check_group(group: Any, device: torch.device, height: int, factor: int, least: int = 1) -> None:
+    """Sees that a group can send what is on a device, and that each process gets so many rows of latent pixels.
 
     `height` counts sample pixels, `factor` those of a latent pixel.
 
@@ -123,10 +123,10 @@ def check_group(group: Any, device: torch.device, height: int, factor: int) -> N
         ValueError: it cannot, or there is none for some.
     """
     rows = groups_of(group)[0]
-    if height < (lowest := factor * rows.size()):
+    if height < (lowest := factor * least * rows.size()):
         raise ValueError(
-            f"height must be at least {lowest} sample pixels for a process_group of {rows.size()} (a row of latent "
-            f"pixels each); got {height}"
+            f"height must be at least {lowest} sample pixels for a process_group of {rows.size()} ({least} or "
+            f"more rows of latent pixels each); got {height}"
         )
     if device.type == "cuda" and any(dist.get_backend(each) == "gloo" for each in groups_of(group)):
         raise ValueError(

@@ -73,6 +73,23 @@ def banded(
     return maps
 
 
+def rounds(rows: BandRows, longest: int) -> list[list[Run]]:
+    """Runs of about `longest` rows, one of every band in each round, until all rows have had their turn.
+
+    None is empty, so that all bands have as many.
+    """
+    runs = [rows.run(i) for i in range(max(len(rows.cuts) - 1, 1))]
+    heights = [stop - start for start, stop in runs]
+    count = min(-(-max(heights) // longest), *heights)
+    return [
+        [
+            (start + i * height // count, start + (i + 1) * height // count)
+            for (start, _), height in zip(runs, heights, strict=True)
+        ]
+        for i in range(count)
+    ]
+
+
 def dealt(tiles: Iterable[Tile], count: int) -> list[list[Tile]]:
     """The tiles for each of `count` processes: near equal in area, and near the rows that its band has."""
     ordered = sorted(tiles, key=lambda tile: (tile.top + tile.bottom, tile.left))

@@ -116,10 +116,10 @@ class Bands:
                 return Band(self, rows)
         return Band(self, BandRows(height, width))
 
-    def of_whole(self, plane: torch.Tensor) -> "Band | None":
-        """This process's band of a map that is whole, ``[B, C, H, W]``; None where that is not cut."""
-        size = tuple(plane.shape[-2:])
-        return next((Band(self, rows) for rows in _MAPS.get() if rows.cuts and rows[:2] == size), None)
+    def of_whole(self, height: int, width: int) -> "Band":
+        """This process's band of a map of so many cells in all; all of one that is not cut."""
+        maps = () if self.alone else _MAPS.get()
+        return Band(self, next((rows for rows in maps if rows[:2] == (height, width)), BandRows(height, width)))
 
     def next_to(self, band: "Band", places: int) -> "Band | None":
         """That of another of the model's maps, so many `places` smaller than the map of this one, if there is any."""
@@ -187,11 +187,15 @@ class Bands:
 
         return finished
 
+    def count_sent(self, kind: str, size: int) -> None:
+        """So many bytes of a kind that are sent, where that is counted; of no kind they are counted elsewhere."""
+        if kind and (counter := _SENT.get()) is not None:
+            counter[kind] += size
+
     @contextmanager
     def _talking(self, kind: str, size: int) -> Iterator[bool]:
         """What is sent inside is counted; yields whether there is anybody to hear it."""
-        if (counter := _SENT.get()) is not None:
-            counter[kind] += size
+        self.count_sent(kind, size)
         try:
             yield not rehearsing()
         except RuntimeError as error:
@@ -248,17 +252,17 @@ class Band:
         runs = (self.rows.run(i) for i in range(len(bands)))
         return torch.cat([band[..., : b - a, :] for band, (a, b) in zip(bands, runs, strict=True)], dim=-2)
 
-    def all_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+    def all_tokens(self, tokens: torch.Tensor, kind: str = "keys") -> torch.Tensor:
         """Those of the whole map, ``[B, height * width, C]``, of this process's."""
         if self.alone:
             return tokens
         plane = tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], -1, self.rows.width)
-        return self.whole(plane, "keys").flatten(2).transpose(1, 2)
+        return self.whole(plane, kind).flatten(2).transpose(1, 2)
 
-    def own_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The inverse."""
+    def own_tokens(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """The inverse, where tokens are along dimension `dim`."""
         start, stop = self.run
-        return tokens[:, start * self.rows.width : stop * self.rows.width]
+        return tokens.narrow(dim, start * self.rows.width, (stop - start) * self.rows.width)
 
     def around(self, plane: torch.Tensor, above: int, below: int) -> Callable[[], tuple[Rows, Rows]]:
         """Starts to fetch so many rows above and below this band. The result waits for them.

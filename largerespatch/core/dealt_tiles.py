@@ -7,7 +7,7 @@ import torch
 
 from .band_rows import dealt, split
 from .bands import Band
-from .pieces import assemble
+from .pieces import Putting, assemble
 from .tilings import Tile
 
 Compute = Callable[[Tile, torch.Tensor], torch.Tensor]
@@ -76,18 +76,8 @@ def _dealt(
             target = results[some] if some in results else output[here(some)]
             target.copy_(result[:, some.top - tile.top : some.bottom - tile.top])
 
-    assemble(hands[rank], compute, place=lambda tile: tile, into=_Putting(put), read=read)
+    assemble(hands[rank], compute, place=lambda tile: tile, into=Putting(put), read=read)
     there.clear()
     for some, result in sent(borrowed, lent, results.__getitem__).items():
         output[here(some)] = result
     return output
-
-
-class _Putting:
-    """Where results of a loop go that are not all in one place."""
-
-    def __init__(self, put: Callable[[Tile, torch.Tensor], None]) -> None:
-        self.put = put
-
-    def __setitem__(self, tile: Tile, result: torch.Tensor) -> None:
-        self.put(tile, result)

@@ -36,9 +36,9 @@ class Order(IntEnum):
     CHECKED = auto()
     STEP_NOTED = auto()
     BATCH_SHARED = auto()
+    MAP_NOTED = auto()
     IN_BANDS = auto()
     BATCH_IN_TURNS = auto()
-    MAP_NOTED = auto()
     OFF_DEVICE = auto()
     IN_STAGES = auto()
     IN_STRIPS = auto()
@@ -157,6 +157,10 @@ class Family(ABC):
         Raises:
             ValueError: it cannot make them at all.
         """
+
+    def rows(self, model: Any) -> int:
+        """Rows of latent pixels that each of several processes must have at least."""
+        return 1
 
     def can_be_shared(self, model: Any) -> bool:
         """Whether `model` is one whose maps several processes can share, each with a band of rows."""

@@ -159,3 +159,13 @@ def assemble(
 
     _loop(pieces, put, read, carries)
     return outputs[0]
+
+
+class Putting:
+    """Where results of a loop go that are not all in one place: `put` is told the index and the result."""
+
+    def __init__(self, put: Callable[[Any, Any], None]) -> None:
+        self.put = put
+
+    def __setitem__(self, index: Any, result: Any) -> None:
+        self.put(index, result)

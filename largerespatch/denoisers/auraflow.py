@@ -11,10 +11,12 @@ from .any import Call
 from .joint import JointAttention
 
 # What the `Tokens` here must know the inside of: of which tokens arguments and results have rows, and their order in
-# attention; and what becomes of places that the table of positions does not have.
+# attention; of the model, that it passes tokens on from block to block; and what becomes of places that the table of
+# positions does not have.
 LEANS_ON = (
     "diffusers.models.transformers.auraflow_transformer_2d.AuraFlowJointTransformerBlock.forward",
     "diffusers.models.transformers.auraflow_transformer_2d.AuraFlowSingleTransformerBlock.forward",
+    "diffusers.models.transformers.auraflow_transformer_2d.AuraFlowTransformer2DModel.forward",
     "diffusers.models.transformers.auraflow_transformer_2d.AuraFlowPatchEmbed.pe_selection_index_based_on_dim",
     "diffusers.models.attention_processor.AuraFlowAttnProcessor2_0.__call__",
     "diffusers.models.attention_processor.FusedAuraFlowAttnProcessor2_0.__call__",

@@ -6,11 +6,16 @@ from typing import Any
 from ..core.families import register
 from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Tokens
 from .any import Call
-from .flux import Flux
+from .flux import TAKES, Flux
 
-# What `DOUBLE` and `SINGLE` must know the inside of: of which tokens arguments and results have rows.
+# What `DOUBLE` and `SINGLE` must know the inside of: of which tokens arguments and results have rows. And of the model,
+# that it looks from one token at others in its blocks alone.
 _ROOM = "diffusers.models.transformers.transformer_chroma."
-LEANS_ON = (f"{_ROOM}ChromaTransformerBlock.forward", f"{_ROOM}ChromaSingleTransformerBlock.forward")
+LEANS_ON = (
+    f"{_ROOM}ChromaTransformerBlock.forward",
+    f"{_ROOM}ChromaSingleTransformerBlock.forward",
+    f"{_ROOM}ChromaTransformer2DModel.forward",
+)
 
 # A block makes a square of the mask: of a tile's tokens, not of all.
 MASKED = {"image_rotary_emb": BOTH.along(0), "attention_mask": BOTH}
@@ -26,6 +31,7 @@ class Chroma(Flux):
 
     class_name = "ChromaTransformer2DModel"
     in_turns = True
+    takes: Mapping[str, Any] = TAKES | {"attention_mask": BOTH}
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": DOUBLE, "single_transformer_blocks": SINGLE}

@@ -9,10 +9,12 @@ from .any import Call
 from .joint import JointAttention
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention;
-# and that neighbours share positions where there are more cells than these.
+# of the model, that it passes tokens on from block to block; and that neighbours share positions where there are more
+# cells than these.
 LEANS_ON = (
     "diffusers.models.transformers.transformer_cogview4.CogView4TransformerBlock.forward",
     "diffusers.models.transformers.transformer_cogview4.CogView4AttnProcessor.__call__",
+    "diffusers.models.transformers.transformer_cogview4.CogView4Transformer2DModel.forward",
     "diffusers.models.transformers.transformer_cogview4.CogView4RotaryPosEmbed.forward",
 )
 

@@ -11,20 +11,32 @@ from .any import Call
 from .joint import Packed, maps_of_ids
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
-# And of the model, that it passes tokens on from block to block and keeps none.
+# And of the model, that it passes tokens on from block to block and keeps none; that ControlNets, too, look from one
+# token at others in blocks alone.
 LEANS_ON = (
     "diffusers.models.transformers.transformer_flux.FluxTransformerBlock.forward",
     "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock.forward",
     "diffusers.models.transformers.transformer_flux.FluxAttnProcessor.__call__",
     "diffusers.models.transformers.transformer_flux.FluxTransformer2DModel.forward",
+    "diffusers.models.controlnets.controlnet_flux.FluxControlNetModel.forward",
 )
 
 TOKENS = Tokens(
     takes={"hidden_states": IMAGE, "encoder_hidden_states": TEXT, "image_rotary_emb": BOTH.along(0)},
     gives=(TEXT, IMAGE),
     text_first=True,
-    idle=("attn.to_q", "attn.add_q_proj", "proj_mlp"),
+    idle=("proj_mlp",),
+    asking=("attn.to_q", "attn.add_q_proj"),
 )
+
+
+# Arguments of the model with rows of image tokens: what ControlNets give beside the sample.
+TAKES = {
+    "hidden_states": IMAGE,
+    "img_ids": IMAGE.along(-2),
+    "controlnet_block_samples": IMAGE,
+    "controlnet_single_block_samples": IMAGE,
+}
 
 
 @register
@@ -33,6 +45,7 @@ class Flux(Packed):
 
     class_name = "FluxTransformer2DModel"
     passes_on = True
+    takes: Mapping[str, Any] = TAKES
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS, "single_transformer_blocks": TOKENS}
@@ -59,3 +72,8 @@ class FluxControlNets(Flux):
     class_name = "FluxControlNetModel"
     stages = ()
     passes_on = False  # what blocks give is its result
+    takes: Mapping[str, Any] = TAKES | {"controlnet_cond": IMAGE}
+    joins = False
+
+    def can_be_shared(self, model: Any) -> bool:
+        return super().can_be_shared(model) and model.input_hint_block is None  # which looks at pictures

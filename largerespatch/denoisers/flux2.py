@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Flux2(Packed):
     """`Flux2Transformer2DModel`. Pictures to look at come after the image, those with a cache before it, once."""
 
     class_name = "Flux2Transformer2DModel"
+    takes: Mapping[str, Any] = MappingProxyType({"hidden_states": IMAGE, "img_ids": IMAGE.along(-2)})
 
     def kinds(self, model: Any) -> Mapping[str, Kind]:
         return {

@@ -13,11 +13,13 @@ from .any import Call
 from .joint import JointAttention
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
+# And of the model, that it passes tokens on from block to block.
 _ROOM = "diffusers.models.transformers.transformer_hunyuanimage."
 LEANS_ON = (
     f"{_ROOM}HunyuanImageTransformerBlock.forward",
     f"{_ROOM}HunyuanImageSingleTransformerBlock.forward",
     f"{_ROOM}HunyuanImageAttnProcessor.__call__",
+    f"{_ROOM}HunyuanImageTransformer2DModel.forward",
 )
 
 TOKENS = Tokens(

@@ -6,7 +6,8 @@ A family of these is one file with one class, which says
 - `kinds`: the lists of blocks in its models, and where in these blocks' arguments and results tokens are,
 - `told`: what pipelines tell it beside the sample, so that its memory can be told,
 
-and where it is not as most are: `maps`, `sample`, `predict`, `timestep`, `scheduled`, `longest`, `cell`, `passes_on`.
+and where it is not as most are: `maps`, `sample`, `predict`, `timestep`, `scheduled`, `longest`, `cell`, `passes_on`;
+`takes`, if several processes can share more than its blocks.
 """
 
 from abc import abstractmethod
@@ -14,11 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..core.bands import Bands
 from ..core.calls import schedulers_of
 from ..core.checks import warn
 from ..core.families import Order, Site, check_multiple, factor_of, unknown_call
@@ -27,20 +30,36 @@ from ..techniques.joint_attention import joint_sites
 from ..techniques.joint_tokens import Kind, Size
 from ..techniques.notes import StepNote, StepNoting
 from ..techniques.padding import padding_sites
+from ..techniques.shared_batch import batch_sites
+from ..techniques.shared_maps import bands_of
 from .any import AnyDenoiser, Call
 
 
 class JointAttention(AnyDenoiser):
-    """Those models of a family that several processes run together are left as they are.
+    """Those models of a family that several processes run together by means of diffusers are left as they are.
 
     `timestep` is the parameter that tells it. `passes_on` says whether the model uses the tokens that a block is given
     or gives for nothing but the next block, so that they need not be there twice; its ``forward`` is to be leaned on.
+    `takes` are the arguments of a model in which image tokens have rows, and where (see `Tokens`). With the sample
+    among them several processes share all that the model does, which must look from one token at others in its blocks
+    alone; without it they share what these do. `of_all` are arguments that concern all samples, `joins` says whether
+    what the model gives is a picture again, not what another model wants in bands.
     """
 
     rank = 0
     class_name = ""
     timestep = "timestep"
     passes_on = False
+    takes: Mapping[str, Any] = MappingProxyType({})
+    of_all: Sequence[str] = ()
+    joins = True
+
+    @property
+    def shared(self) -> str:  # type: ignore[override]
+        return self.class_name
+
+    def can_be_shared(self, model: Any) -> bool:
+        return not _is_shared(model)
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == self.class_name
@@ -78,7 +97,13 @@ class JointAttention(AnyDenoiser):
             noting = StepNoting(note, lambda: schedulers_of(pipe), self.timestep, self.scheduled)
             yield Site(model, name, Order.STEP_NOTED, noting)
             maps = partial(self.maps, model)
-            yield from joint_sites(model, name, options, note, self.kinds(model), maps, self.passes_on)
+            if options.process_group is not None:
+                bands = bands_of(options)
+                _check_heads(model, bands)
+                yield from batch_sites(model, name, bands, self.joins, self.of_all)
+            yield from joint_sites(
+                model, name, options, note, self.kinds(model), maps, self.passes_on, self.takes, self.joins
+            )
         yield from padding_sites(model, name, options.padding_mode)
 
     def repeated(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -90,6 +115,9 @@ class JointAttention(AnyDenoiser):
         """Latent pixels along each axis of which an image has to have whole multiples."""
         patch = getattr(model.config, "patch_size", 1)
         return patch if isinstance(patch, int) else 1
+
+    def rows(self, model: Any) -> int:
+        return self.cell(model)
 
     def check(self, model: Any, pipe: Any, height: int, width: int) -> None:
         for option, size in (("width", width), ("height", height)):
@@ -114,6 +142,17 @@ def patches(model: Any, arguments: Mapping[str, Any]) -> Size:
     return height // model.config.patch_size, width // model.config.patch_size
 
 
+def _check_heads(model: Any, bands: Bands) -> None:
+    """Where several heads share their keys a call may have more to say."""
+    told = (getattr(model.config, name, None) for name in ("num_attention_heads", "n_heads"))
+    heads = next((number for number in told if number is not None), bands.count)
+    if heads < bands.count:
+        raise ValueError(
+            f"process_group must have at most {heads} processes for {type(model).__name__}, each of which does some of "
+            f"as many heads of attention; got {bands.count}"
+        )
+
+
 def _is_shared(model: Any) -> bool:
     return getattr(model, "_parallel_config", None) is not None
 
@@ -134,8 +173,13 @@ def asked_for(*maps: Size) -> Iterator[None]:
 class Packed(JointAttention):
     """Those whose pipelines pack squares of four latent pixels into a token each, and tell the step from 0 to 1."""
 
+    of_all: Sequence[str] = ("img_ids", "txt_ids")
+
     def scheduled(self, timestep: float) -> float:
         return 1000 * timestep
+
+    def rows(self, model: Any) -> int:
+        return 2
 
     def tokens(self, call: Call) -> int:
         """Of the image."""

@@ -9,11 +9,13 @@ from .any import Call
 from .joint import Packed
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
-# And of the model, that it passes tokens on from block to block and keeps none.
+# And of the model, that it passes tokens on from block to block and keeps none; that ControlNets, too, look from one
+# token at others in blocks alone.
 LEANS_ON = (
     "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformerBlock.forward",
     "diffusers.models.transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0.__call__",
     "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel.forward",
+    "diffusers.models.controlnets.controlnet_qwenimage.QwenImageControlNetModel.forward",
 )
 
 TOKENS = Tokens(
@@ -26,8 +28,13 @@ TOKENS = Tokens(
     },
     gives=(TEXT, IMAGE),
     text_first=True,
-    idle=("attn.to_q", "attn.add_q_proj"),
+    asking=("attn.to_q", "attn.add_q_proj"),
 )
+
+
+# Arguments of the model with rows of image tokens: what ControlNets give beside the sample. What it makes itself has
+# rows of all.
+TAKES = {"hidden_states": IMAGE, "controlnet_block_samples": IMAGE}
 
 
 @register
@@ -36,6 +43,7 @@ class QwenImage(Packed):
 
     class_name = "QwenImageTransformer2DModel"
     passes_on = True
+    takes: Mapping[str, Any] = TAKES
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS}
@@ -61,3 +69,5 @@ class QwenImageControlNets(QwenImage):
     class_name = "QwenImageControlNetModel"
     stages = ()
     passes_on = False  # what blocks give is its result
+    takes: Mapping[str, Any] = TAKES | {"controlnet_cond": IMAGE}
+    joins = False

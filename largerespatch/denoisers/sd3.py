@@ -1,6 +1,7 @@
 """Stable Diffusion 3's transformer."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ..core.calls import PROMPT_TOKENS
@@ -21,7 +22,7 @@ TOKENS = Tokens(
     takes={"hidden_states": IMAGE, "encoder_hidden_states": TEXT},
     gives=(TEXT, IMAGE),
     text_first=False,
-    idle=("attn.to_q", "attn.add_q_proj", "attn2.to_q"),
+    asking=("attn.to_q", "attn.add_q_proj", "attn2.to_q"),
     attentions=lambda block: 1 + bool(getattr(block, "use_dual_attention", False)),
 )
 
@@ -32,6 +33,7 @@ class StableDiffusion3(JointAttention):
 
     class_name = "SD3Transformer2DModel"
     passes_on = True
+    takes: Mapping[str, Any] = MappingProxyType({"block_controlnet_hidden_states": IMAGE})
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS}

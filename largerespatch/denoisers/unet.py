@@ -18,7 +18,7 @@ from ..core.modules import named_modules
 from ..techniques.attention import BlockedAttention
 from ..techniques.host_strips import LEAST_BYTES, HostStrips, host_sites
 from ..techniques.host_tokens import token_sites
-from ..techniques.shared_batch import SharedBatch
+from ..techniques.shared_batch import batch_sites
 from ..techniques.shared_maps import InBands, bands_of, shared_map_sites
 from ..techniques.skips import OffDevice
 from .any import AnyDenoiser, Call, seen_picture
@@ -51,11 +51,8 @@ class WithSkips(AnyDenoiser):
 
     def _shared(self, model: Any, name: str, bands: Bands) -> Iterator[Site]:
         """Several processes share its maps, and perhaps the samples of a batch."""
-        if bands.others is not None:
-            shares = Bands(bands.others)
-            says = f"samples dealt to {shares.count} times as many"
-            yield Site(model, name, Order.BATCH_SHARED, SharedBatch(model, name, shares, self.joins), says=says)
-            bands = replace(bands, others=None)
+        yield from batch_sites(model, name, bands, self.joins)
+        bands = replace(bands, others=None)
         for net in nets_of(model):
             path = next(path for path, module in named_modules(model, name) if module is net)
             embedding = getattr(net, "controlnet_cond_embedding", nn.Module())

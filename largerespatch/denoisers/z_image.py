@@ -23,7 +23,7 @@ TOKENS = Tokens(
     takes={"x": BOTH, "attn_mask": BOTH, "freqs_cis": BOTH, "noise_mask": BOTH},
     gives=BOTH,
     text_first=False,
-    idle=("attention.to_q",),
+    asking=("attention.to_q",),
 )
 
 

@@ -6,7 +6,7 @@ holds there for the length of one call needs to know nothing of the block, and n
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,40 @@ class Attending:
     def others(self) -> int:
         """How many keys there are beside those of the image; none in attention to that alone."""
         return int(self.part("key", self.other_keys).shape[2])
+
+    def holding(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, count: int) -> "Attending":
+        """The same call with these, of so many tokens of the image; others are as many and where they were.
+
+        Its mask stays as it is: `mask_of` tells that of all these tokens.
+        """
+        given = self.given | {"query": query, "key": key, "value": value}
+        image, image_keys = (slice(rows.start, rows.start + count) for rows in (self.image, self.image_keys))
+        return Attending(self.attend, given, image, image_keys, self.copies)
+
+    def mask_of(self, count: int) -> torch.Tensor | None:
+        """The call's mask for so many tokens of the image, all of which it treats as it does the first one."""
+        mask: torch.Tensor | None = self.given.get("attn_mask")
+        if mask is None:
+            return None
+        mask = mask[(None,) * (4 - mask.ndim)]
+        for dim, name, rows in ((2, "query", self.image), (3, "key", self.image_keys)):
+            if mask.shape[dim] > 1:
+                after = self.given[name].shape[2] - rows.stop
+                sizes = [count if i == dim else -1 for i in range(4)]
+                image = mask.narrow(dim, rows.start, 1).expand(sizes)
+                last = mask.narrow(dim, mask.shape[dim] - after, after)
+                mask = torch.cat([mask.narrow(dim, 0, rows.start), image, last], dim=dim)
+        return mask
+
+    def narrowed(self, places: torch.Tensor) -> "Attending":
+        """The same call with those tokens of the image alone that are at `places` among these."""
+        parts = []
+        for name, rows in (("query", self.image), ("key", self.image_keys), ("value", self.image_keys)):
+            before, after = self.part(name, slice(0, rows.start)), self.part(name, slice(rows.stop, None))
+            parts.append(torch.cat([before, self.part(name, places + rows.start), after], dim=2))
+        query, key, value = parts
+        some = self.holding(query, key, value, len(places))
+        return replace(some, given=some.given | {"attn_mask": self.mask_of(len(places))})
 
     def nothing(self) -> torch.Tensor:
         """What has the shape of the result."""

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from ..core.bands import Band
 from ..core.tilings import Tile, halved
+from .passing import Passing
 
 Size = tuple[int, int]
 
@@ -90,6 +92,17 @@ class Maps(tuple[Size, ...]):
         return torch.cat(parts)
 
 
+class MapsNote:
+    """The maps that a model's tokens are the cells of: the image, then references. None where that is not known.
+
+    `passing` says what its blocks may write over; None where the model keeps what they give.
+    """
+
+    def __init__(self, passing: Passing | None = None) -> None:
+        self.maps = Maps()
+        self.passing = passing
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Where the tokens of a kind of block are.
@@ -102,8 +115,9 @@ class Tokens:
         text_first: whether text comes before the image in what has rows of both, attention's keys among it.
         attentions: how many attentions to all of the image there are in a block, one after another. What a later one
             is given must not depend on what an earlier one gave.
-        idle: paths of modules in a block that no keys and values depend on and whose results may be what they are
-            given, for all that follows. Where keys and values alone are wanted they do not run.
+        idle: paths of modules in a block that no queries, keys and values depend on and whose results may be what they
+            are given, for all that follows. Where these alone are wanted they do not run.
+        asking: likewise of modules that queries depend on, but no keys and values.
         ahead: tokens that come before the image's in what has rows of these, and go with every tile as text does. They
             ask nothing in those attentions.
         keys_between: keys, in these attentions, between those of the text and those of the image.
@@ -116,6 +130,7 @@ class Tokens:
     text_first: bool
     attentions: Callable[[nn.Module], int] = lambda block: 1
     idle: Sequence[str] = ()
+    asking: Sequence[str] = ()
     ahead: int = 0
     keys_between: int = 0
     references: bool = True
@@ -129,6 +144,13 @@ class Tokens:
             _each(rows, arguments.get(name), lambda rows, each: found[rows.of].update(each.shape[i] for i in rows.dims))
         texts = found["text"] | {count - image for count in found["both"]} or {0}
         return texts.pop() if len(texts) == 1 and min(texts) >= 0 and len(found["image"]) == 1 else None
+
+    def texts_beside(self, arguments: Mapping[str, Any], image: int) -> int:
+        """How many text tokens there are beside so many of the image in what the block changes."""
+        name, rows = next(iter(self.takes.items()))
+        if rows.of == "both":
+            return int(arguments[name].shape[1]) - image - self.ahead
+        return next((arguments[name].shape[1] for name, rows in self.takes.items() if rows == TEXT), 0)
 
     def cut(self, arguments: Mapping[str, Any], places: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The arguments with a part of their tokens: those in `places` of each kind of rows, and all rows of text."""
@@ -162,6 +184,33 @@ class Tokens:
 
 # Where the tokens of a kind of block are, or how that is told from the arguments of a call.
 Kind = Tokens | Callable[[Mapping[str, Any]], Tokens]
+
+
+def own_rows(
+    takes: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    band: Band,
+    texts: int | None = None,
+    text_first: bool = True,
+    seen: Callable[[torch.Tensor], torch.Tensor] = lambda whole: whole,
+) -> dict[str, Any]:
+    """The arguments with this process's tokens of the image, where they have those of the whole map.
+
+    Rows of both are those of so many `texts`, or of any number if that is None, before the image's or after them.
+    `seen` makes of what is cut what all processes see in its place.
+    """
+
+    def own(rows: Rows, each: torch.Tensor) -> torch.Tensor:
+        for dim in () if band.alone or rows.of == "text" else rows.dims:
+            others = each.shape[dim] - band.cells
+            if others == 0 if rows.of == "image" else others >= 0 and texts in (None, others):
+                first = others if text_first else 0
+                before, image, after = seen(each).split_with_sizes([first, band.cells, others - first], dim=dim)
+                own = band.own_tokens(image, dim)
+                each = torch.cat([before, own, after], dim=dim) if others else own
+        return each
+
+    return {name: _each(rows, arguments[name], own) for name, rows in takes.items() if name in arguments}
 
 
 def _each(rows: Any, value: Any, change: Callable[[Rows, torch.Tensor], Any]) -> Any:

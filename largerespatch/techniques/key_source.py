@@ -1,9 +1,10 @@
 """What the parts of a tile attend to in joint attention: the tile, the text, and each a context of its own."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from ..core.pieces import assemble, collect
 from ..core.tilings import sampled_cells
@@ -85,6 +86,53 @@ class KeySource:
         pairs = zip(self.pooled, piece.tiles, strict=True)
         found = [pooled.chosen(tile, judges, total).chunk(len(places)) for pooled, tile in pairs]
         return dict(zip(places, map(list, zip(*found, strict=True)), strict=True))
+
+
+class KeySources:
+    """The attentions of a block that runs on `pieces`, one after another, in a process that has all tokens.
+
+    Keys are of so many `others` and then of the image, or the image's come first, as `text_first` says; `places` tells
+    where those of a piece are.
+    """
+
+    asks = False  # what queries depend on need not run before all keys are known
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        places: Callable[[Piece], torch.Tensor],
+        maps: Maps,
+        others: int,
+        text_first: bool,
+        context: int,
+    ) -> None:
+        self.pieces, self.places, self.maps = pieces, places, maps
+        self.others, self.text_first, self.context = others, text_first, context
+        self.sources: list[KeySource] = []
+
+    def learn(self, walk: Callable[[Piece], Sequence[Attending]]) -> None:
+        """Of all pieces; `walk` tells how a piece attends."""
+        known = assemble(
+            self.pieces,
+            lambda piece: tuple(self._keys_and_values(walk(piece))),
+            place=lambda piece: (slice(None), slice(None), self.places(piece)),
+            make=lambda parts: tuple(
+                part.new_empty(*part.shape[:2], self.others + self.maps.area, part.shape[3]) for part in parts
+            ),
+        )
+        first = self.others if self.text_first else 0
+        pairs = zip(known[0::2], known[1::2], strict=True)
+        self.sources = [KeySource(*each, self.maps, first, self.context) for each in pairs]
+
+    def _keys_and_values(self, attendings: Sequence[Attending]) -> Iterator[torch.Tensor]:
+        """Of each attention, one after another, ``[B, heads, tokens, C]``; with room for others that are not there."""
+        for attending in attendings:
+            room = (0, 0) if attending.others else (self.others, 0) if self.text_first else (0, self.others)
+            yield from (F.pad(attending.given[name], (0, 0, *room)) for name in ("key", "value"))
+
+    def attended(self, i: int, attending: Attending, piece: Piece, text_too: bool) -> torch.Tensor:
+        """What the i-th attention gives for the tokens of a piece; for the text all that it attends to, or nothing."""
+        return self.sources[i].attended(attending, piece, text_too)
 
 
 def _alike(parts: Iterable[Piece]) -> list[list[int]]:

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core.agreement import groups_of
 from ..core.bands import Band, Bands, at
@@ -83,25 +83,25 @@ class InBands:
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind_partial(*args, **kwargs)
         name, sample = next(iter(given.arguments.items()))
-        self._check(sample, given.arguments)
+        size = self._size(sample)
+        self._check(sample, size[0], given.arguments)
         with at(self.path):
-            sample = self.bands.first(sample)
-            with self.bands.sharing(*sample.shape[-2:], **self.sizes):
-                given.arguments[name] = self._cut(sample).contiguous()
-                for each in MAPS:
-                    if each in given.arguments:
-                        given.arguments[each] = tree_map_only(torch.Tensor, self._cut, given.arguments[each])
+            given.arguments[name] = self.bands.first(sample)
+            with self.bands.sharing(*size, **self.sizes):
+                self._cut_all(given.arguments)
                 result = original(*given.args, **given.kwargs)
                 return tree_map_only(torch.Tensor, self._whole, result) if self.joined else result
 
-    def _check(self, sample: torch.Tensor, arguments: dict[str, Any]) -> None:
-        if is_differentiated(self.model, sample):
+    def _size(self, sample: Any) -> tuple[int, int]:
+        """(height, width) of the map that the model is given."""
+        return sample.shape[-2], sample.shape[-1]
+
+    def _check(self, sample: Any, height: int, arguments: dict[str, Any]) -> None:
+        if is_differentiated(self.model, *tree_leaves(sample)):
             raise RuntimeError(
                 f"process_group: {self.path} runs in bands, which have no gradients: call it under torch.no_grad()"
             )
-        refused = [key for key in OF_WHOLE_MAPS if key in (arguments.get("cross_attention_kwargs") or ())]
-        refused += ["attention_mask"] * (arguments.get("attention_mask") is not None)
-        if refused:
+        if refused := self._refused(arguments):
             raise ValueError(
                 f"process_group: {self.path} runs in bands of maps and cannot be given {refused[0]}, which is for "
                 "whole ones; accepted are calls without"
@@ -109,19 +109,31 @@ class InBands:
         count, least = self.bands.count, 1
         if self.all_cut:
             least = int(2 ** self.sizes.get("halvings", 0))
-        if sample.shape[-2] < count * least:
+        if height < count * least:
             raise ValueError(
                 f"process_group: {self.path} needs a map of at least {count * least} rows for {count} processes; got "
-                f"{sample.shape[-2]}"
+                f"{height}"
             )
+
+    def _refused(self, arguments: dict[str, Any]) -> list[str]:
+        """Arguments that are made for whole maps."""
+        refused = [key for key in OF_WHOLE_MAPS if key in (arguments.get("cross_attention_kwargs") or ())]
+        return refused + ["attention_mask"] * (arguments.get("attention_mask") is not None)
+
+    def _cut_all(self, arguments: dict[str, Any]) -> None:
+        """Leaves of maps among the arguments this process's rows."""
+        sample = next(iter(arguments))
+        arguments[sample] = self._cut(arguments[sample]).contiguous()
+        for each in MAPS:
+            if each in arguments:
+                arguments[each] = tree_map_only(torch.Tensor, self._cut, arguments[each])
 
     def _whole(self, plane: torch.Tensor) -> torch.Tensor:
         return self.bands.of(plane).whole(plane)
 
     def _cut(self, plane: torch.Tensor) -> torch.Tensor:
         """This process's rows of a map that is whole; one that is in bands already as it is."""
-        band = self.bands.of_whole(plane)
-        return plane if band is None else band.own(plane)
+        return self.bands.of_whole(*plane.shape[-2:]).own(plane)
 
 
 class BandConvolution:
