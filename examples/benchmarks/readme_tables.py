@@ -373,6 +373,27 @@ def bands_table() -> str:
     return f"{markdown(headings, rows)}\n\n{told}"
 
 
+def shares_table() -> str:
+    """What two processes take of a step's time and live bytes, to one."""
+    report = load("bands")
+    found, (case, _) = report["measured"], report["compared"]["cases"]
+    ways = case["ways"]
+    flux = f"a small Flux, {case['tokens']} tokens"
+    rows = [
+        [
+            f"{MODEL_NAMES[report['model']]}, {found['size']}²",
+            f"{1 / found['speedup']:.2f}",
+            f"{max(found['peak_live_bytes']['all']) / found['peak_live_bytes']['one']:.2f}",
+        ],
+        [
+            flux,
+            f"{ways['bands']['median_seconds'] / ways['one']['median_seconds']:.2f}",
+            f"{max(ways['bands']['peak_live_bytes']) / max(ways['one']['peak_live_bytes']):.2f}",
+        ],
+    ]
+    return markdown(("a step by two processes, to one by one (CPU)", "time", "live bytes of each"), rows)
+
+
 def parallel_table() -> str:
     """Transformers' steps in bands and in diffusers' context parallelism, which do the same work."""
     report = load("bands")["compared"]
@@ -433,7 +454,7 @@ def options_table() -> str:
 
 
 TABLES = {
-    README: (headline_table, options_table),
+    README: (headline_table, options_table, shares_table),
     HERE / "README.md": (
         gpu_peaks_table,
         gpu_times_table,
