@@ -29,6 +29,8 @@ class Order(IntEnum):
     block in chunks answers its self-attention from what that gave for all tokens, so what answers comes before what
     attends.
 
+    Samples go one after another through all that knows their map, which is known as a whole before it is in bands.
+
     What is in strips, tiles, chunks or blocks calls its module, or what that is made of, once for each piece: all
     weights that come for it stay for the length of a call (see `largerespatch.core.weights`).
     """
@@ -36,9 +38,9 @@ class Order(IntEnum):
     CHECKED = auto()
     STEP_NOTED = auto()
     BATCH_SHARED = auto()
+    BATCH_IN_TURNS = auto()
     MAP_NOTED = auto()
     IN_BANDS = auto()
-    BATCH_IN_TURNS = auto()
     OFF_DEVICE = auto()
     IN_STAGES = auto()
     IN_STRIPS = auto()
