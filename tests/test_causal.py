@@ -113,7 +113,7 @@ def test_what_is_built_otherwise_is_left_to_others():
     assert type(family_of(autoencoder(attn_scales=[0.5]))) is AnyAutoencoder
 
 
-@settings(max_examples=40)
+@settings(max_examples=24)
 @given(
     st.sampled_from(sorted(KINDS)),
     st.sampled_from(sorted(HALVES)),

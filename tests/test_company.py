@@ -282,8 +282,7 @@ def compiled(pipe):
 
 
 @pytest.mark.filterwarnings("ignore")  # of dynamo's
-@pytest.mark.parametrize("context", [0, 6])
-@pytest.mark.parametrize("compile_", [compiled_block, compiled])
+@pytest.mark.parametrize(("compile_", "context"), [(compiled_block, 6), (compiled, 0)])
 def test_what_is_compiled_before_or_inside_is_blocked_inside_and_as_before_outside(compile_, context):
     """Graphs are traced with the replacements or without; what is checked here is that none is used stale."""
     pipe = Pipeline()

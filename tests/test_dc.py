@@ -65,7 +65,7 @@ def test_the_family_is_known():
     assert family_of(vae()).factor(vae()) == 8
 
 
-@settings(max_examples=30)
+@settings(max_examples=24)
 @given(
     st.sampled_from(sorted(KINDS)),
     st.sampled_from(sorted(HALVES)),

@@ -288,17 +288,14 @@ SHORT |= {"vae_chunk_size_x": 6, "vae_chunk_size_y": 6}
 SAVERS = {"unet_serial": True, "unet_offload": True, "unet_strip_rows": 5, "vae_offload": True}
 AROUND = {"padding_mode": "circular", "attn_shape": "tile"}
 REHEARSED = [
-    ("sd image-to-image", (64, 64), {}),
     ("sd image-to-image", (104, 136), {}),
     ("sd image-to-image", (136, 88), SAVERS),
     ("sd image-to-image", (120, 120), {"vae_mode": "exact"}),
     ("sd image-to-image", (120, 136), {"vae_mode": "exact", "vae_recompute": True} | SAVERS),
     ("sd image-to-image", (136, 104), AROUND | {"vae_attn": "blocked"}),
-    ("xl image-to-image", (96, 96), {}),
     ("xl image-to-image", (144, 72), SAVERS),
     ("xl image-to-image", (104, 136), {"vae_mode": "exact", "vae_recompute": True}),
     ("xl image-to-image", (120, 104), {"vae_mode": "exact", "attn_context": 0} | AROUND),
-    ("xl image-to-image", (136, 88), SAVERS | AROUND),
     ("xl image-to-image", (112, 120), {"vae_passes": 3, "unet_serial": True}),
     ("xl image-to-image", (104, 120), {"padding_mode": "reflect", "vae_attn": "blocked"}),
 ]

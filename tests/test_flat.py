@@ -215,7 +215,7 @@ WAYS = [
     {"vae_mode": "two-pass"},
     {"vae_attn": "blocked"},
 ]
-SIDES = [2048, 4096, 8192, 16384]
+SIDES = [2048, 8192, 16384]
 # Each way at each side, in one of the types; each way and each side in both.
 KINDS = [([*VAES][(i + j) % 2], way, side) for i, way in enumerate(WAYS) for j, side in enumerate(SIDES)]
 

@@ -62,7 +62,7 @@ def test_other_upsamplers_are_left_to_others(changes):
     assert type(family_of(autoencoder(**changes))) is AnyAutoencoder
 
 
-@settings(max_examples=60)
+@settings(max_examples=24)
 @given(
     st.sampled_from(sorted(HALVES)),
     st.sampled_from(["exact", "two-pass"]),

@@ -156,8 +156,7 @@ def test_a_weight_comes_once_however_many_pieces_its_module_sees(hook, way, load
         assert hook is not cpu_offload or not any(map(is_there, [*pipe.unet.parameters(), *pipe.vae.parameters()]))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("hook", OFFLOADS)
+@pytest.mark.parametrize(("hook", "way"), [(OFFLOADS[i % 3], way) for i, way in enumerate([*WAYS, *WAYS][:6])])
 def test_no_more_is_there_at_once_than_the_estimate_says(hook, way, loads):
     pipe = hooked(hook)
     staying = sum(weight.nbytes for weight in [*pipe.text_encoder.parameters(), *pipe.text_encoder.buffers()])
