@@ -209,6 +209,7 @@ def transformer_fidelity_table() -> str:
     for row in report:
         what = "one forward" if row["of"] == "one forward" else f"a picture, {row['steps']} steps"
         name = f"{row['times']} times the training side, {what}"
+        name += ", one seed" if len({each["seed"] for each in report if each["times"] == row["times"]}) == 1 else ""
         cases.setdefault(name, {}).setdefault(row["context"], []).append(row["psnr"])
     rows = [
         [name, *(f"{min(found[context]):.0f} dB" if context in found else "" for context in contexts)]
