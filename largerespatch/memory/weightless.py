@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .counting import LiveBytes, makes_views
 
@@ -165,16 +164,17 @@ def _work_out(func: Any, args: Any, kwargs: Any) -> Any:
         statistics = torch.empty(statistics_of(*args), dtype=precise, device=_META)
         made = (torch.empty_like(given, memory_format=layout), statistics, statistics)
         return tuple(Look.of(each)._replace(device=args[0].device) for each in made)
-    devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+    devices: set[torch.device] = set()
+    _each((*args, *kwargs.values()), torch.Tensor, lambda tensor: devices.add(tensor.device))
     device = torch.device(kwargs.get("device") or next(iter(devices - {_HOST}), _HOST))
     if "device" in kwargs:
         kwargs = kwargs | {"device": _META}
     made = func(*_plain(args), **_plain(kwargs))
-    return tree_map_only(torch.Tensor, lambda tensor: Look.of(tensor)._replace(device=device), made)
+    return _each(made, torch.Tensor, lambda tensor: Look.of(tensor)._replace(device=device))
 
 
 def _each(result: Any, kind: Any, change: Callable[[Any], Any]) -> Any:
-    """What an operation gives, a tensor or several, with each thing of a kind changed."""
+    """A tree of tuples and lists, as an operation is given or gives, with each thing of a kind changed."""
     if isinstance(result, kind):
         return change(result)
     if isinstance(result, tuple | list):
