@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -82,15 +83,18 @@ def _come_for(module: nn.Module) -> Iterator[torch.Tensor]:
             yield from _weights(module, recurse=getattr(hook, "place_submodules", False))
 
 
+def _come_for_any(model: nn.Module) -> Iterator[bool]:
+    """Whether anything comes for each of its modules."""
+    return (next(_come_for(module), None) is not None for module in modules_of(model))
+
+
 def _visitors(model: nn.Module, holds: Sequence[Sequence[nn.Module]] = ()) -> list[int]:
-    """Bytes of the pieces of a model that come to the device only while they run; empty for a model that stays.
+    """Bytes of the pieces of a model that come to the device only while they run.
 
     What comes for a module is there with what came for the modules that it is in. What comes for all modules of one of
     `holds` is there at once, at most: see `Site.holds`. With streams the next group comes while one runs.
     """
     come = {module: list(_come_for(module)) for module in modules_of(model)}
-    if not any(come.values()):
-        return []
     outer = {module: inside for *inside, module in _chains(model)}
 
     def at_once(called: Sequence[nn.Module]) -> int:
@@ -130,7 +134,8 @@ def weights_now(pipe: Any, device: torch.device) -> int:
 
 def _on(device: torch.device, weights: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     place = _exactly(device)
-    return (weight for weight in weights if _exactly(weight.device) == place)
+    exactly = cache(_exactly)  # for the length of this: which one is current may change
+    return (weight for weight in weights if exactly(weight.device) == place)
 
 
 def weights_on(pipe: Any, device: torch.device, options: Any = None) -> int:
@@ -139,10 +144,12 @@ def weights_on(pipe: Any, device: torch.device, options: Any = None) -> int:
     `options` are those of a patch that is on, which has some visitors stay longer (see `Site.holds`); None: there is no
     patch.
     """
-    models, holds = models_of(pipe), _holds(pipe, options)
+    models = models_of(pipe)
     here = {name: model for name, model in models.items() if _exactly(device_of(model)) == _exactly(device)}
-    visitors = {name: _visitors(model, holds.get(name, ())) for name, model in here.items()}
-    staying = (_on(device, _weights(model)) for name, model in models.items() if not visitors.get(name))
+    visiting = {name: model for name, model in here.items() if any(_come_for_any(model))}
+    holds = _holds(pipe, options) if visiting else {}
+    visitors = {name: _visitors(model, holds.get(name, ())) for name, model in visiting.items()}
+    staying = (_on(device, _weights(model)) for name, model in models.items() if name not in visiting)
     return _bytes(chain.from_iterable(staying)) + max(chain.from_iterable(visitors.values()), default=0)
 
 
