@@ -17,6 +17,7 @@ from largerespatch.core.calls import held
 from largerespatch.core.families import family_of
 from largerespatch.core.patching import PatchStack
 from largerespatch.memory.counting import LiveBytes
+from largerespatch.memory.estimate import bare
 from largerespatch.techniques.attention import Blocking
 from test_patch import fingerprint
 
@@ -207,7 +208,8 @@ class JointTests(TableTests):
     def test_memory_is_told_and_grows_less(self, plain):
         pipe, _ = plain
         blocked = LargeResPatch(pipe, 1024, 1024, attn_slice_x=8, attn_slice_y=8, attn_full_tokens=64, attn_context=64)
-        assert 0 < blocked.estimate().step < blocked.estimate(patched=False).step
+        step, dense = (blocked._estimator(way).peak("step", 1024, 1024, blocked.options) for way in (blocked._on, bare))
+        assert 0 < step < dense
 
     def test_the_estimate_of_a_step_is_what_a_real_one_holds(self, plain):
         pipe, arguments = plain

@@ -60,7 +60,7 @@ def test_the_family_is_known():
     assert type(family_of(vae())) is Asymmetric
 
 
-@settings(max_examples=24)
+@settings(max_examples=16)
 @given(
     st.sampled_from(sorted(RUNS)),
     st.integers(1, 2),

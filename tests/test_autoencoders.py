@@ -21,7 +21,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 from diffusers.hooks.group_offloading import GroupOffloadingType
 from diffusers.image_processor import VaeImageProcessor
-from products import rows_with_all_pairs
+from products import in_pairs, rows_with_all_pairs
 from test_weights import cpu_as_accelerator, offload_on_a_stream  # noqa: F401  fixtures
 
 import halves
@@ -231,13 +231,15 @@ HOOKED = {"Wan": (partial(test_causal.autoencoder, "Wan"), test_causal.inputs, H
 HOOKED |= {"tiny": (test_tiny.autoencoder, lambda run, *size: halves.INPUTS[run](*size), test_tiny.HALVES)}
 
 
-@pytest.mark.parametrize(
-    ("name", "offload_on_a_stream"),
-    [("Wan", each) for each in GroupOffloadingType] + [("tiny", GroupOffloadingType.LEAF_LEVEL)],
-    indirect=["offload_on_a_stream"],
+@in_pairs(
+    {
+        "name, offload_on_a_stream": [("Wan", each) for each in GroupOffloadingType]
+        + [("tiny", GroupOffloadingType.LEAF_LEVEL)],
+        "mode": ["exact", "two-pass"],
+        "patched_first": [False, True],
+    },
+    ["offload_on_a_stream"],
 )
-@MODES
-@pytest.mark.parametrize("patched_first", [False, True])
 def test_groups_that_come_ahead_on_a_stream_are_there_for_every_piece(name, mode, patched_first, offload_on_a_stream):  # noqa: F811
     build, inputs, runs = HOOKED[name]
     vae, unhooked = build(), build()

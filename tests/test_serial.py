@@ -160,7 +160,7 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=16)
 @given(trees, st.sampled_from([1, 2, 3]))
 def test_what_is_taken_apart_by_sample_can_be_put_together(tree, batch):
     serial = SerialBatch(torch.nn.Module())

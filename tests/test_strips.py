@@ -115,7 +115,7 @@ def slope(batch, channels, height, width, generator):
     return noise + torch.linspace(-2, 2, height)[:, None]
 
 
-@settings(max_examples=24)
+@settings(max_examples=16)
 @given(
     st.sampled_from(sorted(UNETS)),
     st.sampled_from([1, 3]),
@@ -174,7 +174,7 @@ def test_a_controlnet_in_strips_and_its_residuals(xl):
     assert all(max(each) > 1 for each in visits)
 
 
-@settings(max_examples=24)
+@settings(max_examples=16)
 @given(st.integers(1, 2), st.integers(2, 16), st.integers(2, 6), st.integers(1, 70), st.sampled_from(PADDING_MODES))
 def test_a_controlnets_picture_is_embedded_in_strips(batch, height, width, rows, mode):
     net, picture = tiny.controlnet(), torch.rand(batch, 3, 8 * height, 8 * width)

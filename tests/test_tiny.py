@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import in_pairs
 from test_causal import (
     cast_by_layers,
     offloaded_as_a_model,
@@ -62,7 +63,7 @@ def test_other_upsamplers_are_left_to_others(changes):
     assert type(family_of(autoencoder(**changes))) is AnyAutoencoder
 
 
-@settings(max_examples=24)
+@settings(max_examples=16)
 @given(
     st.sampled_from(sorted(HALVES)),
     st.sampled_from(["exact", "two-pass"]),
@@ -104,9 +105,7 @@ def test_other_configurations_are_exact_too(half, mode, changes):
     assert Bar.last.updates == Bar.last.total > 8
 
 
-@BOTH
-@MODES
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@in_pairs({"half": ["encode", "decode"], "mode": ["exact", "two-pass"], "dtype": [torch.float16, torch.bfloat16]})
 def test_in_half_precision_it_is_no_further_from_float32_than_untiled(half, mode, dtype):
     vae, x, run = autoencoder(), INPUTS[half](1, 24, 10), HALVES[half]
     reference = run(vae, x)

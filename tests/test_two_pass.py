@@ -105,8 +105,7 @@ def psnr(result, expected):
     return float(-10 * torch.log10((result - expected).double().square().mean() / expected.var()))
 
 
-@BOTH
-@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize(("half", "wrap"), [("encode", False), ("decode", True)])
 def test_every_pass_makes_one_more_norm_exact(half, wrap):
     """Of the last split's tiled part, which has them all but the mid block's. Until then more passes come closer."""
     vae, x, run = tiny.vae(layers_per_block=1), INPUTS[half](1, 11, 9), HALVES[half]
@@ -375,9 +374,7 @@ def whole_blocks(name, which, model):
         yield from (f"{name}.{i}.{ends[name]}.0" for _ in getattr(block, ends[name]) or ())
 
 
-@BOTH
-@pytest.mark.parametrize("host", [None, ELSEWHERE], ids=["here", "there"])
-@pytest.mark.parametrize("rows", [3, 7])
+@in_pairs({"half": ["encode", "decode"], "host": [None, ELSEWHERE], "rows": [3, 7]})
 def test_what_a_hook_is_given_is_right_and_stays_so_or_it_is_not_called(half, host, rows):
     vae, x, run = sd_like(), INPUTS[half](1, 12, 6), HALVES[half]
     model = model_of(vae, half)

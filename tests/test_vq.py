@@ -82,7 +82,7 @@ def test_a_norm_looks_where_its_piece_is():
     assert looking_there(seen, whole, latent) is latent
 
 
-@settings(max_examples=24)
+@settings(max_examples=16)
 @given(
     st.sampled_from(sorted(KINDS)),
     st.sampled_from(sorted(HALVES)),

@@ -41,7 +41,7 @@ def sd_like():
     return tiny.vae(block_out_channels=(8, 16, 32, 32), layers_per_block=2, norm_num_groups=8)
 
 
-@settings(max_examples=24)
+@settings(max_examples=16)
 @given(
     st.sampled_from(sorted(HALVES)),
     st.integers(1, 2),
@@ -190,10 +190,7 @@ def listen(model):
     return kept
 
 
-@BOTH
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("host", [None, ELSEWHERE], ids=["here", "there"])
-@pytest.mark.parametrize("rows", [3, 7])
+@in_pairs({"half": ["encode", "decode"], "recompute": [False, True], "host": [None, ELSEWHERE], "rows": [3, 7]})
 def test_what_a_hook_is_given_is_right_and_stays_so_or_it_is_not_called(half, recompute, host, rows):
     vae, x, run = sd_like(), INPUTS[half](1, 12, 6), HALVES[half]
     model = vae.encoder if half == "encode" else vae.decoder
