@@ -2,6 +2,9 @@ import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: nothing here may touch a network
+# Before torch is: toy models gain nothing from more threads, and those that wait for each other cost a lot. So it is in
+# the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import runpy
 import sys
@@ -13,8 +16,6 @@ from hypothesis import settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DEMO_MODEL = EXAMPLES / "demo_model"
-
-torch.set_num_threads(1)  # toy models gain nothing from more, and threads that wait for each other cost a lot
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("tests")
