@@ -98,6 +98,13 @@ def assert_close(found, expected, relative=1e-5):
         assert (torch.as_tensor(each) - expected).abs().max() <= relative * expected.abs().max()
 
 
+def assert_as_alone(pool, work, count, *what):
+    """So many processes get of some work what one gets alone."""
+    waiting = pool.start(count, work, *what)
+    expected = work(None, *what)
+    assert_close(waiting(), expected)
+
+
 # name: (how many processes, model, (height, width), batch, options)
 STEPS = {
     "whole attention": ((2, 4), "SD", (12, 16), 2, {}),
@@ -231,10 +238,7 @@ HALVES = {
 
 @pytest.mark.parametrize("name", HALVES)
 def test_decoding_and_encoding_are_those_of_one_process(pool, name):
-    count, *what = HALVES[name]
-    waiting = pool.start(count, half, *what)
-    expected = half(None, *what)
-    assert_close(waiting(), expected)
+    assert_as_alone(pool, half, *HALVES[name])
 
 
 def picture(group, name, options):

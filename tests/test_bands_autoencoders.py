@@ -14,7 +14,7 @@ import test_tiny
 import test_vq
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from test_bands import BLOCKS, assert_close, in_shares, noise, rank_of, silent
+from test_bands import BLOCKS, assert_as_alone, assert_close, in_shares, noise, rank_of, silent
 from test_causal import Attended
 
 from halves import picture
@@ -112,10 +112,7 @@ HALVES = {
 
 @pytest.mark.parametrize("name", HALVES)
 def test_halves_are_those_of_one_process(pool, name):
-    count, *what = HALVES[name]
-    waiting = pool.start(count, half, *what)
-    expected = half(None, *what)
-    assert_close(waiting(), expected)
+    assert_as_alone(pool, half, *HALVES[name])
 
 
 def test_half_precision_is_no_further_from_single_than_that_of_one_process(pool):

@@ -333,8 +333,11 @@ def test_whether_it_fits_is_known_sooner_where_it_does_not(stage):
     needed = patch._estimator(patch._on).peak(stage, 120, 136, patch.options)
 
     def fits(room):
+        estimator = patch._estimator(patch._on)
         with Operations() as run:
-            return patch._estimator(patch._on).fits(stage, 120, 136, patch.options, room), run
+            found = estimator.fits(stage, 120, 136, patch.options, room)
+        assert estimator.peak(stage, 120, 136, patch.options) == needed  # whether it was stopped before or not
+        return found, run
 
     enough, all_of_it = fits(needed)
     too_little, nearly = fits(needed - 1)

@@ -50,7 +50,7 @@ LAST = ("norm_out", "nonlinearity", "conv_out")
 class Causal(KL):
     """Norms of each cell, convolutions that see no later frame, and attention of each frame in the middle alone."""
 
-    shared = "AutoencoderKLQwenImage, AutoencoderKLWan"
+    shared_classes = ("AutoencoderKLQwenImage", "AutoencoderKLWan")
 
     def matches(self, model: nn.Module) -> bool:
         halves = [getattr(model, half, None) for half in HALVES]

@@ -43,7 +43,7 @@ class DC(KL):
     """Those that compress deeply."""
 
     reflected = 3  # by convolutions of 5 x 5
-    shared = "AutoencoderDC"
+    shared_classes = ("AutoencoderDC",)
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == "AutoencoderDC"

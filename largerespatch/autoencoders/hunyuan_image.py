@@ -41,7 +41,7 @@ CONTAINERS |= {"HunyuanImageEncoder2D", "HunyuanImageDecoder2D", "HunyuanImageMi
 class HunyuanImage(KL):
     """Those of HunyuanImage 2.1; not its refiner's, which are of films."""
 
-    shared = "AutoencoderKLHunyuanImage"
+    shared_classes = ("AutoencoderKLHunyuanImage",)
 
     def matches(self, model: nn.Module) -> bool:
         halves = [type(getattr(model, half, None)).__name__ for half in ("encoder", "decoder")]

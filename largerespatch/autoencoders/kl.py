@@ -1,6 +1,6 @@
 """`AutoencoderKL`, and whatever is built of the same encoder and decoder (Flux 2's)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffusers.models.attention_processor import Attention
@@ -29,10 +29,14 @@ class KL(AnyAutoencoder):
     rank = 0
     known = True
     reflected = 2  # cells that the smallest map must have for that
-    shared = "AutoencoderKL, AutoencoderKLFlux2"  # a family that does not say so of its own shares none
+    shared_classes: Sequence[str] = ("AutoencoderKL", "AutoencoderKLFlux2")  # a family that names none shares none
+
+    @property
+    def shared(self) -> str:  # type: ignore[override]
+        return ", ".join(self.shared_classes)
 
     def can_be_shared(self, model: Any) -> bool:
-        return type(model).__name__ in self.shared.split(", ")
+        return type(model).__name__ in self.shared_classes
 
     def matches(self, model: nn.Module) -> bool:
         encoder, decoder = (getattr(model, half, None) for half in HALVES)

@@ -35,7 +35,7 @@ class Tiny(KL):
     """Convolutions, some with a stride, and upsamplers, in a row."""
 
     ends_in_picture = False  # it is scaled
-    shared = "AutoencoderTiny"
+    shared_classes = ("AutoencoderTiny",)
 
     def matches(self, model: nn.Module) -> bool:
         encoder, decoder = (getattr(model, half, None) for half in HALVES)

@@ -83,9 +83,9 @@ def _come_for(module: nn.Module) -> Iterator[torch.Tensor]:
             yield from _weights(module, recurse=getattr(hook, "place_submodules", False))
 
 
-def _come_for_any(model: nn.Module) -> Iterator[bool]:
-    """Whether anything comes for each of its modules."""
-    return (next(_come_for(module), None) is not None for module in modules_of(model))
+def _is_visitor(model: nn.Module) -> bool:
+    """Whether anything of it comes to the device only for a call."""
+    return any(next(_come_for(module), None) is not None for module in modules_of(model))
 
 
 def _visitors(model: nn.Module, holds: Sequence[Sequence[nn.Module]] = ()) -> list[int]:
@@ -146,7 +146,7 @@ def weights_on(pipe: Any, device: torch.device, options: Any = None) -> int:
     """
     models = models_of(pipe)
     here = {name: model for name, model in models.items() if _exactly(device_of(model)) == _exactly(device)}
-    visiting = {name: model for name, model in here.items() if any(_come_for_any(model))}
+    visiting = {name: model for name, model in here.items() if _is_visitor(model)}
     holds = _holds(pipe, options) if visiting else {}
     visitors = {name: _visitors(model, holds.get(name, ())) for name, model in visiting.items()}
     staying = (_on(device, _weights(model)) for name, model in models.items() if name not in visiting)
