@@ -108,9 +108,9 @@ def error(result, expected):
     return float((result.double() - expected.double()).norm() / expected.double().norm())
 
 
-def live(run):
+def live(run, device="cpu"):
     """The most bytes alive at once, beside what is there before."""
-    with LiveBytes("cpu") as count:
+    with LiveBytes(device) as count:
         run()
     return count.peak
 

@@ -83,7 +83,7 @@ class JointTests(TableTests):
     cases: ClassVar[dict[str, Case]]
     prompt: ClassVar[dict[str, Any]] = {}
     size = (WIDTH, HEIGHT)
-    blocks: ClassVar = TILES | {"vae_chunk_size_x": 8, "vae_chunk_size_y": 8}
+    blocks: ClassVar = TILES | {"vae_chunk_size_x": 12, "vae_chunk_size_y": 12}
 
     def draw(self, pipe, case):
         return torch.as_tensor(paint(pipe, ONE_STEP | case.arguments, output_type="pt"))

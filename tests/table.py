@@ -22,8 +22,8 @@ from largerespatch.techniques.joint_attention import _Call
 from largerespatch.techniques.two_pass import TwoPass
 from test_patch import SMALL, fingerprint
 
-EXACT = {"ff_chunk_size": 23, "vae_mode": "exact", "vae_chunk_size_x": 5, "vae_chunk_size_y": 5}
-EXACT |= {"unet_serial": True, "unet_strip_rows": 3, "unet_offload": True}
+EXACT = {"ff_chunk_size": 23, "vae_mode": "exact", "vae_chunk_size_x": 7, "vae_chunk_size_y": 7}
+EXACT |= {"unet_serial": True, "unet_strip_rows": 5, "unet_offload": True}
 
 _drawn = {}  # by case: shared, since every test leaves its pipeline as it was
 

@@ -111,7 +111,7 @@ def test_exact_is_untiled_to_rounding(demo, latent, untiled):
 
 def test_context_brings_blocked_attention_closer_to_whole(demo):
     """One step of the U-Net on pure noise, where attention looks furthest."""
-    noise = torch.randn(1, 8, 48, 48, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 8, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(0))
     prompt, _ = demo.encode_prompt(COAST, "cpu", 1, False)
     slices = {"attn_slice_x": 12, "attn_slice_y": 12, "attn_full_tokens": 400}
 

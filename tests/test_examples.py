@@ -243,7 +243,7 @@ def test_notebook():
 
 
 SMALLER = {
-    '"num_inference_steps": 12': '"num_inference_steps": 5',
+    '"num_inference_steps": 12': '"num_inference_steps": 4',
     "width=512, height=256": "width=256, height=128",
     '"width": 768, "height": 384': '"width": 384, "height": 192',
     "(768, 384)": "(384, 192)",

@@ -46,6 +46,7 @@ def guided():
 
 class TestHunyuanImage(JointTests):
     family = "HunyuanImage 2.1"
+    blocks: ClassVar = JointTests.blocks | {"vae_chunk_size_x": 8, "vae_chunk_size_y": 8}  # latents are smaller
     cases: ClassVar = {
         "text": Case(pipeline, TEXT),
         "guidance": Case(guided, TEXT | NEGATIVE),

@@ -11,6 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import in_pairs
 
 import tiny
 from largerespatch.core.families import install
@@ -140,9 +141,9 @@ def test_a_unet_in_strips_equals_the_whole_one(kind, batch, height, width, rows,
     assert torch.equal(arguments["sample"], given_sample)
 
 
-@pytest.mark.parametrize("mode", PADDING_MODES)
-@pytest.mark.parametrize(("height", "width"), [(10, 6), (10, 7), (11, 6), (11, 7)])
-@pytest.mark.parametrize("rows", [1, 2, 3])
+@in_pairs(
+    {"mode": PADDING_MODES, "height, width": [(10, 6), (10, 7), (11, 6), (11, 7)], "rows": [1, 2, 3]},
+)
 def test_maps_of_odd_sides_are_doubled_in_strips(mode, height, width, rows):
     """Maps of one odd side, or both: what was halved is not just doubled then."""
     unet, arguments = unet_of("sd"), unet_arguments(2, height, width, xl=False)
