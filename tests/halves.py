@@ -16,7 +16,7 @@ from largerespatch.core.hosts import Host
 from largerespatch.core.patching import PatchStack
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.options import Options
-from largerespatch.techniques.halves import Cutting
+from largerespatch.techniques.vae.halves import Cutting
 
 CPU = torch.device("cpu")
 

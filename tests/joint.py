@@ -18,7 +18,7 @@ from largerespatch.core.families import family_of
 from largerespatch.core.patching import PatchStack
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.memory.estimate import bare
-from largerespatch.techniques.attention import Blocking
+from largerespatch.techniques.attention.blocked import Blocking
 from test_patch import fingerprint
 
 # 9 by 11 tokens of 16 sample pixels, neither of which tiles of 4 divide.

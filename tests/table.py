@@ -15,11 +15,11 @@ import torch
 from conftest import quiet
 from family import CASES, ONE_STEP, SIZE, run
 from largerespatch import LargeResPatch
-from largerespatch.techniques.attention import BlockedAttention
+from largerespatch.techniques.attention.blocked import BlockedAttention
 from largerespatch.techniques.chunks import Attended, ChunkedFeedForward
-from largerespatch.techniques.halves import Exact
-from largerespatch.techniques.joint_attention import _Call
-from largerespatch.techniques.two_pass import TwoPass
+from largerespatch.techniques.joint.blocks import _Call
+from largerespatch.techniques.vae.halves import Exact
+from largerespatch.techniques.vae.two_pass import TwoPass
 from test_patch import SMALL, fingerprint
 
 EXACT = {"ff_chunk_size": 23, "vae_mode": "exact", "vae_chunk_size_x": 7, "vae_chunk_size_y": 7}

@@ -27,11 +27,11 @@ from largerespatch.core.maps import StoredMap
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.statistics import GivenStatistics, record
 from largerespatch.core.tilings import COVERS
-from largerespatch.techniques import chunked_attention as attention_room
-from largerespatch.techniques import context as context_room
-from largerespatch.techniques.attention import BlockedAttention, Blocking
-from largerespatch.techniques.chunked_attention import ChunkedAttention
-from largerespatch.techniques.context import Context, heavy_tokens
+from largerespatch.techniques.attention import chunked_attention as attention_room
+from largerespatch.techniques.attention import context as context_room
+from largerespatch.techniques.attention.blocked import BlockedAttention, Blocking
+from largerespatch.techniques.attention.chunked_attention import ChunkedAttention
+from largerespatch.techniques.attention.context import Context, heavy_tokens
 from largerespatch.techniques.notes import MapNote, MapNoting, StepNote
 
 # Softmax over the same tokens, summed in another order.
@@ -299,7 +299,7 @@ def test_sampled_tokens_take_the_place_of_heavy_ones_that_there_are_not():
 @pytest.mark.parametrize("qk_norm", [None, "layer_norm"])
 def test_heavy_tokens_are_ranked_by_the_head_that_wants_them_most(qk_norm, monkeypatch):
     """With everyone in the crowd, the ranking is that of the attention itself, however the map is cut for it."""
-    monkeypatch.setattr("largerespatch.techniques.context.SCORES", 2 * 2 * 40 * 17)
+    monkeypatch.setattr("largerespatch.techniques.attention.context.SCORES", 2 * 2 * 40 * 17)
     module, x, judges = attention(qk_norm=qk_norm), 2 * torch.randn(2, 100, 16), torch.arange(40)
     if qk_norm:
         module.norm_q.weight.data = 4 * torch.rand(8)

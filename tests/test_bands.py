@@ -37,8 +37,8 @@ from largerespatch.core.bands import Bands, counting_sent
 from largerespatch.core.tilings import COVERS
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.memory.planner import LEAST_MARGIN
-from largerespatch.techniques import chunked_attention
-from largerespatch.techniques.context import Context
+from largerespatch.techniques.attention import chunked_attention
+from largerespatch.techniques.attention.context import Context
 
 pytestmark = pytest.mark.xdist_group("processes")
 

@@ -22,7 +22,7 @@ from largerespatch import LargeResPatch
 from largerespatch.core import bands as bands_room
 from largerespatch.core.bands import Bands, counting_sent
 from largerespatch.memory.counting import LiveBytes
-from largerespatch.techniques import chunked_attention
+from largerespatch.techniques.attention import chunked_attention
 
 pytestmark = pytest.mark.xdist_group("processes")
 

@@ -37,10 +37,10 @@ from largerespatch.core.hosts import Host
 from largerespatch.core.patching import PatchStack
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.options import Options
-from largerespatch.techniques import chunked_attention as attention_room
-from largerespatch.techniques.attention import BlockedAttention, Blocking
-from largerespatch.techniques.frames import OneFrame
-from largerespatch.techniques.stages import measure
+from largerespatch.techniques.attention import chunked_attention as attention_room
+from largerespatch.techniques.attention.blocked import BlockedAttention, Blocking
+from largerespatch.techniques.vae.frames import OneFrame
+from largerespatch.techniques.vae.stages import measure
 from live import LiveBytes as BytesByDevice
 from live import fake
 from test_patch import fingerprint

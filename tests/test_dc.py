@@ -27,8 +27,8 @@ from largerespatch.autoencoders.dc import DC
 from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
 from largerespatch.core.patching import PatchStack
-from largerespatch.techniques.linear_attention import WalkedLinearAttention
-from largerespatch.techniques.walk import Walk
+from largerespatch.techniques.vae.linear_attention import WalkedLinearAttention
+from largerespatch.techniques.vae.walk import Walk
 
 SHAPE = {"block_types": ("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock")}
 SHAPE |= {

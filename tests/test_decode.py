@@ -14,7 +14,7 @@ from calls import noise
 from conftest import quiet
 from halves import live
 from largerespatch import LargeResPatch
-from largerespatch.techniques import images
+from largerespatch.techniques.vae import images
 from test_patch import fingerprint
 
 TILES = {"vae_chunk_size_x": 8, "vae_chunk_size_y": 8}

@@ -16,16 +16,16 @@ from largerespatch.core.families import Family, Order, Site, families_in, family
 from largerespatch.core.hosts import Host
 from largerespatch.core.patching import PatchStack
 from largerespatch.denoisers.unet import skip_sites
-from largerespatch.techniques.attention import BlockedAttention
-from largerespatch.techniques.attention_sites import attention_sites
+from largerespatch.techniques.attention.blocked import BlockedAttention
+from largerespatch.techniques.attention.host_tokens import token_sites
+from largerespatch.techniques.attention.sites import attention_sites
 from largerespatch.techniques.chunks import chunk_sites
-from largerespatch.techniques.cuts import Strips
-from largerespatch.techniques.host_strips import HostStrips, host_sites
-from largerespatch.techniques.host_tokens import token_sites
 from largerespatch.techniques.notes import StepNote, StepNoting
 from largerespatch.techniques.padding import padding_sites, reflection_sites
 from largerespatch.techniques.serial import SerialBatch
-from largerespatch.techniques.strips import strip_sites
+from largerespatch.techniques.strips.cuts import Strips
+from largerespatch.techniques.strips.host_strips import HostStrips, host_sites
+from largerespatch.techniques.strips.strips import strip_sites
 
 
 @given(st.permutations(list(Order)))

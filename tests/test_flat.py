@@ -24,7 +24,7 @@ from largerespatch.autoencoders import kl
 from largerespatch.core.hosts import Host, HostRows
 from largerespatch.core.planes import Map
 from largerespatch.denoisers import unet as unets
-from largerespatch.techniques import chunked_attention, context, key_runs
+from largerespatch.techniques.attention import chunked_attention, context, key_runs
 from test_patch import SMALL, fingerprint
 
 FLAT = SMALL | {"unet_offload": "maps", "unet_strip_rows": 3, "vae_offload": True}

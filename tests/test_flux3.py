@@ -9,7 +9,7 @@ from test_flux import pipeline
 import tiny
 from conftest import quiet
 from family import noise
-from largerespatch.techniques.joint_attention import _Call
+from largerespatch.techniques.joint.blocks import _Call
 
 
 def ids(number, height, width):

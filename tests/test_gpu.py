@@ -14,7 +14,7 @@ from largerespatch.core.maps import StoredMap
 from largerespatch.core.planes import fetch
 from largerespatch.core.tilings import Runs, Tile
 from largerespatch.denoisers import unet as unet_room
-from largerespatch.techniques.key_runs import _attend, _attend_plainly
+from largerespatch.techniques.attention.key_runs import _attend, _attend_plainly
 from test_patch import SMALL, image
 
 pytestmark = [

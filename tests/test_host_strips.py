@@ -14,9 +14,9 @@ from largerespatch.core.hosts import Host
 from largerespatch.core.maps import StoredMap
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.planes import Map
-from largerespatch.techniques.host_strips import HostStrips, host_sites
 from largerespatch.techniques.padding import padding_sites
 from largerespatch.techniques.serial import SerialBatch
+from largerespatch.techniques.strips.host_strips import HostStrips, host_sites
 
 PADDING_MODES = ("constant", "circular", "reflect", "replicate")
 

@@ -21,7 +21,7 @@ from largerespatch.core.tilings import Runs, Tile, bricks
 from largerespatch.core.tokens import TokenMap, picked, runs_of
 from largerespatch.denoisers import unet as unets
 from largerespatch.options import Options
-from largerespatch.techniques import host_tokens
+from largerespatch.techniques.attention import host_tokens
 
 SMALL = {"attn_slice_x": 3, "attn_slice_y": 3, "attn_full_tokens": 12, "attn_context": 16, "ff_chunk_size": 7}
 

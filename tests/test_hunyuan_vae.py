@@ -29,9 +29,10 @@ from largerespatch import LargeResPatch
 from largerespatch.autoencoders.hunyuan_image import HunyuanImage
 from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
-from largerespatch.techniques import chunked_attention, two_pass
-from largerespatch.techniques.walk import Walk
-from largerespatch.techniques.walked import WalkedDownsample, WalkedResample
+from largerespatch.techniques.attention import chunked_attention
+from largerespatch.techniques.vae import two_pass
+from largerespatch.techniques.vae.walk import Walk
+from largerespatch.techniques.vae.walked import WalkedDownsample, WalkedResample
 
 
 def vae(**changes):

@@ -19,12 +19,12 @@ from largerespatch.core.families import register, unregister
 from largerespatch.core.tilings import Tile
 from largerespatch.denoisers.joint import JointAttention, maps_of_ids
 from largerespatch.options import Options
-from largerespatch.techniques.attention import blocking_of
-from largerespatch.techniques.joint_attention import JointBlock, MapsNote
-from largerespatch.techniques.joint_tokens import BOTH, IMAGE, TEXT, Maps, Tokens
-from largerespatch.techniques.key_source import HALVINGS
+from largerespatch.techniques.attention.blocked import blocking_of
+from largerespatch.techniques.joint.blocks import JointBlock, MapsNote
+from largerespatch.techniques.joint.key_source import HALVINGS
+from largerespatch.techniques.joint.pooled import PooledMap
+from largerespatch.techniques.joint.tokens import BOTH, IMAGE, TEXT, Maps, Tokens
 from largerespatch.techniques.notes import StepNote
-from largerespatch.techniques.pooled import PooledMap
 
 # --- pooled cells ---
 
@@ -68,9 +68,9 @@ def test_with_room_for_all_each_token_stands_for_itself(case):
 def test_which_means_are_kept_makes_no_difference(case, count, kept):
     size, tile = case
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("largerespatch.techniques.pooled.KEPT", 1)
+        monkeypatch.setattr("largerespatch.techniques.joint.pooled.KEPT", 1)
         every_level = chosen(size, tile, count)[2]
-        monkeypatch.setattr("largerespatch.techniques.pooled.KEPT", kept)
+        monkeypatch.setattr("largerespatch.techniques.joint.pooled.KEPT", kept)
         few_levels = chosen(size, tile, count)[2]
     for some, same in zip(few_levels, every_level, strict=True):
         torch.testing.assert_close(some, same)
@@ -97,7 +97,7 @@ def test_a_cell_of_four_tokens_does_to_the_query_that_it_is_for_what_these_do(ca
     size, tile = case
     judge = noise(2, 3, 1, 4, seed=8)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("largerespatch.techniques.pooled.COARSE", 1)
+        monkeypatch.setattr("largerespatch.techniques.joint.pooled.COARSE", 1)
         keys, values, few = chosen(size, tile, max(-(-size[0] // 2) * -(-size[1] // 2), 1), judge)
     inside = torch.zeros(*size)
     inside[tile.rows, tile.columns] = -torch.inf
@@ -324,7 +324,7 @@ def test_parts_of_a_tile_look_for_themselves_unless_they_are_too_few(monkeypatch
     monkeypatch.setattr(PooledMap, "chosen", chosen)
     dense = paint(pipe, test_flux.TEXT)
     for few in (10**9, 4, 1):
-        monkeypatch.setattr("largerespatch.techniques.key_source.FEWEST", few)
+        monkeypatch.setattr("largerespatch.techniques.joint.key_source.FEWEST", few)
         looked.clear()
         with patch(pipe, attn_context=context):
             assert (error(paint(pipe, test_flux.TEXT), dense) < CLOSE) == (context == ALL)
@@ -335,11 +335,11 @@ def test_parts_of_a_tile_look_for_themselves_unless_they_are_too_few(monkeypatch
 
 def test_parts_look_one_after_another_where_all_at_once_would_be_much(monkeypatch):
     pipe, counts, choose = flux(), [], PooledMap.chosen
-    monkeypatch.setattr("largerespatch.techniques.key_source.FEWEST", 1)
+    monkeypatch.setattr("largerespatch.techniques.joint.key_source.FEWEST", 1)
     for at_once in (2**27, 2**12, 1):
         looked = []
         monkeypatch.setattr(PooledMap, "chosen", lambda *given, looked=looked: looked.append(0) or choose(*given))
-        monkeypatch.setattr("largerespatch.techniques.key_source.LOOKED_THROUGH", at_once)
+        monkeypatch.setattr("largerespatch.techniques.joint.key_source.LOOKED_THROUGH", at_once)
         dense = paint(pipe, test_flux.TEXT)
         with patch(pipe, attn_context=ALL):
             assert error(paint(pipe, test_flux.TEXT), dense) < CLOSE

@@ -10,10 +10,10 @@ from largerespatch.core.hosts import Host
 from largerespatch.core.maps import StoredMap
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.tokens import TokenMap
-from largerespatch.techniques import chunked_attention as attention_room
-from largerespatch.techniques import key_runs
-from largerespatch.techniques.attention import BlockedAttention, Blocking
-from largerespatch.techniques.chunked_attention import ChunkedAttention
+from largerespatch.techniques.attention import chunked_attention as attention_room
+from largerespatch.techniques.attention import key_runs
+from largerespatch.techniques.attention.blocked import BlockedAttention, Blocking
+from largerespatch.techniques.attention.chunked_attention import ChunkedAttention
 from largerespatch.techniques.notes import StepNote
 
 

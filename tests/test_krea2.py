@@ -10,7 +10,7 @@ from test_causal import autoencoder
 import tiny
 from conftest import quiet
 from family import noise
-from largerespatch.techniques.pooled import PooledMap
+from largerespatch.techniques.joint.pooled import PooledMap
 
 MASK = torch.tensor([[True, True, True, False, True]])
 TEXT = {"prompt_embeds": noise(1, 5, 3, 16), "prompt_embeds_mask": MASK}

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from calls import noise
-from largerespatch.techniques import log_weights as weights_room
-from largerespatch.techniques.log_weights import WeightedKeys, channels_are_faster, in_channels
+from largerespatch.techniques.attention import log_weights as weights_room
+from largerespatch.techniques.attention.log_weights import WeightedKeys, channels_are_faster, in_channels
 
 ACCURACY = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 

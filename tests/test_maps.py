@@ -12,7 +12,7 @@ from largerespatch.core.maps import ComputedMap, JoinedMap, StoredMap, taken
 from largerespatch.core.pieces import assemble
 from largerespatch.core.planes import Map, fetch, part, whole
 from largerespatch.core.tilings import Tile
-from largerespatch.techniques.strips import Strips
+from largerespatch.techniques.strips.strips import Strips
 
 MAP = 16 * 64 * 64 * 4  # bytes
 

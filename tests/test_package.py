@@ -100,6 +100,18 @@ BELOW = {
     "patch": {"core", "memory", "denoisers", "autoencoders", "options"},
     "__init__": {"patch", "view"},
 }
+# Rooms of the techniques; those that have none are in "".
+BESIDE = {
+    "strips": set(),
+    "": {"strips"},
+    "attention": {"", "strips"},
+    "joint": {"", "attention"},
+    "vae": {"", "strips", "attention"},
+}
+
+
+def _room(parts):
+    return parts[0] if parts and parts[0] in BESIDE else ""
 
 
 def imported(path):
@@ -120,6 +132,9 @@ def test_wings_import_downwards_only(path):
     names = [name.split(".") for name in imported(path)]
     known = {name[1] for name in names if name[0] == "largerespatch"}
     assert known <= BELOW[wing] | {wing}
+    if wing == "techniques":
+        room = _room(path.relative_to(PACKAGE).with_suffix("").parts[1:])
+        assert {_room(name[2:]) for name in names if name[:2] == ["largerespatch", wing]} <= BESIDE[room] | {room}
     if wing == "core":
         assert not {"diffusers", "transformers"} & {name[0] for name in names}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from largerespatch.techniques.passing import Passing
+from largerespatch.techniques.joint.passing import Passing
 
 
 class Model(nn.Module):

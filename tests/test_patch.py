@@ -18,7 +18,7 @@ from conftest import quiet
 from largerespatch import LargeResPatch
 from largerespatch import patch as patch_room
 from largerespatch.core.patching import PatchStack
-from largerespatch.techniques import halves, two_pass
+from largerespatch.techniques.vae import halves, two_pass
 
 SMALL = {"attn_slice_x": 4, "attn_slice_y": 4, "attn_full_tokens": 16, "ff_chunk_size": 30}
 SMALL |= {"vae_chunk_size_x": 6, "vae_chunk_size_y": 6}
@@ -287,7 +287,7 @@ def test_the_same_seed_gives_the_same_image_whatever_came_before(pipe, patch):
 
 def phases_by_step(pipe, monkeypatch, **options):
     """Which phase each layer used in each call of its tilings."""
-    from largerespatch.techniques import attention
+    from largerespatch.techniques.attention import blocked as attention
 
     used = []
 
@@ -317,7 +317,7 @@ def test_schedulers_that_visit_a_timestep_twice_still_visit_all_phases(pipe, mon
 
 
 def test_both_halves_of_guidance_see_one_tiling_when_they_run_in_two_calls(pipe, monkeypatch):
-    from largerespatch.techniques import attention
+    from largerespatch.techniques.attention import blocked as attention
 
     pipe.scheduler.set_timesteps(4)
     used = []

@@ -13,8 +13,8 @@ from largerespatch.core.weights import Holding
 from largerespatch.memory.run_once import RunOnce, _look
 from largerespatch.memory.shadow import Shadow
 from largerespatch.memory.weightless import Weightless, WithoutData
-from largerespatch.techniques.cuts import Strips
-from largerespatch.techniques.strips import StripResnet
+from largerespatch.techniques.strips.cuts import Strips
+from largerespatch.techniques.strips.strips import StripResnet
 from test_patch import SMALL, fingerprint
 
 

@@ -13,7 +13,7 @@ from largerespatch.core.patching import PatchStack
 from largerespatch.core.planes import Map
 from largerespatch.denoisers.unet import skip_sites
 from largerespatch.techniques.serial import SerialBatch
-from largerespatch.techniques.strips import Strips, strip_sites
+from largerespatch.techniques.strips.strips import Strips, strip_sites
 
 
 def deeper():

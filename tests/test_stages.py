@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import tiny
-from largerespatch.techniques.stages import decoder_splits, encoder_splits, measure, scale_of
+from largerespatch.techniques.vae.stages import decoder_splits, encoder_splits, measure, scale_of
 
 
 def sd_like(**changes):

@@ -10,7 +10,7 @@ from largerespatch.core.maps import StoredMap
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.statistics import GroupStatistics, apply, pool, record, record_by_rows, sharing_statistics
 from largerespatch.core.tilings import Tile, tiles, window
-from largerespatch.techniques.shared_norms import SharedGroupNorm, correct
+from largerespatch.techniques.vae.shared_norms import SharedGroupNorm, correct
 
 
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(2, 15), st.integers(2, 15), st.floats(0, 1000))

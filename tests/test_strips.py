@@ -18,9 +18,9 @@ from largerespatch.core.families import install
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.pieces import collect, rehearsal
 from largerespatch.memory.weightless import WithoutData
-from largerespatch.techniques.halos import HaloForPadding
 from largerespatch.techniques.padding import padding_sites
-from largerespatch.techniques.strips import Strips, strip_sites
+from largerespatch.techniques.strips.halos import HaloForPadding
+from largerespatch.techniques.strips.strips import Strips, strip_sites
 from live import LiveBytes
 
 # Layers by the dozen in float32, statistics summed in another order.

@@ -28,7 +28,7 @@ from largerespatch.autoencoders.tiny import Tiny
 from largerespatch.core.families import Order, factor_of, family_of
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.options import Options
-from largerespatch.techniques import halves as halves_room
+from largerespatch.techniques.vae import halves as halves_room
 from test_patch import fingerprint, image
 
 HALVES = {"encode": lambda vae, x: vae.encode(x).latents, "decode": lambda vae, x: vae.decode(x).sample}

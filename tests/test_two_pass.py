@@ -18,12 +18,12 @@ from largerespatch.core.hosts import Host, HostRows
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.statistics import record
 from largerespatch.memory import counting
-from largerespatch.techniques import tiled_part
-from largerespatch.techniques import two_pass as room
 from largerespatch.techniques.padding import padding_sites
-from largerespatch.techniques.shared_norms import SharedGroupNorm
-from largerespatch.techniques.stages import decoder_splits, encoder_splits
-from largerespatch.techniques.two_pass import TwoPass
+from largerespatch.techniques.vae import tiled_part
+from largerespatch.techniques.vae import two_pass as room
+from largerespatch.techniques.vae.shared_norms import SharedGroupNorm
+from largerespatch.techniques.vae.stages import decoder_splits, encoder_splits
+from largerespatch.techniques.vae.two_pass import TwoPass
 from live import LiveBytes, fake
 
 LEVELS = 4

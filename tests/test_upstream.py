@@ -139,4 +139,4 @@ def test_a_change_is_told_with_the_rooms_that_it_concerns():
     name = "diffusers.models.resnet.ResnetBlock2D.forward"
     wrong = complaint(name, hash_of(FORWARD))
     assert name in wrong and diffusers.__version__ in wrong
-    assert "largerespatch.techniques.strips" in wrong and "largerespatch.techniques.walked" in wrong
+    assert "largerespatch.techniques.strips.strips" in wrong and "largerespatch.techniques.vae.walked" in wrong

@@ -28,8 +28,8 @@ from largerespatch.autoencoders.vq import VQ
 from largerespatch.core.families import family_of
 from largerespatch.core.hosts import Host
 from largerespatch.core.tilings import Tile
-from largerespatch.techniques import chunked_attention
-from largerespatch.techniques.alike import looking_there, piece
+from largerespatch.techniques.attention import chunked_attention
+from largerespatch.techniques.vae.alike import looking_there, piece
 
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 2 + ("AttnDownEncoderBlock2D",)}
 LEVELS |= {"up_block_types": ("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 2), "block_out_channels": (32, 32, 64)}

@@ -16,8 +16,8 @@ from halves import BOTH, HALVES, INPUTS, Bar, cutting
 from largerespatch.core.families import install
 from largerespatch.core.hosts import Host
 from largerespatch.core.patching import PatchStack
-from largerespatch.techniques.halves import Exact
 from largerespatch.techniques.padding import padding_sites
+from largerespatch.techniques.vae.halves import Exact
 from live import LiveBytes, fake
 
 # Layers by the dozen in float32, statistics summed in another order.

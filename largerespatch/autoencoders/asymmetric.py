@@ -12,11 +12,11 @@ from torch import nn
 from ..core.calls import new_like, takes
 from ..core.families import register
 from ..core.hosts import Host
-from ..techniques.halves import Cutting, Exact, InPieces
-from ..techniques.strips import Forward, reach
-from ..techniques.two_pass import TwoPass
-from ..techniques.walk import CONTAINERS, Walk, register_way
-from ..techniques.walked import WalkedResample
+from ..techniques.strips.strips import Forward, reach
+from ..techniques.vae.halves import Cutting, Exact, InPieces
+from ..techniques.vae.two_pass import TwoPass
+from ..techniques.vae.walk import CONTAINERS, Walk, register_way
+from ..techniques.vae.walked import WalkedResample
 from .kl import KL
 
 # What strips must know the inside of: that the decoder runs as others do where it is shown nothing, and that what looks

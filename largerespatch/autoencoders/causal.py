@@ -12,9 +12,11 @@ from torch import nn
 from ..core.calls import latent_size, new_like
 from ..core.families import Order, Site, factor_of, register
 from ..core.modules import named_modules
-from ..techniques.attention import Blocking
-from ..techniques.cell_attention import Projections
-from ..techniques.frames import (
+from ..techniques.attention.blocked import Blocking
+from ..techniques.attention.cell_attention import Projections
+from ..techniques.shared_maps import bands_of
+from ..techniques.strips.strips import reach
+from ..techniques.vae.frames import (
     FrameAttention,
     Frames,
     OneFrame,
@@ -23,12 +25,10 @@ from ..techniques.frames import (
     frame_padding_sites,
     is_causal,
 )
-from ..techniques.halves import InPieces
-from ..techniques.shared_maps import bands_of
-from ..techniques.stages import Split, decoder_splits, encoder_splits, measure
-from ..techniques.strips import reach
-from ..techniques.walk import CONTAINERS, Walk, register_way
-from ..techniques.walked import WalkedPointwise, WalkedResample, WalkedWhole
+from ..techniques.vae.halves import InPieces
+from ..techniques.vae.stages import Split, decoder_splits, encoder_splits, measure
+from ..techniques.vae.walk import CONTAINERS, Walk, register_way
+from ..techniques.vae.walked import WalkedPointwise, WalkedResample, WalkedWhole
 from .kl import HALVES, KL
 
 KINDS = ("QwenImage", "Wan")

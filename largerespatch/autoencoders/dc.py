@@ -11,11 +11,11 @@ from torch import nn
 
 from ..core.families import register
 from ..core.maps import TurnedMap
-from ..techniques.linear_attention import WalkedLinearAttention
-from ..techniques.stages import Skip, Split, Stage, measure, register_scaling
-from ..techniques.strips import Forward, reach
-from ..techniques.walk import CONTAINERS, Walk, register_way
-from ..techniques.walked import WalkedPointwise, WalkedResample
+from ..techniques.strips.strips import Forward, reach
+from ..techniques.vae.linear_attention import WalkedLinearAttention
+from ..techniques.vae.stages import Skip, Split, Stage, measure, register_scaling
+from ..techniques.vae.walk import CONTAINERS, Walk, register_way
+from ..techniques.vae.walked import WalkedPointwise, WalkedResample
 from .kl import KL
 
 # What strips and tiles must know the inside of: how often blocks convolve, one after another, and that all else they do

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ..core.families import families_in
-from ..techniques.images import CHANNELS, writing, written
+from ..techniques.vae.images import CHANNELS, writing, written
 
 
 @torch.no_grad()

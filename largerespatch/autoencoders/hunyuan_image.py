@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from ..core.families import register
-from ..techniques.attention import Blocking
-from ..techniques.cell_attention import CellAttention, Projections
+from ..techniques.attention.blocked import Blocking
+from ..techniques.attention.cell_attention import CellAttention, Projections
 from ..techniques.shared_maps import bands_of
-from ..techniques.stages import Skip, Split, measure, register_scaling
-from ..techniques.strips import Forward, bare, reach
-from ..techniques.walk import CONTAINERS, Walk, register_way
-from ..techniques.walked import WalkedDownsample, WalkedResample, WalkedResnet, WalkedWhole
+from ..techniques.strips.strips import Forward, bare, reach
+from ..techniques.vae.stages import Skip, Split, measure, register_scaling
+from ..techniques.vae.walk import CONTAINERS, Walk, register_way
+from ..techniques.vae.walked import WalkedDownsample, WalkedResample, WalkedResnet, WalkedWhole
 from .kl import KL
 
 # What strips and tiles must know the inside of: the order of a residual block's layers, that a resampler is one

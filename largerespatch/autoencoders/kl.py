@@ -9,14 +9,14 @@ from torch import nn
 from ..core.families import Order, Site, register
 from ..core.hosts import Host
 from ..core.modules import named_modules
-from ..techniques.attention import Blocking, blocking_of
-from ..techniques.attention_sites import attends_map
-from ..techniques.chunked_attention import in_blocks_or_chunks
-from ..techniques.halves import Cutting, Exact
+from ..techniques.attention.blocked import Blocking, blocking_of
+from ..techniques.attention.chunked_attention import in_blocks_or_chunks
+from ..techniques.attention.sites import attends_map
 from ..techniques.padding import padding_sites, reflection_sites
 from ..techniques.shared_maps import InBands, bands_of
-from ..techniques.stages import Split, decoder_splits, encoder_splits
-from ..techniques.two_pass import TwoPass
+from ..techniques.vae.halves import Cutting, Exact
+from ..techniques.vae.stages import Split, decoder_splits, encoder_splits
+from ..techniques.vae.two_pass import TwoPass
 from .any import AnyAutoencoder
 
 HALVES = ("encoder", "decoder")

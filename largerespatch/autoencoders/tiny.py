@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from ..core.families import Site, register
-from ..techniques.halves import InPieces
 from ..techniques.shared_maps import InBands
-from ..techniques.stages import Split, measure
-from ..techniques.strips import Forward
-from ..techniques.walk import CONTAINERS, Walk, register_way
-from ..techniques.walked import WalkedResample
+from ..techniques.strips.strips import Forward
+from ..techniques.vae.halves import InPieces
+from ..techniques.vae.stages import Split, measure
+from ..techniques.vae.walk import CONTAINERS, Walk, register_way
+from ..techniques.vae.walked import WalkedResample
 from .kl import HALVES, KL
 
 # What pieces must know the inside of: that all of an encoder or decoder but what acts on single cells is in `layers`,

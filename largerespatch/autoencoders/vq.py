@@ -16,13 +16,13 @@ from ..core.patching import PatchStack
 from ..core.planes import whole
 from ..core.statistics import GivenStatistics, GroupStatistics
 from ..core.tilings import Tile
-from ..techniques.alike import looking_there, piece
-from ..techniques.attention import BlockedAttention, Blocking
-from ..techniques.chunked_attention import in_blocks_or_chunks
-from ..techniques.stages import Split, decoder_splits, encoder_splits
-from ..techniques.strips import Forward, TimeTerms, bare
-from ..techniques.walk import CONTAINERS, Walk, register_way
-from ..techniques.walked import WalkedPointwise, WalkedResnet
+from ..techniques.attention.blocked import BlockedAttention, Blocking
+from ..techniques.attention.chunked_attention import in_blocks_or_chunks
+from ..techniques.strips.strips import Forward, TimeTerms, bare
+from ..techniques.vae.alike import looking_there, piece
+from ..techniques.vae.stages import Split, decoder_splits, encoder_splits
+from ..techniques.vae.walk import CONTAINERS, Walk, register_way
+from ..techniques.vae.walked import WalkedPointwise, WalkedResnet
 from .kl import KL
 
 # What strips must know the inside of: the order of such a block's layers, that blocks with attention call their

@@ -52,7 +52,7 @@ def _var_mean(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     count = rows.shape[1]
     parts = [
         torch.native_group_norm(some[:, None].contiguous(), None, None, len(some), 1, count, 1, 0.0)[1:]
-        for some in rows.split(max(NORMALIZED // count, 1))
+        for some in torch.split(rows, max(NORMALIZED // count, 1))
     ]
     means, deviations = (torch.cat(each)[:, 0] for each in zip(*parts, strict=True))
     return deviations.pow(-2), means  # they are inverse

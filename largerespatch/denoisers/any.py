@@ -21,14 +21,14 @@ from ..core.calls import (
 )
 from ..core.families import Family, Order, Site, factor_of, register, unknown_call
 from ..core.modules import modules_of
-from ..techniques.attention_sites import attends_cells, attends_map, attention_sites
+from ..techniques.attention.sites import attends_cells, attends_map, attention_sites
 from ..techniques.chunks import chunk_sites
-from ..techniques.cuts import Strips
 from ..techniques.notes import StepNote, StepNoting
 from ..techniques.padding import padding_sites, reflection_sites
 from ..techniques.serial import SerialBatch
 from ..techniques.shared_maps import bands_of
-from ..techniques.strips import strip_sites
+from ..techniques.strips.cuts import Strips
+from ..techniques.strips.strips import strip_sites
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..core.checks import warn
 from ..core.families import factor_of, register
-from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Tokens
+from ..techniques.joint.tokens import BOTH, IMAGE, TEXT, Tokens
 from .any import Call
 from .joint import JointAttention
 

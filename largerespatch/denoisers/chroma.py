@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core.families import register
-from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Tokens
+from ..techniques.joint.tokens import BOTH, IMAGE, TEXT, Tokens
 from .any import Call
 from .flux import TAKES, Flux
 

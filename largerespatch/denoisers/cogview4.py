@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core.families import register
-from ..techniques.joint_tokens import IMAGE, TEXT, Tokens
+from ..techniques.joint.tokens import IMAGE, TEXT, Tokens
 from .any import Call
 from .joint import JointAttention
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..core.families import register
-from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Kind, Rows, Size, Tokens
+from ..techniques.joint.tokens import BOTH, IMAGE, TEXT, Kind, Rows, Size, Tokens
 from .any import Call
 from .joint import Packed, maps_of_ids
 

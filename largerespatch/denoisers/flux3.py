@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core.families import register
-from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Kind, Size, Tokens
+from ..techniques.joint.tokens import BOTH, IMAGE, TEXT, Kind, Size, Tokens
 from .any import Call
 from .joint import Packed, maps_of_ids
 

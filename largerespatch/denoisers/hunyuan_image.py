@@ -8,7 +8,7 @@ import torch
 
 from ..core.calls import PROMPT_TOKENS
 from ..core.families import register
-from ..techniques.joint_tokens import BOTH, IMAGE, TEXT, Size, Tokens
+from ..techniques.joint.tokens import BOTH, IMAGE, TEXT, Size, Tokens
 from .any import Call
 from .joint import JointAttention
 

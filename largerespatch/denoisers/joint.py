@@ -26,8 +26,8 @@ from ..core.calls import schedulers_of
 from ..core.checks import warn
 from ..core.families import Order, Site, check_multiple, factor_of, unknown_call
 from ..core.pieces import rehearsing
-from ..techniques.joint_attention import joint_sites
-from ..techniques.joint_tokens import Kind, Size
+from ..techniques.joint.blocks import joint_sites
+from ..techniques.joint.tokens import Kind, Size
 from ..techniques.notes import StepNote, StepNoting
 from ..techniques.padding import padding_sites
 from ..techniques.shared_batch import batch_sites

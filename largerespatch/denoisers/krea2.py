@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..core.families import register
-from ..techniques.joint_tokens import BOTH, Kind, Size, Tokens
+from ..techniques.joint.tokens import BOTH, Kind, Size, Tokens
 from .any import Call
 from .joint import Packed, maps_of_ids
 

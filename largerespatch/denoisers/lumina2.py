@@ -10,8 +10,8 @@ from torch import nn
 
 from ..core.families import Order, Site, register
 from ..core.tilings import PHASES
-from ..techniques.attention import Blocking, blocking_of
-from ..techniques.joint_tokens import BOTH, Size, Tokens
+from ..techniques.attention.blocked import Blocking, blocking_of
+from ..techniques.joint.tokens import BOTH, Size, Tokens
 from ..techniques.serial import SerialBatch
 from .any import Call
 from .joint import JointAttention, patches

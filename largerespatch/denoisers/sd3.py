@@ -6,7 +6,7 @@ from typing import Any
 
 from ..core.calls import PROMPT_TOKENS
 from ..core.families import register
-from ..techniques.joint_tokens import IMAGE, TEXT, Tokens
+from ..techniques.joint.tokens import IMAGE, TEXT, Tokens
 from .any import Call
 from .joint import JointAttention
 

@@ -2,7 +2,7 @@
 
 What it is given is cut where it comes in, and joined where it goes out. In between only leaves differ: convolutions
 get the rows beside their band, group norms the statistics of the whole map, attention the keys (see
-`largerespatch.techniques.attention`). Maps of fewer rows than there are processes are whole in all of them.
+`largerespatch.techniques.attention.blocked`). Maps of fewer rows than there are processes are whole in all of them.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from ..core.bands import Band, Bands, at
 from ..core.families import Order, Site
 from ..core.modules import named_modules
 from ..core.statistics import GivenStatistics, record_by_rows
-from .strips import is_differentiated
+from .strips.strips import is_differentiated
 
 Forward = Callable[..., torch.Tensor]
 

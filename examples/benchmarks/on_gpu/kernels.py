@@ -1,6 +1,6 @@
 """Which attention kernel runs, with the log-weights of a context as a mask, as extra channels, as a score modification.
 
-`largerespatch.techniques.log_weights` says how they become channels.
+`largerespatch.techniques.attention.log_weights` says how they become channels.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from _common import Candidate
-from largerespatch.techniques.log_weights import in_channels
+from largerespatch.techniques.attention.log_weights import in_channels
 
 from .copies import profiled
 from .lab import Lab, Row

@@ -108,7 +108,7 @@ import re, sys, torch
 from pathlib import Path
 from diffusers.image_processor import VaeImageProcessor
 from largerespatch.core.tilings import Tile
-from largerespatch.techniques.images import wanted, writing
+from largerespatch.techniques.vae.images import wanted, writing
 size = int(sys.argv[1])
 def kib(name):
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])

@@ -1,0 +1,339 @@
+"""Transformer blocks in which text and image tokens attend to one another, tile by tile.
+
+A block's own forward runs on the text's tokens and those of one tile, with every argument that has a row for each token
+cut alike: all that it does is bounded by the tile, and whatever others have put in it works. What a tile sees of the
+others joins inside its attention (see `largerespatch.techniques.joint.joining`), for each part of the tile what its
+queries look for: keys and values of all tokens come from a first walk over the tiles, which leaves the block there.
+Text attends to all of them. Approximate, but for the text; exact, to rounding, with as many tokens of context as there
+are.
+"""
+
+import inspect
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ...core.band_rows import BandRows
+from ...core.bands import ALONE, Band, Bands, at
+from ...core.families import Order, Site
+from ...core.patching import PatchStack
+from ...core.pieces import assemble, rehearsing
+from ...core.tilings import PHASES, Each, Tile
+from ..attention.blocked import Blocking, blocking_of
+from ..notes import StepNote
+from ..shared_maps import bands_of
+from .inside import listening, looking, passed_on
+from .joining import Attending, Joining, native_kernels
+from .key_source import KeySources
+from .passing import Passing
+from .shared_attention import SharedSources
+from .shared_tokens import TokensInBands
+from .tokens import Kind, Maps, MapsNote, Piece, Tokens, own_rows
+
+# Tokens of context where nothing else is asked for: with rotary positions attention is sharp, and wants them fine.
+CONTEXT = 2048
+
+
+class MapsNoting:
+    """Takes the place of a transformer's ``forward`` and notes its maps for the blocks inside it.
+
+    `maps` tells them from the arguments of the call, by name.
+    """
+
+    def __init__(self, note: MapsNote, maps: Callable[[Mapping[str, Any]], Sequence[tuple[int, int]]]) -> None:
+        self.note = note
+        self.maps = maps
+
+    def __call__(self, original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
+        self._note(original, inspect.signature(original).bind_partial(*args, **kwargs).arguments)
+        return original(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # values are for Python to see
+    def _note(self, original: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+        self.note.maps = Maps(self.maps(arguments))
+        if self.note.passing is not None:
+            self.note.passing.begin(original, arguments)
+
+
+class Edges(NamedTuple):
+    """Whether a block is the first one that has tokens in bands, which it `cuts`, and the last one, which `joins`."""
+
+    cuts: bool = False
+    joins: bool = False
+
+
+INSIDE = Edges()
+
+
+class JointBlock:
+    """Takes the place of the ``forward`` of a transformer block, whose tokens are as `kind` says.
+
+    The phase depends on the block's place in its model and on the denoising step alone. What is given other tokens than
+    noted runs whole; so does, with a warning, what does not attend as it should.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        kind: Kind,
+        blocking: Blocking,
+        note: MapsNote,
+        step_note: StepNote,
+        layer: int,
+        bands: Bands = ALONE,
+        edges: Edges = INSIDE,
+        path: str = "block",
+    ) -> None:
+        self.block, self.kind, self.blocking = block, kind, blocking
+        self.note, self.step_note, self.layer = note, step_note, layer
+        self.bands, self.edges, self.path = bands, edges, path
+
+    # A graph would write every tile out.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        maps, bound = self.note.maps, inspect.signature(original).bind(*args, **kwargs)
+        tokens = self.kind if isinstance(self.kind, Tokens) else self.kind(bound.arguments)
+        maps = maps if tokens.references else Maps(maps[:1])
+        cover, band = self._cover(maps), self._band(maps)
+        if len(cover) < 2 and band.alone:
+            return original(*args, **kwargs)
+        here = maps if band.alone else Maps([(band.run[1] - band.run[0], band.rows.width)])
+        beside = tokens.texts_beside(bound.arguments, (maps if self.edges.cuts else here).area)
+        bound.arguments.update(own_rows(tokens.takes, bound.arguments, band, beside, tokens.text_first))
+        if self.edges.cuts:  # a copy, so that tokens of the whole map need not stay
+            stream = next(iter(tokens.takes))
+            bound.arguments[stream] = bound.arguments[stream].clone()
+        texts = tokens.texts(bound.arguments, here.area)
+        if texts is None:
+            self._check_whole(band, " was given other tokens than those of one image")
+            return original(*args, **kwargs)
+
+        def called(changed: Mapping[str, Any]) -> Any:
+            given = inspect.BoundArguments(bound.signature, OrderedDict({**bound.arguments, **changed}))
+            return original(*given.args, **given.kwargs)
+
+        if obstacle := self._obstacle(bound.arguments, maps.area, texts):
+            self._check_whole(band, obstacle)
+            self._warn_of_whole(obstacle)
+            return original(*args, **kwargs)
+        self._warn_of_hooks()
+        try:
+            with native_kernels(self.block), at(self.path):
+                call = _Call(called, bound.arguments, self.block, tokens, here, texts)
+                result = call.run(self._source(call, band, cover), self._free(bound, tokens))
+                return call.joined(result, band) if self.edges.joins else result
+        except _NotMetError:
+            processors = {type(each.processor).__name__ for each in self.block.modules() if hasattr(each, "processor")}
+            named = ", ".join(sorted(processors)) or "attention of its own"
+            why = f" with {named} does not hand the keys of all tokens to scaled_dot_product_attention"
+            self._check_whole(band, why)
+            self._warn_of_whole(why)
+        return original(*args, **kwargs)
+
+    def _band(self, maps: Maps) -> Band:
+        """This process's of the image; all of what is not cut."""
+        return self.bands.of_whole(*maps[0]) if maps else Band(ALONE, BandRows(0, 0))
+
+    def _source(self, call: "_Call", band: Band, cover: Sequence[Tile]) -> KeySources | SharedSources:
+        """Who does the attentions of a call."""
+        if not band.alone:
+            return SharedSources(band, cover, self.blocking.context)
+        pieces, places = Each(call.maps.piece, cover), partial(call.places, others=call.others)
+        return KeySources(pieces, places, call.maps, call.others, call.tokens.text_first, self.blocking.context)
+
+    def _check_whole(self, band: Band, why: str) -> None:
+        """Sees that a block that cannot run in pieces has all tokens."""
+        if not band.alone:
+            raise ValueError(f"process_group: {type(self.block).__name__}{why}, so it cannot run in bands")
+
+    def _free(self, bound: inspect.BoundArguments, tokens: Tokens) -> torch.Tensor | None:
+        """The tensor of tokens that the block changes, if it may be written over."""
+        stream = bound.arguments[next(iter(tokens.takes))]
+        return stream if self.note.passing is not None and self.note.passing.is_free(stream) else None
+
+    def _cover(self, maps: Maps) -> Sequence[Tile]:
+        if not maps or maps[0][0] * maps[0][1] <= self.blocking.full_tokens:
+            return ()
+        return self.blocking.cover(*maps[0], (self.layer + self.step_note.step) % PHASES)
+
+    def _obstacle(self, arguments: Mapping[str, Any], image: int, text: int) -> str:
+        """Why the block cannot run tile by tile; empty if it can."""
+        if hooks := looking(self.block):
+            return f": {', '.join(hooks)} inside it may look at more than one tile"
+        if masks := passed_on(arguments, image, text):
+            return f": it passes on to its attention what has rows of tokens ({', '.join(masks)})"
+        return ""
+
+    def _warn_of_whole(self, why: str) -> None:
+        kind = type(self.block).__name__
+        self._warn(f"{kind}{why}: it runs on all tokens at once, in as much memory as without this patch", why)
+
+    def _warn_of_hooks(self) -> None:
+        if paths := list(listening(self.block)):
+            named = ", ".join(path or "those on all modules there are" for path in paths[:3])
+            self._warn(
+                f"{type(self.block).__name__} runs tile by tile: forward hooks inside it ({named}"
+                f"{', ...' if len(paths) > 3 else ''}) see the text and one tile at a time, and what comes before "
+                "attention twice; those on the block itself see all",
+                "hooks",
+            )
+
+    def _warn(self, message: str, about: str) -> None:
+        """Once for all blocks of the model."""
+        if about not in self.blocking.warned and not rehearsing():
+            self.blocking.warned.add(about)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+class _Left(Exception):  # noqa: N818  nothing is wrong
+    """A block was left, once all of its keys and values were known."""
+
+
+class _NotMetError(Exception):
+    """A block did not attend as it should."""
+
+
+class _Call:
+    """A call of a block, which `called` makes with other arguments, for image tokens of `maps` and `texts` more."""
+
+    def __init__(
+        self,
+        called: Callable[[Mapping[str, Any]], Any],
+        arguments: Mapping[str, Any],
+        block: nn.Module,
+        tokens: Tokens,
+        maps: Maps,
+        texts: int,
+    ) -> None:
+        self.called, self.arguments, self.tokens, self.texts = called, arguments, tokens, texts
+        self.block, self.maps = block, maps
+        self.attentions, self.copies = tokens.attentions(block), tokens.copies(block)
+        self.others = texts + tokens.keys_between  # keys that are not of the image
+
+    def run(self, source: KeySources | SharedSources, into: torch.Tensor | None) -> Any:
+        """What the block returns; its tokens of the image in the memory of `into`, if they are as that is."""
+        if len(source.pieces) > 1:
+            idle = (*self.tokens.idle, *(() if source.asks else self.tokens.asking))
+            with PatchStack() as stack:
+                for path, module in self.block.named_modules():
+                    if path in idle:  # beneath hooks, which see all calls
+                        stack.wrap(module, "forward", _as_given, f"{path}.forward")
+                source.learn(self._walk)
+        kept: list[Any] = []  # what the first piece gave, whose text has seen all
+        texts = self.texts if self.tokens.both() else 0
+        start = self.tokens.ahead + (texts if self.tokens.text_first else 0)
+        after = self.tokens.ahead + texts - start
+
+        def compute(piece: Piece) -> torch.Tensor:
+            result = self._through(piece, lambda i, attending: source.attended(i, attending, piece, not kept))
+            kept.extend([result] if not kept else [])
+            return self.tokens.image_of(result).narrow(1, start, piece.area)
+
+        def make(image: torch.Tensor) -> torch.Tensor:
+            shape = (len(image), start + self.maps.area + after, image.shape[2])
+            if into is not None and (tuple(into.shape), into.dtype) == (shape, image.dtype):
+                return into
+            return image.new_empty(shape)
+
+        output = assemble(
+            source.pieces,
+            compute,
+            place=lambda piece: (slice(None), self.maps.places(piece, self._device) + start),
+            make=make,
+        )
+        whole = self.tokens.image_of(kept[0])
+        output[:, :start] = whole[:, :start]
+        output[:, output.shape[1] - after :] = whole[:, whole.shape[1] - after :]
+        return self.tokens.with_image(kept[0], output)
+
+    def joined(self, result: Any, band: Band) -> Any:
+        """What `run` returned, with the tokens of the whole image."""
+        some = self.tokens.image_of(result)
+        others = some.shape[1] - self.maps.area
+        first = others if self.tokens.text_first else 0
+        before, image, after = some.split_with_sizes([first, self.maps.area, others - first], dim=1)
+        return self.tokens.with_image(result, torch.cat([before, band.all_tokens(image, "maps"), after], dim=1))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(each.device for each in tree_leaves(self.arguments) if isinstance(each, torch.Tensor))
+
+    def places(self, piece: Piece, others: int, ahead: int = 0) -> torch.Tensor:
+        """Of a piece's tokens among those of the image and so many `others`, with some of another kind `ahead`."""
+        start = others if self.tokens.text_first else 0
+        image = self.maps.places(piece, self._device) + ahead + start
+        rest = torch.arange(ahead + others, device=self._device)
+        before, after = rest[: ahead + start], rest[ahead + start :] + self.maps.area
+        return torch.cat([before, image, after])
+
+    def _through(self, piece: Piece, do: Callable[[int, Attending], torch.Tensor]) -> Any:
+        """What the block makes of a piece and the text, with its attentions done by `do`."""
+        ahead = self.tokens.ahead
+        places = {"image": self.places(piece, 0, ahead), "both": self.places(piece, self.texts, ahead)}
+        given = self.tokens.cut(self.arguments, places)
+        order = self.texts, self.tokens.text_first, self.tokens.keys_between, self.copies
+        with Joining(do, self.attentions, piece.area, *order) as joining:
+            result = self.called(given)
+        if joining.met < self.attentions:
+            raise _NotMetError
+        return result
+
+    def _walk(self, piece: Piece) -> list[Attending]:
+        """How a piece attends, in each attention of the block, which is left there."""
+        met: list[Attending] = []
+
+        def note(i: int, attending: Attending) -> torch.Tensor:
+            met.append(attending)
+            if i + 1 == self.attentions:
+                raise _Left
+            return attending.nothing()
+
+        with suppress(_Left):
+            self._through(piece, note)
+        return met
+
+
+def _as_given(original: Callable[..., Any], hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return hidden_states
+
+
+def joint_sites(
+    model: Any,
+    name: str,
+    options: Any,
+    step_note: StepNote,
+    kinds: Mapping[str, Kind],
+    maps: Callable[[Mapping[str, Any]], Sequence[tuple[int, int]]],
+    passes_on: bool = False,
+    takes: Mapping[str, Any] | None = None,
+    joined: bool = True,
+) -> Iterator[Site]:
+    """The blocks of `model`, in the lists of them that `kinds` names, and the model that notes their maps.
+
+    `passes_on` says whether it keeps nothing of what they are given and give. For `takes` and `joined`, where several
+    processes share its tokens, see `TokensInBands`.
+    """
+    blocking, note, layer = blocking_of(options, CONTEXT), MapsNote(Passing(model) if passes_on else None), 0
+    bands = replace(bands_of(options), others=None)  # who have other samples
+    sample, takes = list(inspect.signature(type(model).forward).parameters)[1], takes or {}
+    cut = options.process_group is None or sample in takes  # before they come to blocks
+    yield Site(model, name, Order.MAP_NOTED, MapsNoting(note, maps))
+    if options.process_group is not None:
+        sharing = TokensInBands(model, name, bands, note, takes, sample, joined and cut)
+        yield Site(model, name, Order.IN_BANDS, sharing, says=f"maps in {bands}")
+    says = f"{{count}} transformer blocks in {blocking}"
+    for path, kind in kinds.items():
+        blocks: Any = model.get_submodule(path)
+        for i, block in enumerate(blocks):
+            own, edges = f"{name}.{path}.{i}", Edges(not cut and i == 0, not cut and i == len(blocks) - 1)
+            technique = JointBlock(block, kind, blocking, note, step_note, layer, bands, edges, own)
+            yield Site(block, own, Order.IN_BLOCKS, technique, says=says)
+            layer += 1

@@ -1,0 +1,227 @@
+"""Inside the attention of a transformer block: its keys and values are noted, or others join them.
+
+All joint attention ends in ``F.scaled_dot_product_attention``, after whatever a block does to queries and keys. What
+holds there for the length of one call needs to know nothing of the block, and no processor has to be exchanged.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ...core.patching import PatchStack
+from ..attention.log_weights import channels_are_faster, in_channels
+from .pooled import Keys
+
+# What joining must know the inside of: torch's own kernels, as processors ask for them, end in
+# ``F.scaled_dot_product_attention`` with tokens in the last dimension but one.
+LEANS_ON = ("diffusers.models.attention_dispatch._native_attention",)
+
+_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+Rows = slice | torch.Tensor  # places of some, if they are not one after another
+
+
+@dataclass
+class Attending:
+    """A call of attention: its arguments by name, and which of its queries and keys are of the image.
+
+    Those of text are before or after them, as are other keys beside which there are no queries. Keys and values of
+    which `attend` wants as many `copies`, for heads side by side, are there once.
+    """
+
+    attend: Callable[..., torch.Tensor]
+    given: dict[str, Any]
+    image: slice
+    image_keys: slice
+    copies: int = 1
+
+    @property
+    def text_first(self) -> bool:
+        return bool(self.image.start)
+
+    @property
+    def text(self) -> slice:
+        return slice(0, self.image.start) if self.text_first else slice(self.image.stop, None)
+
+    @property
+    def other_keys(self) -> slice:
+        return slice(0, self.image_keys.start) if self.text_first else slice(self.image_keys.stop, None)
+
+    @property
+    def others(self) -> int:
+        """How many keys there are beside those of the image; none in attention to that alone."""
+        return int(self.part("key", self.other_keys).shape[2])
+
+    def holding(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, count: int) -> "Attending":
+        """The same call with these, of so many tokens of the image; others are as many and where they were.
+
+        Its mask stays as it is: `mask_of` tells that of all these tokens.
+        """
+        given = self.given | {"query": query, "key": key, "value": value}
+        image, image_keys = (slice(rows.start, rows.start + count) for rows in (self.image, self.image_keys))
+        return Attending(self.attend, given, image, image_keys, self.copies)
+
+    def mask_of(self, count: int) -> torch.Tensor | None:
+        """The call's mask for so many tokens of the image, all of which it treats as it does the first one."""
+        mask: torch.Tensor | None = self.given.get("attn_mask")
+        if mask is None:
+            return None
+        mask = mask[(None,) * (4 - mask.ndim)]
+        for dim, name, rows in ((2, "query", self.image), (3, "key", self.image_keys)):
+            if mask.shape[dim] > 1:
+                after = self.given[name].shape[2] - rows.stop
+                sizes = [count if i == dim else -1 for i in range(4)]
+                image = mask.narrow(dim, rows.start, 1).expand(sizes)
+                last = mask.narrow(dim, mask.shape[dim] - after, after)
+                mask = torch.cat([mask.narrow(dim, 0, rows.start), image, last], dim=dim)
+        return mask
+
+    def narrowed(self, places: torch.Tensor) -> "Attending":
+        """The same call with those tokens of the image alone that are at `places` among these."""
+        parts = []
+        for name, rows in (("query", self.image), ("key", self.image_keys), ("value", self.image_keys)):
+            before, after = self.part(name, slice(0, rows.start)), self.part(name, slice(rows.stop, None))
+            parts.append(torch.cat([before, self.part(name, places + rows.start), after], dim=2))
+        query, key, value = parts
+        some = self.holding(query, key, value, len(places))
+        return replace(some, given=some.given | {"attn_mask": self.mask_of(len(places))})
+
+    def nothing(self) -> torch.Tensor:
+        """What has the shape of the result."""
+        value: torch.Tensor = self.given["value"]
+        return value.new_zeros(*self.given["query"].shape[:-1], value.shape[-1])
+
+    def part(self, name: str, rows: Rows) -> torch.Tensor:
+        """Some rows of ``"query"``, ``"key"`` or ``"value"``, ``[B, heads, n, C]``."""
+        part: torch.Tensor = self.given[name][:, :, rows]
+        return part
+
+    def grouped(self, queries: torch.Tensor) -> torch.Tensor:
+        """Scaled queries ``[B, heads, N, C]``, those that share keys side by side: ``[B, heads of keys, n, C]``."""
+        scale = float(self.given.get("scale") or queries.shape[-1] ** -0.5)
+        shared = queries.shape[1] // self.given["key"].shape[1]
+        batch, heads, count, channels = queries.shape
+        return scale * queries.float().reshape(batch, heads // shared, shared * count, channels)
+
+    def among(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The attention of the text to its own keys and those of the whole image, in the order of the call's."""
+        mask = self._mask(self.text)
+        if mask is not None:
+            columns = [mask[..., self.other_keys], self._of_image(mask, keys.shape[2] - self.others)]
+            mask = torch.cat(columns if self.text_first else columns[::-1], dim=-1)
+            mask = mask.repeat(1, 1, self.copies if mask.shape[2] > 1 else 1, 1)
+        # Not by copies of all keys: queries of heads that share them come one after another.
+        query = self.part("query", self.text)
+        batch, heads, count, channels = query.shape
+        query = query.reshape(batch, heads // self.copies, self.copies * count, channels)
+        mixed = self.attend(**self.given | {"query": query, "key": keys, "value": values, "attn_mask": mask})
+        return mixed.reshape(batch, heads, count, values.shape[-1])
+
+    def joined(self, queries: Rows, others: Sequence[Keys]) -> torch.Tensor:
+        """The attention of some queries to the call's keys and others."""
+        mask, query = self._mask(queries), self.part("query", queries)
+        key = self._with_copies([self.given["key"], *(each.keys for each in others)])
+        value = self._with_copies([self.given["value"], *(each.values for each in others)])
+        if not others:
+            return self.attend(**self.given | {"query": query, "key": key, "value": value, "attn_mask": mask})
+        weights = torch.cat([each.log_weights for each in others], dim=2)
+        weights = weights.repeat_interleave(query.shape[1] // weights.shape[1], dim=1)
+        if mask is None:
+            weights = F.pad(weights, (self.given["key"].shape[2], 0))
+            if channels_are_faster(query):
+                rest = {name: each for name, each in self.given.items() if name not in _PARAMETERS[:4]}
+                return in_channels(self.attend, query, key, value, log_weights=weights[:, :, None], **rest)
+            mask = weights[:, :, None].to(query.dtype)
+        else:
+            if mask.dtype == torch.bool:
+                mask = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+            others_mask = self._of_image(mask, 1) + weights[:, :, None].to(query.dtype)
+            sizes = torch.broadcast_shapes(mask.shape[:-1], others_mask.shape[:-1])  # type: ignore[no-untyped-call]
+            mask = torch.cat([each.expand(*sizes, -1) for each in (mask, others_mask)], dim=-1)
+        return self.attend(**self.given | {"query": query, "key": key, "value": value, "attn_mask": mask})
+
+    def _with_copies(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """All of them, one after another, for every head."""
+        joined = torch.cat(list(parts), dim=2) if len(parts) > 1 else parts[0]
+        return joined.repeat_interleave(self.copies, dim=1) if self.copies > 1 else joined
+
+    def _mask(self, queries: Rows) -> torch.Tensor | None:
+        """Of the call, for some queries, with a column for each key: ``[.., .., 1 or queries, K]``."""
+        mask: torch.Tensor | None = self.given.get("attn_mask")
+        if mask is None:
+            return None
+        mask = mask[(None,) * (4 - mask.ndim)]
+        mask = mask[:, :, queries] if mask.shape[2] > 1 else mask
+        return mask.expand(*mask.shape[:-1], self.given["key"].shape[2])
+
+    def _of_image(self, mask: torch.Tensor, count: int) -> torch.Tensor:
+        """As many columns for other tokens of the image, which are masked like the first one of the call's."""
+        column = mask[..., self.image_keys][..., :1]
+        return column.expand(*column.shape[:-1], count)
+
+
+class Joining(TorchFunctionMode):
+    """Gives the first `attentions` calls of ``F.scaled_dot_product_attention`` to `do`, with their places among them.
+
+    Those that attend to `image` tokens alone, or to text besides, whose rows are `before` or after them, and to as many
+    keys `between` these; others (to pictures that are told in words of their own) are none of ours. Of heads' keys all
+    but one of `copies` are left out.
+    """
+
+    def __init__(
+        self,
+        do: Callable[[int, Attending], torch.Tensor],
+        attentions: int,
+        image: int,
+        text: int,
+        text_first: bool,
+        between: int = 0,
+        copies: int = 1,
+    ) -> None:
+        super().__init__()
+        self.do, self.attentions, self.met, self.copies = do, attentions, 0, copies
+        start, start_of_keys = (text, text + between) if text_first else (0, 0)
+        self.places = {  # by the numbers of queries and keys
+            (image + text, image + text + between): (start, start_of_keys),
+            (image, image): (0, 0),
+        }
+        self.image = image
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or self.met == self.attentions:
+            return func(*args, **kwargs)
+        given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+        place = self.places.get((given["query"].shape[-2], given["key"].shape[-2]))
+        if given["key"].ndim != 4 or place is None:
+            return func(*args, **kwargs)
+        self.met += 1
+        copies = self.copies if given["key"].shape[1] == given["query"].shape[1] else 1
+        given |= {name: given[name][:, ::copies] for name in ("key", "value")}
+        image, image_keys = (slice(start, start + self.image) for start in place)
+        return self.do(self.met - 1, Attending(func, given, image, image_keys, copies))
+
+
+@contextmanager
+def native_kernels(block: nn.Module) -> Iterator[None]:
+    """Inside, attention of a block goes to torch's own kernels, whichever were asked for.
+
+    Others take no log-weights, and nothing could join in them.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName  # not in all versions
+
+    with PatchStack() as stack:
+        processors = {id(each): each for module in block.modules() if (each := getattr(module, "processor", None))}
+        for processor in processors.values():
+            if hasattr(processor, "_attention_backend"):
+                label = f"{type(processor).__name__}._attention_backend"
+                stack.set(processor, "_attention_backend", AttentionBackendName.NATIVE, label)
+        yield

@@ -1,0 +1,155 @@
+"""What the parts of a tile attend to in joint attention: the tile, the text, and each a context of its own."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ...core.pieces import assemble, collect
+from ...core.tilings import sampled_cells
+from ..attention.context import uploaded
+from .joining import Attending
+from .pooled import Keys, PooledMap
+from .tokens import Maps, Piece
+
+# How often a tile is cut in two for its context, since queries that lie together look for the same, and the fewest that
+# are worth a context of their own.
+HALVINGS, FEWEST = 3, 64
+
+# Keys of a tile that say how much it attends to itself, and queries of a part that say what it attends to.
+JUDGED, JUDGES = 256, 32
+
+# Bytes of keys, in single precision, among which contexts are chosen at once: for one part after another an accelerator
+# would wait for the many small steps of that. What else there is meanwhile takes about four times as much.
+LOOKED_THROUGH = 2**27
+
+
+class KeySource:
+    """Keys and values ``[B, heads, tokens, C]`` of all tokens, for one of a block's attentions.
+
+    Those of the cells of `maps` come after `first` others. `context` is the number of keys that stand for each map.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, maps: Maps, first: int, context: int) -> None:
+        self.keys, self.values = keys, values
+        sizes = zip(maps, maps.runs(), strict=True) if context else ()
+        self.pooled = [PooledMap(keys, values, size, context, first + run.start) for size, run in sizes]
+
+    def attended(self, attending: Attending, piece: Piece, text_too: bool) -> torch.Tensor:
+        """The attention of a piece's tokens to the piece, the text and their context; that of the text to all, or none.
+
+        Each part of the piece has a context of its own.
+        """
+        device = attending.given["query"].device
+        result = attending.nothing()
+        if text_too and attending.others:
+            result[:, :, attending.text] = attending.among(self.keys, self.values)
+        halvings = min(HALVINGS, (piece.area // FEWEST).bit_length() - 1)
+        parts = piece.parts(max(halvings, 0) if self.pooled else 0)
+        places = {part: piece.places(part, device) + attending.image.start for part in parts}
+
+        def attend(some: Sequence[Piece]) -> None:
+            contexts = self._contexts(attending, piece, {part: places[part] for part in some})
+            assemble(
+                some,
+                lambda part: attending.joined(places[part], contexts[part]),
+                place=lambda part: (slice(None), slice(None), places[part]),
+                into=result,
+            )
+
+        count = self._at_once(attending.given["key"])
+        collect([parts[i : i + count] for i in range(0, len(parts), count)], attend)
+        return result
+
+    def _at_once(self, key: torch.Tensor) -> int:
+        """For how many parts contexts are looked for at once."""
+        batch, heads, _, channels = key.shape
+        most = max((pooled.count for pooled in self.pooled), default=1)
+        return max(LOOKED_THROUGH // (4 * batch * heads * channels * most), 1)
+
+    def _contexts(
+        self, attending: Attending, piece: Piece, places: Mapping[Piece, torch.Tensor]
+    ) -> dict[Piece, list[Keys]]:
+        """Of some parts of a piece, whose queries are at these `places`."""
+        if not self.pooled:
+            return {part: [] for part in places}
+        key = attending.part("key", attending.image_keys)
+        seen = key[:, :, uploaded(_spread(piece, JUDGED), key.device)]
+        queries = [
+            attending.part("query", there[uploaded(judging, key.device)])
+            for there, judging in zip(places.values(), _alike(places), strict=True)
+        ]
+        judges = attending.grouped(torch.cat(queries))  # parts after parts, of each all samples
+        scores = judges.view(len(places), -1, *judges.shape[1:]) @ seen.float().transpose(-1, -2)
+        total = scores.flatten(0, 1).logsumexp(dim=-1, keepdim=True) + math.log(piece.area / seen.shape[2])
+        pairs = zip(self.pooled, piece.tiles, strict=True)
+        found = [pooled.chosen(tile, judges, total).chunk(len(places)) for pooled, tile in pairs]
+        return dict(zip(places, map(list, zip(*found, strict=True)), strict=True))
+
+
+class KeySources:
+    """The attentions of a block that runs on `pieces`, one after another, in a process that has all tokens.
+
+    Keys are of so many `others` and then of the image, or the image's come first, as `text_first` says; `places` tells
+    where those of a piece are.
+    """
+
+    asks = False  # what queries depend on need not run before all keys are known
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        places: Callable[[Piece], torch.Tensor],
+        maps: Maps,
+        others: int,
+        text_first: bool,
+        context: int,
+    ) -> None:
+        self.pieces, self.places, self.maps = pieces, places, maps
+        self.others, self.text_first, self.context = others, text_first, context
+        self.sources: list[KeySource] = []
+
+    def learn(self, walk: Callable[[Piece], Sequence[Attending]]) -> None:
+        """Of all pieces; `walk` tells how a piece attends."""
+        known = assemble(
+            self.pieces,
+            lambda piece: tuple(self._keys_and_values(walk(piece))),
+            place=lambda piece: (slice(None), slice(None), self.places(piece)),
+            make=lambda parts: tuple(
+                part.new_empty(*part.shape[:2], self.others + self.maps.area, part.shape[3]) for part in parts
+            ),
+        )
+        first = self.others if self.text_first else 0
+        pairs = zip(known[0::2], known[1::2], strict=True)
+        self.sources = [KeySource(*each, self.maps, first, self.context) for each in pairs]
+
+    def _keys_and_values(self, attendings: Sequence[Attending]) -> Iterator[torch.Tensor]:
+        """Of each attention, one after another, ``[B, heads, tokens, C]``; with room for others that are not there."""
+        for attending in attendings:
+            room = (0, 0) if attending.others else (self.others, 0) if self.text_first else (0, self.others)
+            yield from (F.pad(attending.given[name], (0, 0, *room)) for name in ("key", "value"))
+
+    def attended(self, i: int, attending: Attending, piece: Piece, text_too: bool) -> torch.Tensor:
+        """What the i-th attention gives for the tokens of a piece; for the text all that it attends to, or nothing."""
+        return self.sources[i].attended(attending, piece, text_too)
+
+
+def _alike(parts: Iterable[Piece]) -> list[list[int]]:
+    """Places of tokens that judge among those of each part, as many in all."""
+    spread = [_spread(part, JUDGES) for part in parts]
+    count = min(map(len, spread))
+    return [[each[i * len(each) // count] for i in range(count)] for each in spread]
+
+
+def _spread(piece: Piece, count: int) -> list[int]:
+    """Places of about so many tokens among a piece's, spread evenly."""
+    places: list[int] = []
+    start = 0
+    for tile in piece.tiles:
+        if tile.area:
+            places += [
+                start + cell for cell in sampled_cells(*tile.size(), max(count // len(piece.tiles), 1), "judges")
+            ]
+        start += tile.area
+    return places

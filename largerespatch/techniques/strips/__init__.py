@@ -1,0 +1,1 @@
+"""Feature maps strip by strip: how they are cut, and what is read around a strip."""
