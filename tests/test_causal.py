@@ -359,8 +359,7 @@ def test_attention_on_a_small_image_is_chunked_too_but_not_that_of_films(kind, m
         assert attended.queries == [63]
 
 
-@EVERY
-@MODES
+@pytest.mark.parametrize(("kind", "mode"), [(kind, ("exact", "two-pass")[i % 2]) for i, kind in enumerate(KINDS)])
 def test_several_frames_are_left_alone_and_one_warning_says_so(kind, mode):
     vae = autoencoder(kind)
     size = 9 * factor(kind), 7 * factor(kind)

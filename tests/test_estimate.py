@@ -290,10 +290,8 @@ AROUND = {"padding_mode": "circular", "attn_shape": "tile"}
 REHEARSED = [
     ("sd image-to-image", (88, 120), {}),
     ("sd image-to-image", (120, 80), SAVERS),
-    ("sd image-to-image", (104, 104), {"vae_mode": "exact"}),
     ("sd image-to-image", (104, 112), {"vae_mode": "exact", "vae_recompute": True} | SAVERS),
     ("sd image-to-image", (112, 88), AROUND | {"vae_attn": "blocked"}),
-    ("xl image-to-image", (128, 64), SAVERS),
     ("xl image-to-image", (88, 120), {"vae_mode": "exact", "vae_recompute": True}),
     ("xl image-to-image", (104, 88), {"vae_mode": "exact", "attn_context": 0} | AROUND),
     ("xl image-to-image", (96, 104), {"vae_passes": 3, "unet_serial": True}),
@@ -368,7 +366,8 @@ def test_what_is_left_with_every_saver_is_the_same_at_a_dozen_sizes_when_all_of_
         patch = LargeResPatch(pipe, 64, 64, **SHORT | LEAST[of])
         estimator = patch._estimator(patch._on)
         needs = (estimator.peak, estimator.host_peak)
-        return [[need(stage, height, width, patch.options) for need in needs] for width, height in DOZEN]
+        sizes = DOZEN if of == "step" else DOZEN[::2]
+        return [[need(stage, height, width, patch.options) for need in needs] for width, height in sizes]
 
     rehearsed = needed()
     rehearse_nothing(monkeypatch)

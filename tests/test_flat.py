@@ -221,8 +221,8 @@ WAYS = [
     {"vae_attn": "blocked"},
 ]
 SIDES = [2048, 8192, 16384]
-# Each way at each side, in one of the types; each way and each side in both.
-KINDS = [([*VAES][(i + j) % 2], way, side) for i, way in enumerate(WAYS) for j, side in enumerate(SIDES)]
+# Each way at two of the sides.
+KINDS = [([*VAES][(i + j) % 2], way, side) for i, way in enumerate(WAYS) for j, side in enumerate(SIDES) if j != i % 3]
 
 
 @pytest.mark.parametrize(("kind", "way", "side"), KINDS)

@@ -152,8 +152,7 @@ ON_HOST = {
 }
 
 
-@pytest.mark.parametrize("case", ON_HOST)
-@pytest.mark.parametrize("limit", [None, "auto"])
+@pytest.mark.parametrize(("case", "limit"), [("maps", None), ("the VAE", "auto"), ("both", None), ("both", "auto")])
 def test_without_an_amount_too_a_host_without_the_memory_is_told_before_anything_is_changed(
     case, limit, pipe, monkeypatch
 ):

@@ -136,8 +136,9 @@ def holders(module):
                 yield hook.group
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("hook", [cpu_offload, leaf_group_offload])
+@pytest.mark.parametrize(
+    ("hook", "way"), [(cpu_offload, way) for way in WAYS] + [(leaf_group_offload, way) for way in [*WAYS][::2]]
+)
 def test_a_weight_comes_once_however_many_pieces_its_module_sees(hook, way, loads):
     pipe = hooked(hook)
     options = SMALL | WAYS[way]

@@ -98,9 +98,9 @@ def picture(size: int) -> Iterator[dict[str, Any]]:
     As a decoder leaves it on the host, in half precision, and turned to an image by the pipeline, or written by
     `LargeResPatch.decode`, to which it comes in strips. On Linux alone.
     """
-    for way, code in PICTURES.items():
-        done = run([sys.executable, "-c", PICTURE + code, str(size)], capture_output=True, text=True, check=True)
-        yield {"size": size, "way": way, "bytes": int(done.stdout)}
+    done = run([sys.executable, "-c", PICTURE, str(size)], capture_output=True, text=True, check=True)
+    for way, most in zip(("pipeline", "decode"), done.stdout.split(), strict=True):
+        yield {"size": size, "way": way, "bytes": int(most)}
 
 
 PICTURE = r"""
@@ -109,24 +109,25 @@ from pathlib import Path
 from diffusers.image_processor import VaeImageProcessor
 from largerespatch.core.tilings import Tile
 from largerespatch.techniques.vae.images import wanted, writing
-size = int(sys.argv[1])
+
 def kib(name):
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
-before = kib("VmRSS")
+
+def by_pipeline(size):
+    decoded = torch.zeros(1, 3, size, size, dtype=torch.half)
+    return VaeImageProcessor().postprocess(decoded, output_type="pil")
+
+def by_decode(size):
+    with writing(size, size) as image:
+        made = wanted(torch.zeros(1, dtype=torch.half), (1, 3, size, size))
+        for top in range(0, size, 16):
+            tile = Tile(top, 0, min(top + 16, size), size)
+            made.write(tile, torch.zeros(1, 3, *tile.size(), dtype=torch.half))
+    return image
+
+for make in (by_pipeline, by_decode):
+    Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
+    before = kib("VmRSS")
+    make(int(sys.argv[1]))
+    print(1024 * (kib("VmHWM") - before))
 """
-PICTURES = {
-    "pipeline": """
-decoded = torch.zeros(1, 3, size, size, dtype=torch.half)
-VaeImageProcessor().postprocess(decoded, output_type="pil")
-print(1024 * (kib("VmHWM") - before))
-""",
-    "decode": """
-with writing(size, size) as image:
-    made = wanted(torch.zeros(1, dtype=torch.half), (1, 3, size, size))
-    for top in range(0, size, 16):
-        tile = Tile(top, 0, min(top + 16, size), size)
-        made.write(tile, torch.zeros(1, 3, *tile.size(), dtype=torch.half))
-print(1024 * (kib("VmHWM") - before))
-""",
-}
