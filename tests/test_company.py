@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -210,6 +211,23 @@ def test_gradients_flow_through_chunks_exactly_and_through_blocks(pipe, checkpoi
             torch.testing.assert_close(gradient(pipe), blocked, rtol=1e-3, atol=1e-5)
     assert blocked.isfinite().all()
     assert not torch.allclose(blocked, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("context", [0, 1000])
+def test_gradients_flow_through_blocks_of_a_map_that_is_normalized_as_a_whole(context):
+    unet = quiet(tiny.kandinsky()).unet
+    pipe = SimpleNamespace(components={"unet": unet}, unet=unet, vae_scale_factor=8, scheduler=None)
+    sample, told = torch.randn(1, 4, 12, 12, requires_grad=True), {"image_embeds": torch.randn(1, 16)}
+
+    def gradient():
+        with torch.enable_grad():
+            result = unet(sample, 5, None, added_cond_kwargs=told).sample
+            return torch.autograd.grad(result.square().sum(), sample)[0]
+
+    expected = gradient()
+    with LargeResPatch(pipe, 96, 96, **SMALL | {"attn_context": context}):
+        found = (gradient() - expected).abs().max() / expected.abs().max()
+    assert found < 1e-4 if context else 1e-3 < found < 1
 
 
 @pytest.mark.parametrize("vae_mode", ["two-pass", "exact"])

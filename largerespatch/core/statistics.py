@@ -111,10 +111,16 @@ def apply(
     def for_all(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else _precise(values).expand(batch, -1).flatten()
 
+    plane, mean, variance = hidden_states, statistics.mean, statistics.variance
+    if torch.is_grad_enabled() and mean.requires_grad:  # batch norm has no gradient for statistics
+        spreads = (variance + eps).rsqrt()
+        by_group = _precise(hidden_states).reshape(batch, groups, -1)
+        plane = ((by_group - mean[..., None]) * spreads[..., None]).to(hidden_states.dtype)
+        mean, variance, eps = torch.zeros_like(mean.detach()), torch.ones_like(variance.detach()), 0.0
     normalized = F.batch_norm(
-        hidden_states.reshape(1, batch * channels, *cells),
-        spread(statistics.mean),
-        spread(statistics.variance),
+        plane.reshape(1, batch * channels, *cells),
+        spread(mean),
+        spread(variance),
         for_all(weight),
         for_all(bias),
         training=False,
