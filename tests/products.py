@@ -17,6 +17,11 @@ def rows_with_all_pairs(*lists):
     return [tuple(each[i] for each, i in zip(lists, row, strict=True)) for row in sorted(chosen)]
 
 
+def in_turns(rows, values):
+    """Each row with one of the values. Of rows that come in twos, one of each two gets each value."""
+    return [(*row, values[(i + i // 2) % len(values)]) for i, row in enumerate(rows)]
+
+
 def in_pairs(parameters, fixtures=()):
     """Parametrizes a test by `rows_with_all_pairs` of lists of values, by name or by names with commas between.
 

@@ -21,7 +21,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 from diffusers.hooks.group_offloading import GroupOffloadingType
 from diffusers.image_processor import VaeImageProcessor
-from products import in_pairs
+from products import in_pairs, in_turns
 from test_weights import cpu_as_accelerator, offload_on_a_stream  # noqa: F401  fixtures
 
 import halves
@@ -79,10 +79,9 @@ CASES = {
 RUNS = [(name, run) for name, case in CASES.items() for run in case.runs]
 
 
-# In turns.
 OFFLOADED = [
-    (*run, CASES[run[0]].offloads[i % len(CASES[run[0]].offloads)], ("exact", "two-pass")[(i + i // 2) % 2])
-    for i, run in enumerate(RUNS)
+    (name, run, CASES[name].offloads[i % len(CASES[name].offloads)], mode)
+    for i, (name, run, mode) in enumerate(in_turns(RUNS, ["exact", "two-pass"]))
 ]
 
 
@@ -99,8 +98,8 @@ def test_weights_may_come_and_go(name, run, offload, mode):
         assert torch.equal(call(model, x), expected)
 
 
-# In turns; upstream shows float32 alone.
-HALF = [(*run, (torch.float16, torch.bfloat16)[(i + i // 2) % 2]) for i, run in enumerate(RUNS) if run[1] != "shown"]
+# Upstream shows float32 alone.
+HALF = in_turns([each for each in RUNS if each[1] != "shown"], [torch.float16, torch.bfloat16])
 
 
 @pytest.mark.parametrize(("name", "run", "dtype"), HALF)
@@ -256,11 +255,9 @@ SMALL = {"vae_chunk_size_x": 4, "vae_chunk_size_y": 5}
 EACH = {name: (case.build, case.inputs, case.runs) for name, case in CASES.items()} | HOOKED
 EVERY_RUN = [(name, run) for name, (*_, runs) in EACH.items() for run in runs]
 IN_ALL = pytest.mark.parametrize(("name", "run"), EVERY_RUN)
-# In one of the modes each, in turns.
-IN_A_MODE = [(*run, ("exact", "two-pass")[(i + i // 2) % 2]) for i, run in enumerate(EVERY_RUN)]
 
 
-@pytest.mark.parametrize(("name", "run", "mode"), IN_A_MODE)
+@pytest.mark.parametrize(("name", "run", "mode"), in_turns(EVERY_RUN, ["exact", "two-pass"]))
 def test_the_hook_of_model_offload_is_called_for_encode_and_decode(name, run, mode):
     (build, inputs, runs), calls = EACH[name], []
 

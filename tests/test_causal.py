@@ -20,7 +20,7 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from products import in_pairs
+from products import in_pairs, in_turns
 from test_company import CPU
 from test_weights import cpu_as_accelerator, offload_on_a_stream  # noqa: F401  fixtures
 from torch.overrides import TorchFunctionMode
@@ -359,7 +359,7 @@ def test_attention_on_a_small_image_is_chunked_too_but_not_that_of_films(kind, m
         assert attended.queries == [63]
 
 
-@pytest.mark.parametrize(("kind", "mode"), [(kind, ("exact", "two-pass")[i % 2]) for i, kind in enumerate(KINDS)])
+@pytest.mark.parametrize(("kind", "mode"), in_turns([(kind,) for kind in KINDS], ["exact", "two-pass"]))
 def test_several_frames_are_left_alone_and_one_warning_says_so(kind, mode):
     vae = autoencoder(kind)
     size = 9 * factor(kind), 7 * factor(kind)

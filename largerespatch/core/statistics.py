@@ -54,8 +54,8 @@ def _var_mean(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         torch.native_group_norm(some[:, None].contiguous(), None, None, len(some), 1, count, 1, 0.0)[1:]
         for some in torch.split(rows, max(NORMALIZED // count, 1))
     ]
-    means, deviations = (torch.cat(each)[:, 0] for each in zip(*parts, strict=True))
-    return deviations.pow(-2), means  # they are inverse
+    means, inverse_deviations = (torch.cat(each)[:, 0] for each in zip(*parts, strict=True))
+    return inverse_deviations.pow(-2), means
 
 
 def _precise(values: torch.Tensor) -> torch.Tensor:
@@ -102,6 +102,8 @@ def apply(
 
     Batch norm in evaluation is just that, per channel: one fused pass, computed in float32 for half precision.
     """
+    if torch.is_grad_enabled() and statistics.mean.requires_grad:
+        return _apply_with_gradients(statistics, hidden_states, groups, weight, bias, eps)
     batch, channels, *cells = hidden_states.shape
     per_group = channels // groups
 
@@ -111,22 +113,35 @@ def apply(
     def for_all(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else _precise(values).expand(batch, -1).flatten()
 
-    plane, mean, variance = hidden_states, statistics.mean, statistics.variance
-    if torch.is_grad_enabled() and mean.requires_grad:  # batch norm has no gradient for statistics
-        spreads = (variance + eps).rsqrt()
-        by_group = _precise(hidden_states).reshape(batch, groups, -1)
-        plane = ((by_group - mean[..., None]) * spreads[..., None]).to(hidden_states.dtype)
-        mean, variance, eps = torch.zeros_like(mean.detach()), torch.ones_like(variance.detach()), 0.0
     normalized = F.batch_norm(
-        plane.reshape(1, batch * channels, *cells),
-        spread(mean),
-        spread(variance),
+        hidden_states.reshape(1, batch * channels, *cells),
+        spread(statistics.mean),
+        spread(statistics.variance),
         for_all(weight),
         for_all(bias),
         training=False,
         eps=eps,
     )
     return normalized.view(batch, channels, *cells)
+
+
+def _apply_with_gradients(
+    statistics: GroupStatistics,
+    hidden_states: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """The same by plain operations: batch norm has no gradient for statistics."""
+    mean, spread = statistics.mean[..., None], (statistics.variance[..., None] + eps).rsqrt()
+    by_group = _precise(hidden_states).reshape(len(hidden_states), groups, -1)
+    by_channel = ((by_group - mean) * spread).reshape(*hidden_states.shape[:2], -1)
+    if weight is not None:
+        by_channel = by_channel * weight[:, None]
+    if bias is not None:
+        by_channel = by_channel + bias[:, None]
+    return by_channel.view(hidden_states.shape).to(hidden_states.dtype)
 
 
 class GivenStatistics(TorchFunctionMode):
