@@ -17,7 +17,7 @@ from family import CASES, ONE_STEP, SIZE, run
 from largerespatch import LargeResPatch
 from largerespatch.techniques.attention.blocked import BlockedAttention
 from largerespatch.techniques.chunks import Attended, ChunkedFeedForward
-from largerespatch.techniques.joint.blocks import _Call
+from largerespatch.techniques.joint.one_call import OneCall
 from largerespatch.techniques.vae.halves import Exact
 from largerespatch.techniques.vae.two_pass import TwoPass
 from test_patch import SMALL, fingerprint
@@ -75,7 +75,7 @@ class TableTests:
             monkeypatch.setattr(target, method, wrapper)
 
         counting("attention", BlockedAttention, "_attending")
-        counting("attention", _Call, "run")
+        counting("attention", OneCall, "run")
         counting(
             "feed-forward", ChunkedFeedForward, "__call__", lambda this, _, x: x.shape[:-1].numel() > this.chunk_size
         )

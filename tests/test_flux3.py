@@ -9,7 +9,7 @@ from test_flux import pipeline
 import tiny
 from conftest import quiet
 from family import noise
-from largerespatch.techniques.joint.blocks import _Call
+from largerespatch.techniques.joint.one_call import OneCall
 
 
 def ids(number, height, width):
@@ -30,8 +30,8 @@ def test_blocks_are_dense_with_enough_context(references, flow_map, monkeypatch)
     if references:
         told |= {"image_cond_hidden_states": noise(2, 6 * 9 + 3 * 2, 16)}
         told |= {"image_cond_ids": torch.cat([ids(10, 6, 9), ids(20, 3, 2)])}
-    dense, errors, runs, run = model(**told)[0], [], [], _Call.run
-    monkeypatch.setattr(_Call, "run", lambda self, *given: runs.append(self.maps) or run(self, *given))
+    dense, errors, runs, run = model(**told)[0], [], [], OneCall.run
+    monkeypatch.setattr(OneCall, "run", lambda self, *given: runs.append(self.maps) or run(self, *given))
     for context in (0, 48, ALL):
         with patch(pipe, attn_context=context) as active:
             errors.append(error(model(**told)[0], dense))

@@ -46,6 +46,7 @@ class Flux(Packed):
     class_name = "FluxTransformer2DModel"
     passes_on = True
     takes: Mapping[str, Any] = TAKES
+    ends = ("x_embedder", "norm_out", "proj_out")
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS, "single_transformer_blocks": TOKENS}

@@ -7,7 +7,7 @@ A family of these is one file with one class, which says
 - `told`: what pipelines tell it beside the sample, so that its memory can be told,
 
 and where it is not as most are: `maps`, `sample`, `predict`, `timestep`, `scheduled`, `longest`, `cell`, `passes_on`;
-`takes`, if several processes can share more than its blocks.
+`takes`, if several processes can share more than its blocks, and `ends`, if tokens can wait on the host.
 """
 
 from abc import abstractmethod
@@ -25,6 +25,7 @@ from ..core.bands import Bands
 from ..core.calls import schedulers_of
 from ..core.checks import warn
 from ..core.families import Order, Site, check_multiple, factor_of, unknown_call
+from ..core.hosts import Host
 from ..core.pieces import rehearsing
 from ..techniques.joint.blocks import joint_sites
 from ..techniques.joint.tokens import Kind, Size
@@ -32,6 +33,7 @@ from ..techniques.notes import StepNote, StepNoting
 from ..techniques.padding import padding_sites
 from ..techniques.shared_batch import batch_sites
 from ..techniques.shared_maps import bands_of
+from ..techniques.strips.host_strips import LEAST_BYTES
 from .any import AnyDenoiser, Call
 
 
@@ -43,7 +45,8 @@ class JointAttention(AnyDenoiser):
     `takes` are the arguments of a model in which image tokens have rows, and where (see `Tokens`). With the sample
     among them several processes share all that the model does, which must look from one token at others in its blocks
     alone; without it they share what these do. `of_all` are arguments that concern all samples, `joins` says whether
-    what the model gives is a picture again, not what another model wants in bands.
+    what the model gives is a picture again, not what another model wants in bands. `ends` are the paths of modules that
+    look at tokens of the image one by one, before its blocks and after them.
     """
 
     rank = 0
@@ -53,6 +56,7 @@ class JointAttention(AnyDenoiser):
     takes: Mapping[str, Any] = MappingProxyType({})
     of_all: Sequence[str] = ()
     joins = True
+    ends: Sequence[str] = ()
 
     @property
     def shared(self) -> str:  # type: ignore[override]
@@ -101,8 +105,10 @@ class JointAttention(AnyDenoiser):
                 bands = bands_of(options)
                 _check_heads(model, bands)
                 yield from batch_sites(model, name, bands, self.joins, self.of_all)
+            host = Host(least=LEAST_BYTES) if options.unet_offload == "maps" and self.joins else None
+            kinds, ends = self.kinds(model), self.ends
             yield from joint_sites(
-                model, name, options, note, self.kinds(model), maps, self.passes_on, self.takes, self.joins
+                model, name, options, note, kinds, maps, self.passes_on, self.takes, self.joins, host, ends
             )
         yield from padding_sites(model, name, options.padding_mode)
 

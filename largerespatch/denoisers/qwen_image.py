@@ -44,6 +44,7 @@ class QwenImage(Packed):
     class_name = "QwenImageTransformer2DModel"
     passes_on = True
     takes: Mapping[str, Any] = TAKES
+    ends = ("img_in", "norm_out", "proj_out")
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS}

@@ -12,31 +12,33 @@ import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from ...core.band_rows import BandRows
 from ...core.bands import ALONE, Band, Bands, at
 from ...core.families import Order, Site
-from ...core.patching import PatchStack
-from ...core.pieces import assemble, rehearsing
+from ...core.hosts import Host
+from ...core.pieces import rehearsing
 from ...core.tilings import PHASES, Each, Tile
 from ..attention.blocked import Blocking, blocking_of
 from ..notes import StepNote
 from ..shared_maps import bands_of
+from ..strips.strips import is_differentiated
+from .host_attention import HostSources
+from .host_ends import HostEnd
 from .inside import listening, looking, passed_on
-from .joining import Attending, Joining, native_kernels
+from .joining import native_kernels
 from .key_source import KeySources
+from .one_call import NotMetError, OneCall, Sources
 from .passing import Passing
 from .shared_attention import SharedSources
 from .shared_tokens import TokensInBands
-from .tokens import Kind, Maps, MapsNote, Piece, Tokens, own_rows
+from .tokens import Kind, Maps, MapsNote, Tokens, own_rows
 
 # Tokens of context where nothing else is asked for: with rotary positions attention is sharp, and wants them fine.
 CONTEXT = 2048
@@ -91,10 +93,11 @@ class JointBlock:
         bands: Bands = ALONE,
         edges: Edges = INSIDE,
         path: str = "block",
+        host: Host | None = None,
     ) -> None:
         self.block, self.kind, self.blocking = block, kind, blocking
         self.note, self.step_note, self.layer = note, step_note, layer
-        self.bands, self.edges, self.path = bands, edges, path
+        self.bands, self.edges, self.path, self.host = bands, edges, path, host
 
     # A graph would write every tile out.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -109,8 +112,7 @@ class JointBlock:
         beside = tokens.texts_beside(bound.arguments, (maps if self.edges.cuts else here).area)
         bound.arguments.update(own_rows(tokens.takes, bound.arguments, band, beside, tokens.text_first))
         if self.edges.cuts:  # a copy, so that tokens of the whole map need not stay
-            stream = next(iter(tokens.takes))
-            bound.arguments[stream] = bound.arguments[stream].clone()
+            bound.arguments[tokens.changes] = bound.arguments[tokens.changes].clone()
         texts = tokens.texts(bound.arguments, here.area)
         if texts is None:
             self._check_whole(band, " was given other tokens than those of one image")
@@ -127,10 +129,12 @@ class JointBlock:
         self._warn_of_hooks()
         try:
             with native_kernels(self.block), at(self.path):
-                call = _Call(called, bound.arguments, self.block, tokens, here, texts)
-                result = call.run(self._source(call, band, cover), self._free(bound, tokens))
+                given = bound.arguments[tokens.changes]
+                host, free = self._host(given), self._is_free(given)
+                call = OneCall(called, bound.arguments, self.block, tokens, here, texts, host, free)
+                result = call.run(self._source(call, band, cover, host))
                 return call.joined(result, band) if self.edges.joins else result
-        except _NotMetError:
+        except NotMetError:
             processors = {type(each.processor).__name__ for each in self.block.modules() if hasattr(each, "processor")}
             named = ", ".join(sorted(processors)) or "attention of its own"
             why = f" with {named} does not hand the keys of all tokens to scaled_dot_product_attention"
@@ -142,11 +146,19 @@ class JointBlock:
         """This process's of the image; all of what is not cut."""
         return self.bands.of_whole(*maps[0]) if maps else Band(ALONE, BandRows(0, 0))
 
-    def _source(self, call: "_Call", band: Band, cover: Sequence[Tile]) -> KeySources | SharedSources:
+    def _host(self, given: torch.Tensor) -> Host | None:
+        """Where queries, keys, values and results wait, if they are many and nobody follows what is done to them."""
+        host = self.host
+        waits = host is not None and host.takes(given, given.shape) and not is_differentiated(self.block, given)
+        return host if waits else None
+
+    def _source(self, call: OneCall, band: Band, cover: Sequence[Tile], host: Host | None) -> Sources:
         """Who does the attentions of a call."""
         if not band.alone:
             return SharedSources(band, cover, self.blocking.context)
         pieces, places = Each(call.maps.piece, cover), partial(call.places, others=call.others)
+        if host is not None:
+            return HostSources(host, pieces, call.maps, self.blocking.context)
         return KeySources(pieces, places, call.maps, call.others, call.tokens.text_first, self.blocking.context)
 
     def _check_whole(self, band: Band, why: str) -> None:
@@ -154,10 +166,9 @@ class JointBlock:
         if not band.alone:
             raise ValueError(f"process_group: {type(self.block).__name__}{why}, so it cannot run in bands")
 
-    def _free(self, bound: inspect.BoundArguments, tokens: Tokens) -> torch.Tensor | None:
-        """The tensor of tokens that the block changes, if it may be written over."""
-        stream = bound.arguments[next(iter(tokens.takes))]
-        return stream if self.note.passing is not None and self.note.passing.is_free(stream) else None
+    def _is_free(self, given: torch.Tensor) -> bool:
+        """Whether the block may write over the tokens that it changes."""
+        return self.note.passing is not None and self.note.passing.is_free(given)
 
     def _cover(self, maps: Maps) -> Sequence[Tile]:
         if not maps or maps[0][0] * maps[0][1] <= self.blocking.full_tokens:
@@ -193,118 +204,6 @@ class JointBlock:
             warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-class _Left(Exception):  # noqa: N818  nothing is wrong
-    """A block was left, once all of its keys and values were known."""
-
-
-class _NotMetError(Exception):
-    """A block did not attend as it should."""
-
-
-class _Call:
-    """A call of a block, which `called` makes with other arguments, for image tokens of `maps` and `texts` more."""
-
-    def __init__(
-        self,
-        called: Callable[[Mapping[str, Any]], Any],
-        arguments: Mapping[str, Any],
-        block: nn.Module,
-        tokens: Tokens,
-        maps: Maps,
-        texts: int,
-    ) -> None:
-        self.called, self.arguments, self.tokens, self.texts = called, arguments, tokens, texts
-        self.block, self.maps = block, maps
-        self.attentions, self.copies = tokens.attentions(block), tokens.copies(block)
-        self.others = texts + tokens.keys_between  # keys that are not of the image
-
-    def run(self, source: KeySources | SharedSources, into: torch.Tensor | None) -> Any:
-        """What the block returns; its tokens of the image in the memory of `into`, if they are as that is."""
-        if len(source.pieces) > 1:
-            idle = (*self.tokens.idle, *(() if source.asks else self.tokens.asking))
-            with PatchStack() as stack:
-                for path, module in self.block.named_modules():
-                    if path in idle:  # beneath hooks, which see all calls
-                        stack.wrap(module, "forward", _as_given, f"{path}.forward")
-                source.learn(self._walk)
-        kept: list[Any] = []  # what the first piece gave, whose text has seen all
-        texts = self.texts if self.tokens.both() else 0
-        start = self.tokens.ahead + (texts if self.tokens.text_first else 0)
-        after = self.tokens.ahead + texts - start
-
-        def compute(piece: Piece) -> torch.Tensor:
-            result = self._through(piece, lambda i, attending: source.attended(i, attending, piece, not kept))
-            kept.extend([result] if not kept else [])
-            return self.tokens.image_of(result).narrow(1, start, piece.area)
-
-        def make(image: torch.Tensor) -> torch.Tensor:
-            shape = (len(image), start + self.maps.area + after, image.shape[2])
-            if into is not None and (tuple(into.shape), into.dtype) == (shape, image.dtype):
-                return into
-            return image.new_empty(shape)
-
-        output = assemble(
-            source.pieces,
-            compute,
-            place=lambda piece: (slice(None), self.maps.places(piece, self._device) + start),
-            make=make,
-        )
-        whole = self.tokens.image_of(kept[0])
-        output[:, :start] = whole[:, :start]
-        output[:, output.shape[1] - after :] = whole[:, whole.shape[1] - after :]
-        return self.tokens.with_image(kept[0], output)
-
-    def joined(self, result: Any, band: Band) -> Any:
-        """What `run` returned, with the tokens of the whole image."""
-        some = self.tokens.image_of(result)
-        others = some.shape[1] - self.maps.area
-        first = others if self.tokens.text_first else 0
-        before, image, after = some.split_with_sizes([first, self.maps.area, others - first], dim=1)
-        return self.tokens.with_image(result, torch.cat([before, band.all_tokens(image, "maps"), after], dim=1))
-
-    @property
-    def _device(self) -> torch.device:
-        return next(each.device for each in tree_leaves(self.arguments) if isinstance(each, torch.Tensor))
-
-    def places(self, piece: Piece, others: int, ahead: int = 0) -> torch.Tensor:
-        """Of a piece's tokens among those of the image and so many `others`, with some of another kind `ahead`."""
-        start = others if self.tokens.text_first else 0
-        image = self.maps.places(piece, self._device) + ahead + start
-        rest = torch.arange(ahead + others, device=self._device)
-        before, after = rest[: ahead + start], rest[ahead + start :] + self.maps.area
-        return torch.cat([before, image, after])
-
-    def _through(self, piece: Piece, do: Callable[[int, Attending], torch.Tensor]) -> Any:
-        """What the block makes of a piece and the text, with its attentions done by `do`."""
-        ahead = self.tokens.ahead
-        places = {"image": self.places(piece, 0, ahead), "both": self.places(piece, self.texts, ahead)}
-        given = self.tokens.cut(self.arguments, places)
-        order = self.texts, self.tokens.text_first, self.tokens.keys_between, self.copies
-        with Joining(do, self.attentions, piece.area, *order) as joining:
-            result = self.called(given)
-        if joining.met < self.attentions:
-            raise _NotMetError
-        return result
-
-    def _walk(self, piece: Piece) -> list[Attending]:
-        """How a piece attends, in each attention of the block, which is left there."""
-        met: list[Attending] = []
-
-        def note(i: int, attending: Attending) -> torch.Tensor:
-            met.append(attending)
-            if i + 1 == self.attentions:
-                raise _Left
-            return attending.nothing()
-
-        with suppress(_Left):
-            self._through(piece, note)
-        return met
-
-
-def _as_given(original: Callable[..., Any], hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-    return hidden_states
-
-
 def joint_sites(
     model: Any,
     name: str,
@@ -315,11 +214,14 @@ def joint_sites(
     passes_on: bool = False,
     takes: Mapping[str, Any] | None = None,
     joined: bool = True,
+    host: Host | None = None,
+    ends: Sequence[str] = (),
 ) -> Iterator[Site]:
     """The blocks of `model`, in the lists of them that `kinds` names, and the model that notes their maps.
 
     `passes_on` says whether it keeps nothing of what they are given and give. For `takes` and `joined`, where several
-    processes share its tokens, see `TokensInBands`.
+    processes share its tokens, see `TokensInBands`. Large maps wait on `host`, if there is one; `ends` are the paths of
+    what looks at their tokens one by one, before all blocks and after them.
     """
     blocking, note, layer = blocking_of(options, CONTEXT), MapsNote(Passing(model) if passes_on else None), 0
     bands = replace(bands_of(options), others=None)  # who have other samples
@@ -329,11 +231,15 @@ def joint_sites(
     if options.process_group is not None:
         sharing = TokensInBands(model, name, bands, note, takes, sample, joined and cut)
         yield Site(model, name, Order.IN_BANDS, sharing, says=f"maps in {bands}")
+    for path in ends if host is not None else ():
+        end = HostEnd(model.get_submodule(path), note, host, delivers=path == ends[-1])
+        says = f"maps of at least {host.least / 2**20:g} MiB on the host, read and written in tiles"
+        yield Site(end.module, f"{name}.{path}", Order.IN_CHUNKS, end, says=says)
     says = f"{{count}} transformer blocks in {blocking}"
     for path, kind in kinds.items():
         blocks: Any = model.get_submodule(path)
         for i, block in enumerate(blocks):
             own, edges = f"{name}.{path}.{i}", Edges(not cut and i == 0, not cut and i == len(blocks) - 1)
-            technique = JointBlock(block, kind, blocking, note, step_note, layer, bands, edges, own)
+            technique = JointBlock(block, kind, blocking, note, step_note, layer, bands, edges, own, host)
             yield Site(block, own, Order.IN_BLOCKS, technique, says=says)
             layer += 1

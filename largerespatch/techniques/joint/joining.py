@@ -23,6 +23,7 @@ from .pooled import Keys
 LEANS_ON = ("diffusers.models.attention_dispatch._native_attention",)
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_SHARES = _PARAMETERS[:3]
 
 Rows = slice | torch.Tensor  # places of some, if they are not one after another
 
@@ -82,15 +83,43 @@ class Attending:
                 mask = torch.cat([mask.narrow(dim, 0, rows.start), image, last], dim=dim)
         return mask
 
+    def of_others(self, *parts: torch.Tensor) -> "Attending":
+        """The same call of other queries, keys and values of the image, all of which are masked as the first is."""
+        count = parts[0].shape[2]
+        whole = []
+        for name, part in zip(_SHARES, parts, strict=True):
+            before, after = self._around(name)
+            whole.append(torch.cat([before, part, after], dim=2))
+        some = self.holding(*whole, count)
+        return replace(some, given=some.given | {"attn_mask": self.mask_of(count)})
+
     def narrowed(self, places: torch.Tensor) -> "Attending":
         """The same call with those tokens of the image alone that are at `places` among these."""
-        parts = []
-        for name, rows in (("query", self.image), ("key", self.image_keys), ("value", self.image_keys)):
-            before, after = self.part(name, slice(0, rows.start)), self.part(name, slice(rows.stop, None))
-            parts.append(torch.cat([before, self.part(name, places + rows.start), after], dim=2))
-        query, key, value = parts
-        some = self.holding(query, key, value, len(places))
-        return replace(some, given=some.given | {"attn_mask": self.mask_of(len(places))})
+        return self.of_others(*(self.part(name, places + rows.start) for name, rows in self.shares()))
+
+    def shares(self) -> list[tuple[str, slice]]:
+        """Queries, keys and values by name, and where in each the image's are."""
+        return list(zip(_SHARES, (self.image, self.image_keys, self.image_keys), strict=True))
+
+    def _around(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of one of these what comes before the image's and after."""
+        rows = dict(self.shares())[name]
+        return self.part(name, slice(0, rows.start)), self.part(name, slice(rows.stop, None))
+
+    def with_room(self, name: str, count: int) -> torch.Tensor:
+        """Rows of one of these with room for so many of the image, which are not there yet."""
+        before, after = self._around(name)
+        whole = before.new_empty(*before.shape[:2], before.shape[2] + count + after.shape[2], before.shape[3])
+        whole[:, :, : before.shape[2]] = before
+        whole[:, :, before.shape[2] + count :] = after
+        return whole
+
+    def of_heads(self, first: int, last: int) -> "Attending":
+        """What some heads of keys do of the call, and those of queries that share them."""
+        shared = self.given["query"].shape[1] // self.given["key"].shape[1]
+        query, key, value = (self.given[name] for name in _SHARES)
+        some = query[:, first * shared : last * shared], key[:, first:last], value[:, first:last]
+        return replace(self, given=self.given | dict(zip(_SHARES, some, strict=True)))
 
     def nothing(self) -> torch.Tensor:
         """What has the shape of the result."""

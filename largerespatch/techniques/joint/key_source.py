@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from ...core.pieces import assemble, collect
 from ...core.tilings import sampled_cells
 from ..attention.context import uploaded
 from .joining import Attending
+from .one_call import Read, Walk
 from .pooled import Keys, PooledMap
 from .tokens import Maps, Piece
 
@@ -32,9 +34,14 @@ class KeySource:
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, maps: Maps, first: int, context: int) -> None:
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.maps, self.first = keys, values, maps, first
         sizes = zip(maps, maps.runs(), strict=True) if context else ()
         self.pooled = [PooledMap(keys, values, size, context, first + run.start) for size, run in sizes]
+
+    def of(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a piece's tokens."""
+        places = self.maps.places(piece, self.keys.device) + self.first
+        return self.keys[:, :, places], self.values[:, :, places]
 
     def attended(self, attending: Attending, piece: Piece, text_too: bool) -> torch.Tensor:
         """The attention of a piece's tokens to the piece, the text and their context; that of the text to all, or none.
@@ -88,6 +95,30 @@ class KeySource:
         return dict(zip(places, map(list, zip(*found, strict=True)), strict=True))
 
 
+def by_tiles(
+    call: Attending,
+    source: KeySource,
+    pieces: Sequence[Piece],
+    read: Callable[[Sequence[Piece]], Iterator[torch.Tensor]],
+    place: Callable[[Piece], Any],
+    into: Any,
+) -> torch.Tensor:
+    """Puts what a call of attention gives for the tokens of each piece `into` its `place`; returns what for the text.
+
+    `source` has the keys of all tokens, whichever of them `call` has; `read` gives queries of the pieces, in turn.
+    """
+    texts: list[torch.Tensor] = []
+
+    def compute(piece: Piece, queries: torch.Tensor) -> torch.Tensor:
+        attending = call.of_others(queries, *source.of(piece))
+        result = source.attended(attending, piece, text_too=not texts)
+        texts.extend([result[:, :, attending.text]] if not texts else [])
+        return result[:, :, attending.image]
+
+    assemble(pieces, compute, place=place, into=into, read=read)
+    return texts[0]
+
+
 class KeySources:
     """The attentions of a block that runs on `pieces`, one after another, in a process that has all tokens.
 
@@ -110,15 +141,15 @@ class KeySources:
         self.others, self.text_first, self.context = others, text_first, context
         self.sources: list[KeySource] = []
 
-    def learn(self, walk: Callable[[Piece], Sequence[Attending]]) -> None:
-        """Of all pieces; `walk` tells how a piece attends."""
+    def learn(self, walk: Walk, read: Read) -> None:
         known = assemble(
             self.pieces,
-            lambda piece: tuple(self._keys_and_values(walk(piece))),
+            lambda piece, own: tuple(self._keys_and_values(walk(piece, own))),
             place=lambda piece: (slice(None), slice(None), self.places(piece)),
             make=lambda parts: tuple(
                 part.new_empty(*part.shape[:2], self.others + self.maps.area, part.shape[3]) for part in parts
             ),
+            read=read,
         )
         first = self.others if self.text_first else 0
         pairs = zip(known[0::2], known[1::2], strict=True)
@@ -130,8 +161,10 @@ class KeySources:
             room = (0, 0) if attending.others else (self.others, 0) if self.text_first else (0, self.others)
             yield from (F.pad(attending.given[name], (0, 0, *room)) for name in ("key", "value"))
 
-    def attended(self, i: int, attending: Attending, piece: Piece, text_too: bool) -> torch.Tensor:
-        """What the i-th attention gives for the tokens of a piece; for the text all that it attends to, or nothing."""
+    def of(self, pieces: Sequence[Piece]) -> Iterator[None]:
+        return (None for _ in pieces)
+
+    def attended(self, i: int, attending: Attending, piece: Piece, given: None, text_too: bool) -> torch.Tensor:
         return self.sources[i].attended(attending, piece, text_too)
 
 

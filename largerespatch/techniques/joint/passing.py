@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ...core.planes import Map
 from ..listening import listeners, lookers
 
 
@@ -28,9 +29,16 @@ class Passing:
         leaves = (each for each in tree_leaves(dict(arguments)) if isinstance(each, torch.Tensor))
         self._given = {_memory(each) for each in leaves} if alone else None
 
+    @property
+    def alone(self) -> bool:
+        """Whether nobody but the next block sees what is made in the call."""
+        return self._given is not None
+
     def is_free(self, tensor: torch.Tensor) -> bool:
         """Whether a block that is given `tensor` may write over it: not what the caller gave, or has kept."""
-        return self._given is not None and _memory(tensor) not in self._given
+        if self._given is None:
+            return False
+        return tensor.passing if isinstance(tensor, Map) else _memory(tensor) not in self._given
 
     def _kept(self) -> bool:
         """Whether some hook may keep what a module of the model is given or gives."""

@@ -4,7 +4,7 @@ All else that a transformer block does it does token by token, so in bands. What
 which context, is what it does in one process. Exact, as far as that is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -14,7 +14,8 @@ from ...core.dealt_heads import DealtAttention
 from ...core.pieces import Putting, assemble
 from ...core.tilings import Each, Run, Tile
 from .joining import Attending
-from .key_source import KeySource
+from .key_source import KeySource, by_tiles
+from .one_call import Read, Walk
 from .tokens import Maps, Piece
 
 # How all tokens of the heads that are done here attend, and which heads these are.
@@ -46,12 +47,11 @@ class SharedSources:
         self.known: list[_Known] = []
         self.made: list[Sequence[torch.Tensor]] = []
 
-    def learn(self, walk: Callable[[Piece], Sequence[Attending]]) -> None:
-        """All that they give; `walk` tells how a piece attends."""
+    def learn(self, walk: Walk, read: Read) -> None:
         first: list[Attending] = []
 
-        def compute(piece: Piece) -> list[_Parts]:
-            met = walk(piece)
+        def compute(piece: Piece, tokens: torch.Tensor) -> list[_Parts]:
+            met = walk(piece, tokens)
             first.extend(met if not self.known else ())
             return [self._received(attending, piece) for attending in met]
 
@@ -62,12 +62,14 @@ class SharedSources:
             for known, parts in zip(self.known, received, strict=True):
                 self._put(known, piece, parts)
 
-        assemble(self.pieces, compute, place=lambda piece: piece, into=Putting(put))
+        assemble(self.pieces, compute, place=lambda piece: piece, into=Putting(put), read=read)
         while self.known:
             self.made.append(self._given_back(*self._done(self.known.pop(0))))
 
-    def attended(self, i: int, attending: Attending, piece: Piece, text_too: bool) -> torch.Tensor:
-        """What the i-th attention gives for the tokens of a piece; for the text all that it attends to, or nothing."""
+    def of(self, pieces: Sequence[Piece]) -> Iterator[None]:
+        return (None for _ in pieces)
+
+    def attended(self, i: int, attending: Attending, piece: Piece, given: None, text_too: bool) -> torch.Tensor:
         if i == len(self.made):  # of a single piece nothing was learned before
             self.known.append(self._room(attending))
             self._put(self.known[0], piece, self._received(attending, piece))
@@ -87,27 +89,20 @@ class SharedSources:
         """By process, queries, keys and values of the tokens that it has of a piece, of heads that are done here."""
         dealt = DealtAttention(self.band, attending.given["key"].shape[1])
         counts = [(stop - start) * self.band.rows.width for start, stop in self.runs[piece]]
-        return dealt.to_heads([attending.part(name, rows) for name, rows in _rows(attending)], counts)
+        return dealt.to_heads([attending.part(name, rows) for name, rows in attending.shares()], counts)
 
     def _room(self, attending: Attending) -> _Known:
         """The same call for all tokens of the map, of this process's heads: those of the image are not there yet."""
         dealt = DealtAttention(self.band, attending.given["key"].shape[1])
-        made: list[torch.Tensor] = []
-        for name, rows in _rows(attending):
+        for name, _ in attending.shares():
             dealt.count_sent(attending.given[name], (self.band.run[1] - self.band.run[0]) * self.band.rows.width)
-            own = dealt.own(attending.given[name])
-            before, after = own[:, :, : rows.start], own[:, :, rows.stop :]
-            count = before.shape[2] + self.maps.area + after.shape[2]
-            made.append(own.new_empty(*own.shape[:2], count, own.shape[3]))
-            made[-1][:, :, : rows.start] = before
-            made[-1][:, :, rows.start + self.maps.area :] = after
-        query, key, value = made
-        return dealt, attending.holding(query, key, value, self.maps.area)
+        own, count = attending.of_heads(*dealt.shares[self.band.bands.rank]), self.maps.area
+        return dealt, own.holding(*(own.with_room(name, count) for name, _ in own.shares()), count)
 
     def _put(self, known: _Known, piece: Piece, received: _Parts) -> None:
         _, everything = known
         for run, parts in zip(self.runs[piece], received, strict=True):
-            for (name, rows), part in zip(_rows(everything), parts, strict=True):
+            for (name, rows), part in zip(everything.shares(), parts, strict=True):
                 everything.part(name, rows)[:, :, self._tokens(run)] = part
 
     def _done(self, known: _Known) -> tuple[DealtAttention, torch.Tensor, torch.Tensor]:
@@ -126,30 +121,18 @@ class SharedSources:
 
     def _by_tiles(self, everything: Attending) -> torch.Tensor:
         """Where queries were, if results are as large."""
-        query, key, value = (everything.given[name] for name, _ in _rows(everything))
-        source = KeySource(key, value, self.maps, everything.image_keys.start, self.context)
-        texts: list[torch.Tensor] = []
+        query, key, value = (everything.given[name] for name, _ in everything.shares())
+        result: torch.Tensor = query if query.shape[3] == value.shape[3] else everything.nothing()
 
-        def compute(piece: Piece) -> torch.Tensor:
-            attending = everything.narrowed(self.maps.places(piece, key.device))
-            result = source.attended(attending, piece, text_too=not texts)
-            texts.extend([result[:, :, attending.text]] if not texts else [])
-            return result[:, :, attending.image]
+        def rows(piece: Piece) -> torch.Tensor:
+            return self.maps.places(piece, key.device) + everything.image.start
 
-        result: torch.Tensor = assemble(
+        result[:, :, everything.text] = by_tiles(
+            everything,
+            KeySource(key, value, self.maps, everything.image_keys.start, self.context),
             Each(self.maps.piece, self.cover),
-            compute,
-            place=lambda piece: (
-                slice(None),
-                slice(None),
-                self.maps.places(piece, key.device) + everything.image.start,
-            ),
-            into=query if query.shape[3] == value.shape[3] else everything.nothing(),
+            read=lambda pieces: (everything.part("query", rows(piece)) for piece in pieces),
+            place=lambda piece: (slice(None), slice(None), rows(piece)),
+            into=result,
         )
-        result[:, :, everything.text] = texts[0]
         return result
-
-
-def _rows(attending: Attending) -> list[tuple[str, slice]]:
-    """What is dealt, and where in it the image's rows are."""
-    return [("query", attending.image), ("key", attending.image_keys), ("value", attending.image_keys)]

@@ -136,6 +136,11 @@ class Tokens:
     references: bool = True
     copies: Callable[[nn.Module], int] = lambda block: 1
 
+    @property
+    def changes(self) -> str:
+        """The argument that the block changes."""
+        return next(iter(self.takes))
+
     def texts(self, arguments: Mapping[str, Any], image: int) -> int | None:
         """How many text tokens there are beside those of the `image`; None where the arguments are not as they say."""
         image += self.ahead
@@ -147,9 +152,8 @@ class Tokens:
 
     def texts_beside(self, arguments: Mapping[str, Any], image: int) -> int:
         """How many text tokens there are beside so many of the image in what the block changes."""
-        name, rows = next(iter(self.takes.items()))
-        if rows.of == "both":
-            return int(arguments[name].shape[1]) - image - self.ahead
+        if self.takes[self.changes].of == "both":
+            return int(arguments[self.changes].shape[1]) - image - self.ahead
         return next((arguments[name].shape[1] for name, rows in self.takes.items() if rows == TEXT), 0)
 
     def cut(self, arguments: Mapping[str, Any], places: Mapping[str, torch.Tensor]) -> dict[str, Any]:

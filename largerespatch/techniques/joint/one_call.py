@@ -1,0 +1,208 @@
+"""A call of a transformer block, made piece by piece: first for the keys of all, then for what the block gives."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ...core.bands import Band
+from ...core.hosts import Host
+from ...core.maps import StoredMap
+from ...core.patching import PatchStack
+from ...core.pieces import assemble, side_by_side
+from ...core.tokens import TokenMap, as_map
+from .joining import Attending, Joining
+from .tokens import IMAGE, Maps, Piece, Tokens
+
+# How a piece attends, in each attention of a block, given its tokens of what the block changes.
+Walk = Callable[[Piece, torch.Tensor], list[Attending]]
+
+# Of some pieces what there is to read for each, in turn.
+Read = Callable[[Sequence[Piece]], Iterator[Any]]
+
+
+class Sources(Protocol):
+    """Who does the attentions of a block. `asks` says whether it has to know all queries before any of them is done."""
+
+    pieces: Sequence[Piece]
+    asks: bool
+
+    def learn(self, walk: Walk, read: Read) -> None:
+        """All that pieces tell of themselves; `read` gives what `walk` wants of each."""
+
+    def of(self, pieces: Sequence[Piece]) -> Iterator[Any]:
+        """What `attended` wants to be given of each piece, in turn."""
+
+    def attended(self, i: int, attending: Attending, piece: Piece, given: Any, text_too: bool) -> torch.Tensor:
+        """What the i-th attention gives for the tokens of a piece; for the text all that it attends to, or nothing."""
+
+
+class NotMetError(Exception):
+    """A block did not attend as it should."""
+
+
+class _Left(Exception):  # noqa: N818  nothing is wrong
+    """A block was left, once all of its keys and values were known."""
+
+
+class OneCall:
+    """A call of a block, which `called` makes with other arguments, for image tokens of `maps` and `texts` more.
+
+    `host` is where what it gives for the image's tokens waits; None: on the device. `free`: it may be written over what
+    the block was given. `passing`: so may what is on the host.
+    """
+
+    def __init__(
+        self,
+        called: Callable[[Mapping[str, Any]], Any],
+        arguments: Mapping[str, Any],
+        block: nn.Module,
+        tokens: Tokens,
+        maps: Maps,
+        texts: int,
+        host: Host | None = None,
+        free: bool = False,
+    ) -> None:
+        self.called, self.arguments, self.tokens, self.texts = called, arguments, tokens, texts
+        self.block, self.maps, self.free = block, maps, free
+        self.attentions, self.copies = tokens.attentions(block), tokens.copies(block)
+        self.others = texts + tokens.keys_between  # keys that are not of the image
+        of_image = tokens.ahead == 0 and tokens.takes[tokens.changes] == IMAGE and len(maps) == 1
+        self.host = host if of_image else None
+
+    def run(self, source: Sources) -> Any:
+        """What the block returns."""
+        if len(source.pieces) > 1:
+            idle = (*self.tokens.idle, *(() if source.asks else self.tokens.asking))
+            with PatchStack() as stack:
+                for path, module in self.block.named_modules():
+                    if path in idle:  # beneath hooks, which see all calls
+                        stack.wrap(module, "forward", _as_given, f"{path}.forward")
+                source.learn(self._walk, self._read)
+        kept: list[Any] = []  # what the first piece gave, whose text has seen all
+        texts = self.texts if self.tokens.both() else 0
+        start = self.tokens.ahead + (texts if self.tokens.text_first else 0)
+        after = self.tokens.ahead + texts - start
+
+        def compute(piece: Piece, read: tuple[torch.Tensor, Any]) -> torch.Tensor:
+            own, given = read
+            result = self._through(piece, own, lambda i, call: source.attended(i, call, piece, given, not kept))
+            kept.extend([result] if not kept else [])
+            return self.tokens.image_of(result).narrow(1, start, piece.area)
+
+        output: _OnDevice | _OnHost = assemble(
+            source.pieces,
+            compute,
+            place=lambda piece: piece,
+            make=lambda image: self._output(image, start, after),
+            read=lambda pieces: side_by_side(self._read(pieces), source.of(pieces)),
+        )
+        return self.tokens.with_image(kept[0], output.whole(self.tokens.image_of(kept[0])))
+
+    def joined(self, result: Any, band: Band) -> Any:
+        """What `run` returned, with the tokens of the whole image."""
+        some = self.tokens.image_of(result)
+        others = some.shape[1] - self.maps.area
+        first = others if self.tokens.text_first else 0
+        before, image, after = some.split_with_sizes([first, self.maps.area, others - first], dim=1)
+        return self.tokens.with_image(result, torch.cat([before, band.all_tokens(image, "maps"), after], dim=1))
+
+    def places(self, piece: Piece, others: int, ahead: int = 0) -> torch.Tensor:
+        """Of a piece's tokens among those of the image and so many `others`, with some of another kind `ahead`."""
+        start = others if self.tokens.text_first else 0
+        image = self.maps.places(piece, self._stream.device) + ahead + start
+        rest = torch.arange(ahead + others, device=self._stream.device)
+        before, after = rest[: ahead + start], rest[ahead + start :] + self.maps.area
+        return torch.cat([before, image, after])
+
+    @property
+    def _stream(self) -> torch.Tensor:
+        """The tokens that the block changes."""
+        stream: torch.Tensor = self.arguments[self.tokens.changes]
+        return stream
+
+    def _output(self, image: torch.Tensor, start: int, after: int) -> "_OnDevice | _OnHost":
+        """Where tokens of the image go that are as `image`, with so many others before and after."""
+        given = self._stream
+        if self.host is not None:
+            shape = (len(image), image.shape[2], *self.maps[0])
+            if self.free and isinstance(given, TokenMap):
+                return _OnHost(given.claim().turned)
+            return _OnHost(StoredMap.empty(shape, image, self.host, passing=self.free))
+        shape = (len(image), start + self.maps.area + after, image.shape[2])
+        free = self.free and (tuple(given.shape), given.dtype) == (shape, image.dtype)
+        return _OnDevice(given if free else image.new_empty(shape), self.maps, start, after)
+
+    def _places(self, piece: Piece) -> dict[str, torch.Tensor]:
+        """By kind of rows."""
+        ahead = self.tokens.ahead
+        return {"image": self.places(piece, 0, ahead), "both": self.places(piece, self.texts, ahead)}
+
+    def _read(self, pieces: Sequence[Piece]) -> Iterator[torch.Tensor]:
+        """The tokens that the block changes of some pieces, in turn."""
+        name = self.tokens.changes
+        if isinstance(self._stream, TokenMap):
+            return self._stream.tiles([piece.tiles[0] for piece in pieces])
+        return (self.tokens.cut({name: self._stream}, self._places(piece))[name] for piece in pieces)
+
+    def _through(self, piece: Piece, own: torch.Tensor, do: Callable[[int, Attending], torch.Tensor]) -> Any:
+        """What the block makes of a piece's `own` tokens and the text, with its attentions done by `do`."""
+        others = {name: value for name, value in self.arguments.items() if name != self.tokens.changes}
+        given = self.tokens.cut(others, self._places(piece)) | {self.tokens.changes: own}
+        order = self.texts, self.tokens.text_first, self.tokens.keys_between, self.copies
+        with Joining(do, self.attentions, piece.area, *order) as joining:
+            result = self.called(given)
+        if joining.met < self.attentions:
+            raise NotMetError
+        return result
+
+    def _walk(self, piece: Piece, own: torch.Tensor) -> list[Attending]:
+        """How a piece attends, in each attention of the block, which is left there."""
+        met: list[Attending] = []
+
+        def note(i: int, attending: Attending) -> torch.Tensor:
+            met.append(attending)
+            if i + 1 == self.attentions:
+                raise _Left
+            return attending.nothing()
+
+        with suppress(_Left):
+            self._through(piece, own, note)
+        return met
+
+
+class _OnDevice:
+    """Memory of the device for tokens ``[B, N, C]``: so many others, the image's, and others after them."""
+
+    def __init__(self, memory: torch.Tensor, maps: Maps, before: int, after: int) -> None:
+        self.memory, self.maps, self.before, self.after = memory, maps, before, after
+
+    def __setitem__(self, piece: Piece, image: torch.Tensor) -> None:
+        self.memory[:, self.maps.places(piece, image.device) + self.before] = image
+
+    def whole(self, first: torch.Tensor) -> torch.Tensor:
+        """All of them, the others as the first piece has them."""
+        last = self.before + self.maps.area
+        self.memory[:, : self.before] = first[:, : self.before]
+        self.memory[:, last:] = first[:, first.shape[1] - self.after :]
+        return self.memory
+
+
+class _OnHost:
+    """Memory of the host for the image's tokens."""
+
+    def __init__(self, plane: StoredMap) -> None:
+        self.plane = plane
+
+    def __setitem__(self, piece: Piece, image: torch.Tensor) -> None:
+        (tile,) = piece.tiles
+        self.plane.write(tile, as_map(image, tile.size()))
+
+    def whole(self, first: torch.Tensor) -> torch.Tensor:
+        return TokenMap.of(self.plane)
+
+
+def _as_given(original: Callable[..., Any], hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return hidden_states

@@ -1,0 +1,211 @@
+"""Transformers with joint attention whose maps are on a host: the same pictures, and a device that holds little."""
+
+import gc
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest import mock
+
+import diffusers as d
+import pytest
+import test_auraflow
+import test_chroma
+import test_flux
+import test_flux2
+import test_hunyuan_image
+import test_krea2
+import test_qwen_image
+import test_sd3
+import torch
+from halves import OFFLOADS
+from joint import CLOSE, error, paint, patch
+from products import in_pairs
+from test_flat import by_side, rows  # noqa: F401  a fixture
+from test_weights import cpu_as_accelerator  # noqa: F401  a fixture
+
+import tiny
+from conftest import quiet
+from family import noise
+from largerespatch import LargeResPatch
+from largerespatch.core.hosts import Host
+from largerespatch.core.planes import Map
+from largerespatch.denoisers import joint as denoisers
+from largerespatch.memory import shadow
+from largerespatch.techniques.joint import host_attention
+from test_patch import fingerprint
+
+LEAST = 2000  # bytes
+FLAT = {"attn_context": 24, "unet_offload": "maps"}
+GIB = 2**30
+
+CASES = {
+    "Flux": test_flux.TestFlux.cases["two pictures"],
+    "references": test_flux.TestFlux.cases["Kontext"],
+    "IP-Adapter": test_flux.TestFlux.cases["IP-Adapter"],
+    "ControlNet": test_flux.TestFlux.cases["ControlNet"],
+    "two attentions": test_sd3.TestStableDiffusion3.cases["3.5 medium"],
+    "masks": test_qwen_image.TestQwenImage.cases["texts of different lengths"],
+    "masks of both": test_hunyuan_image.TestHunyuanImage.cases["texts of different lengths"],
+    "one stream": test_chroma.TestChroma.cases["a mask of truths"],
+    "one stream, shared keys": test_krea2.TestKrea2.cases["text"],
+    "one stream after two": test_auraflow.TestAuraFlow.cases["text"],
+    "keys that are kept": test_flux2.TestFlux2.cases["Klein, keys of references kept"],
+}
+
+
+@contextmanager
+def elsewhere():
+    """Where models run is not the host, though the same memory."""
+    with mock.patch.object(denoisers, "Host", lambda least: Host("cpu:0", band_bytes=500, least=LEAST)):
+        yield
+
+
+@pytest.fixture
+def flux():
+    return quiet(test_flux.pipeline()), test_flux.TEXT
+
+
+@in_pairs({"case": CASES, "heads": ["all at once", "one by one"], "shape": ["brick", "tile"]})
+def test_a_transformer_whose_maps_are_on_the_host_is_the_transformer(case, heads, shape, rows, monkeypatch):  # noqa: F811
+    pipe, arguments = quiet(CASES[case].build()), CASES[case].arguments
+    if heads == "one by one":
+        monkeypatch.setattr(host_attention, "HELD", 1)
+    with patch(pipe, attn_context=24, attn_shape=shape):
+        expected = paint(pipe, arguments)
+    before = fingerprint(pipe)
+    with elsewhere(), patch(pipe, **FLAT, attn_shape=shape):
+        actual = paint(pipe, arguments)
+    assert type(actual) is torch.Tensor
+    assert error(actual, expected) < CLOSE / 10
+    assert rows.count() > 10
+    assert fingerprint(pipe) == before
+    gc.collect()
+    assert not rows.alive
+
+
+def test_heads_that_come_one_by_one_do(flux, monkeypatch):
+    pipe, arguments = flux
+    together, of_heads = [], host_attention.Attending.of_heads
+
+    def noting(self, first, last):
+        together.append(last - first)
+        return of_heads(self, first, last)
+
+    monkeypatch.setattr(host_attention.Attending, "of_heads", noting)
+    found = {}
+    for held in (1, 2**28):
+        together.clear()
+        monkeypatch.setattr(host_attention, "HELD", held)
+        with elsewhere(), patch(pipe, **FLAT):
+            paint(pipe, arguments, num_inference_steps=1)
+        found[held] = set(together)
+    assert found == {1: {1}, 2**28: {2}}
+
+
+def called(model, **options):
+    """What a Flux makes of some latent."""
+    ids = d.FluxPipeline._prepare_latent_image_ids(1, 9, 11, "cpu", torch.float32)
+    told = {"encoder_hidden_states": noise(1, 5, 32), "pooled_projections": noise(1, 32), "img_ids": ids}
+    told |= {"txt_ids": torch.zeros(5, 3), "timestep": torch.ones(1) / 2}
+    pipe = SimpleNamespace(components={"transformer": model}, scheduler=None, vae_scale_factor=8)
+    with elsewhere(), patch(pipe, **options):
+        return model(noise(1, 99, 16), **told, return_dict=False)[0]
+
+
+@OFFLOADS
+@pytest.mark.usefixtures("cpu_as_accelerator")
+def test_weights_that_come_and_go_do_so_for_maps_on_a_host(offload, flux, rows):  # noqa: F811
+    model = flux[0].transformer
+    expected = called(model, attn_context=24)
+    offload(model)
+    for _ in range(2):
+        assert error(called(model, **FLAT), expected) < CLOSE
+    assert rows.count() > 10
+
+
+def test_a_hook_of_the_user_may_keep_any_map(flux):
+    """What it kept is right, even after the call."""
+    pipe, arguments = flux
+    kept = {}
+    for path in ("x_embedder", "transformer_blocks.0", "single_transformer_blocks.1", "norm_out", "proj_out"):
+        module = pipe.transformer.get_submodule(path)
+        module.register_forward_hook(lambda _, __, output, path=path: kept.update({path: output}))
+    with patch(pipe, attn_context=24):
+        paint(pipe, arguments, num_inference_steps=1)
+    expected = kept.copy()
+    with elsewhere(), patch(pipe, **FLAT):
+        paint(pipe, arguments, num_inference_steps=1)
+    assert isinstance(kept["x_embedder"], Map) and not isinstance(kept["proj_out"], Map)
+    for path, output in kept.items():
+        found, there = (each[-1] if isinstance(each, tuple) else each for each in (output, expected[path]))
+        assert error(found + 0, there) < CLOSE
+
+
+def test_what_gradients_go_through_stays_on_the_device(flux, rows):  # noqa: F811
+    model, found = flux[0].transformer.requires_grad_(True), []
+    for options in ({"attn_context": 24}, FLAT):
+        model.zero_grad()
+        with torch.enable_grad():
+            called(model, **options).sum().backward()
+        found.append(model.x_embedder.weight.grad.clone())
+    assert rows.count() == 0
+    assert error(*found) < CLOSE
+
+
+def test_an_interrupt_in_the_middle_of_a_step_leaves_no_map_behind(flux, rows):  # noqa: F811
+    pipe, arguments = flux
+    paint(pipe, arguments, num_inference_steps=1)  # a transformer changes by itself in the first run
+    before, calls = fingerprint(pipe), []
+
+    def interrupt(*args):
+        calls.append(len(rows.alive))
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), elsewhere(), patch(pipe, **FLAT), pytest.warns(match="forward hooks inside"):
+        handle = pipe.transformer.single_transformer_blocks[0].proj_out.register_forward_pre_hook(interrupt)
+        try:
+            paint(pipe, arguments)
+        finally:
+            handle.remove()
+    assert calls[-1] > 0
+    assert fingerprint(pipe) == before
+    gc.collect()
+    assert not rows.alive
+
+
+def test_a_device_holds_little_of_flux_at_any_size():
+    """Simulated: of a step, beside its weights."""
+    with torch.device("meta"):
+        model = d.FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16)
+    parts = dict.fromkeys(d.FluxPipeline._get_signature_keys(d.FluxPipeline)[0])
+    pipe = d.FluxPipeline(**parts | {"transformer": model, "scheduler": d.FlowMatchEulerDiscreteScheduler()})
+    sides = (4096, 8192, 16384)
+    steps = [LargeResPatch(pipe, side, side, unet_offload="maps").estimate() for side in sides]
+    without = [LargeResPatch(pipe, side, side).estimate().step for side in sides]
+    assert [each.step < 2 * GIB for each in steps] == [True, True, False]
+    assert [most > 2 * each.step for most, each in zip(without, steps, strict=True)] == [True] * 3
+    for side, each in zip(sides, steps, strict=True):
+        tokens = (side // 16) ** 2
+        assert each.host == 4 * tokens * 3072 * 2 + 8  # hidden states, queries, keys, values; a timestep
+        # Beside positions, latents and the keys of one head all is as large as tiles are.
+        assert each.step < 1.1 * GIB + tokens * (2 * 128 * 4 + 3 * 64 * 2 + 2 * 128 * 2)
+
+
+SIZES = {"attn_slice_x": 8, "attn_slice_y": 8, "attn_full_tokens": 64, "attn_context": 64, "unet_offload": "maps"}
+
+
+@pytest.mark.parametrize("held", [1, 2**28])
+def test_the_estimate_of_a_step_is_what_a_real_one_holds_on_the_device_and_on_the_host(flux, held, monkeypatch):
+    monkeypatch.setattr(host_attention, "HELD", held)
+    pipe, arguments = flux
+    with elsewhere():
+        patch = LargeResPatch(pipe, 384, 320, **SIZES)
+        with by_side() as count, patch, count:
+            paint(pipe, arguments | test_flux.TestFlux.prompt, width=384, height=320, num_inference_steps=1)
+    monkeypatch.setattr(denoisers, "LEAST_BYTES", LEAST)
+    monkeypatch.setattr(shadow, "LIBRARIES", 0)  # what an accelerator's take
+    for model in (pipe.transformer, pipe.vae):
+        model.to("meta")
+    estimate = LargeResPatch(pipe, 384, 320, **SIZES).estimate()
+    assert estimate.step == pytest.approx(count.peak["device"], rel=0.1)
+    assert estimate.host == pytest.approx(count.peak["host"], rel=0.1)
