@@ -5,20 +5,25 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from math import ceil
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from .hosts import HostRows
 from .maps import StoredMap, TurnedMap
 from .pieces import assemble
+from .planes import OPERATIONS, Map, whole
 from .tilings import Run, Tile
 
 
 class TokenMap(TurnedMap):
-    """The cells of a map ``[B, C, H, W]``, row after row, as tokens ``[B, H * W, C]``. All else is done to the whole.
+    """The cells of a map ``[B, C, H, W]``, row after row, as tokens ``[B, H * W, C]``.
 
-    Where it lives follows from where that map does.
+    Where it lives follows from where that map does. With other tokens before it or after it is `JoinedTokens`; all else
+    is done to the whole.
     """
 
     turned: StoredMap
@@ -67,6 +72,81 @@ class TokenMap(TurnedMap):
             return _gathered(self.whole(), places)
         there = places.to(memory.host.where)
         return memory.pick(there // width, there % width).to(self.device)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.cat and (kwargs.get("dim") == 1 or args[1:] == (1,)) and _can_be_joined(args[0]):
+            return JoinedTokens.of(args[0])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class JoinedTokens(Map):
+    """Tokens ``[B, N, C]`` of several `parts`, one after another, of which some are those of maps.
+
+    Each is there as it was. All else is done to the whole.
+    """
+
+    def __init__(self, shape: Sequence[int], like: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+        self.parts = list(parts)
+        self.host = next((part.host for part in parts if isinstance(part, Map)), None)
+
+    @classmethod
+    def of(cls, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Those that there are any of; a single part is itself."""
+        parts = [each for part in parts for each in parts_of(part) if each.shape[1]]
+        if len(parts) == 1:
+            return parts[0]
+        batch, _, channels = parts[0].shape
+        return cls((batch, sum(part.shape[1] for part in parts), channels), parts[0], parts)
+
+    @property
+    def passing(self) -> bool:  # type: ignore[override]
+        return any(isinstance(part, Map) and part.passing for part in self.parts)
+
+    @property
+    def away(self) -> bool:
+        return any(isinstance(part, Map) and part.away for part in self.parts)
+
+    def whole(self) -> torch.Tensor:
+        return torch.cat([whole(part) for part in self.parts], dim=1)
+
+    def fetch(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
+        tokens = self.whole()
+        return (tokens[:, start:stop] for start, stop in runs)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__getitem__ and (part := args[0]._part(args[1])) is not None:
+            return part
+        if func in OPERATIONS:  # they know maps
+            args, kwargs = tree_map_only(JoinedTokens, whole, (args, kwargs or {}))
+            return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _part(self, index: Any) -> torch.Tensor | None:
+        """``tokens[:, first:last]``, if that is a part."""
+        match index:
+            case (slice(start=None, stop=None, step=None), slice(step=None) as run, *others) if others in ([], [...]):
+                asked = run.indices(self.shape[1])[:2]
+                edges = list(accumulate((part.shape[1] for part in self.parts), initial=0))
+                return next((part for part, run in zip(self.parts, pairwise(edges), strict=True) if run == asked), None)
+        return None
+
+
+def parts_of(tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What some tokens are made of, one after another."""
+    return tokens.parts if isinstance(tokens, JoinedTokens) else [tokens]
+
+
+def _can_be_joined(parts: Sequence[torch.Tensor]) -> bool:
+    """Whether they are as many samples of as many channels."""
+    kinds = {(part.ndim, len(part), part.shape[-1], part.dtype) for part in parts}
+    return len(kinds) == 1 and parts[0].ndim == 3
 
 
 def _tokens(cells: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ class AuraFlow(JointAttention):
     """`AuraFlowTransformer2DModel`. The image's positions are cut from the middle of a square table."""
 
     class_name = "AuraFlowTransformer2DModel"
+    ends = ("norm_out", "proj_out")
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"joint_transformer_blocks": TWO, "single_transformer_blocks": ONE}

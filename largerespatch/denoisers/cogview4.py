@@ -36,6 +36,7 @@ class CogView4(JointAttention):
 
     class_name = "CogView4Transformer2DModel"
     in_turns = True
+    ends = ("norm_out", "proj_out")
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS}

@@ -57,6 +57,7 @@ class Flux2(Packed):
 
     class_name = "Flux2Transformer2DModel"
     takes: Mapping[str, Any] = MappingProxyType({"hidden_states": IMAGE, "img_ids": IMAGE.along(-2)})
+    ends = ("x_embedder", "norm_out", "proj_out")
 
     def kinds(self, model: Any) -> Mapping[str, Kind]:
         return {

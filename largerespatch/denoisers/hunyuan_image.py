@@ -39,6 +39,7 @@ class HunyuanImage(JointAttention):
     """`HunyuanImageTransformer2DModel`. Its text, of two encoders, is filled up to as many tokens as there may be."""
 
     class_name = "HunyuanImageTransformer2DModel"
+    ends = ("norm_out", "proj_out")
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS, "single_transformer_blocks": TOKENS}

@@ -40,6 +40,7 @@ class Krea2(Packed):
     class_name = "Krea2Transformer2DModel"
     in_turns = True
     of_all = ("position_ids",)
+    ends = ("img_in", "final_layer")
 
     def kinds(self, model: Any) -> Mapping[str, Kind]:
         return {"transformer_blocks": TOKENS}

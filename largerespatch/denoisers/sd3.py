@@ -34,6 +34,7 @@ class StableDiffusion3(JointAttention):
     class_name = "SD3Transformer2DModel"
     passes_on = True
     takes: Mapping[str, Any] = MappingProxyType({"block_controlnet_hidden_states": IMAGE})
+    ends = ("norm_out", "proj_out")
 
     def kinds(self, model: Any) -> Mapping[str, Tokens]:
         return {"transformer_blocks": TOKENS}

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..core.hosts import Host, HostRows
 from ..core.maps import ComputedMap, JoinedMap, StoredMap
 from ..core.planes import Map
-from ..core.tokens import TokenMap
+from ..core.tokens import JoinedTokens, TokenMap, parts_of
 from ..core.weights import Holding
 from .counting import Sizes
 from .weightless import Look, Weightless, WithoutData
@@ -53,7 +53,7 @@ class RunOnce:
                 self.count.rise(needed)
                 return tree_unflatten([self._again(each, (given, named)) for each in results], structure)
             before = self.count.all_alive()
-            places = {id(_held(leaf)): i for i, leaf in enumerate(tree_leaves((given, named)))}
+            places = {id(_held(leaf)): i for i, leaf in enumerate(_leaves((given, named)))}
         result, during = self.count.peaks_of(lambda: work(*given, **named))
         with _AS_THEY_ARE():
             leaves, structure = tree_flatten(result)
@@ -65,6 +65,8 @@ class RunOnce:
 
     def _can_be_again(self, results: Sequence[Any], key: Hashable, before: Sizes) -> bool:
         """Whether these, of work before which so much was alive, are all that it left behind."""
+        parts = (each.parts if isinstance(each, _Joined) else [each] for each in results)
+        results = list(chain.from_iterable(parts))
         if not all(isinstance(each, _New | _NewMap | _Given | int | NoneType) for each in results):
             return False
         made = Counter[str]()
@@ -76,8 +78,10 @@ class RunOnce:
     def _again(self, made: Any, given: Any) -> Any:
         """The inverse of `_made`, where something else is given."""
         if isinstance(made, _Given):
-            leaf = tree_leaves(given)[made.place]
+            leaf = _leaves(given)[made.place]
             return leaf.claim() if isinstance(leaf, TokenMap) else leaf
+        if isinstance(made, _Joined):
+            return JoinedTokens.of([self._again(part, given) for part in made.parts])
         return made.again(self.count) if isinstance(made, _New | _NewMap) else made
 
     def _kind(self, key: Hashable) -> Hashable:
@@ -146,6 +150,18 @@ class _NewMap(NamedTuple):
         return self.bands
 
 
+class _Joined(NamedTuple):
+    """Tokens of several parts, each as something that it can be made of again."""
+
+    parts: Sequence[Any]
+
+
+def _leaves(given: Any) -> list[Any]:
+    """All that is given, each part of tokens by itself."""
+    leaves = (parts_of(leaf) if isinstance(leaf, JoinedTokens) else [leaf] for leaf in tree_leaves(given))
+    return list(chain.from_iterable(leaves))
+
+
 def _held(leaf: object) -> object:
     """By what something that was given is known again: tokens on the host by their memory, all else by itself."""
     return leaf.turned.memory if isinstance(leaf, TokenMap) and leaf.away else leaf
@@ -155,6 +171,8 @@ def _made(leaf: Any, places: dict[int, int]) -> Any:
     """A result as something that it can be made of again; `places` are those of what was given."""
     if isinstance(leaf, torch.Tensor) and id(_held(leaf)) in places:
         return _Given(places[id(_held(leaf))])
+    if isinstance(leaf, JoinedTokens):
+        return _Joined([_made(part, places) for part in leaf.parts])
     if type(leaf) in (StoredMap, TokenMap) and leaf.away:
         return _NewMap.of(leaf)
     return _New.of(leaf) if type(leaf) in (torch.Tensor, Weightless) else leaf
@@ -166,6 +184,8 @@ def _look(given: Any) -> Any:
         look = type(given), given.shape, given.dtype, given.device, given.host, given.away, given.passing
         if isinstance(given, JoinedMap):
             return *look, given.along, *map(_look, given.parts)
+        if isinstance(given, JoinedTokens):
+            return *look, *map(_look, given.parts)
         return (*look, object()) if isinstance(given, ComputedMap) else look  # of what it is computed is not told
     if isinstance(given, torch.Tensor):
         return Look.of(given)

@@ -231,11 +231,11 @@ def joint_sites(
     if options.process_group is not None:
         sharing = TokensInBands(model, name, bands, note, takes, sample, joined and cut)
         yield Site(model, name, Order.IN_BANDS, sharing, says=f"maps in {bands}")
-    for path in ends if host is not None else ():
-        end = HostEnd(model.get_submodule(path), note, host, delivers=path == ends[-1])
-        says = f"maps of at least {host.least / 2**20:g} MiB on the host, read and written in tiles"
-        yield Site(end.module, f"{name}.{path}", Order.IN_CHUNKS, end, says=says)
+    if host is not None:
+        yield from _end_sites(model, name, note, host, ends)
     says = f"{{count}} transformer blocks in {blocking}"
+    if host is not None:
+        says += f", with maps of at least {host.least / 2**20:g} MiB on the host"
     for path, kind in kinds.items():
         blocks: Any = model.get_submodule(path)
         for i, block in enumerate(blocks):
@@ -243,3 +243,9 @@ def joint_sites(
             technique = JointBlock(block, kind, blocking, note, step_note, layer, bands, edges, own, host)
             yield Site(block, own, Order.IN_BLOCKS, technique, says=says)
             layer += 1
+
+
+def _end_sites(model: Any, name: str, note: MapsNote, host: Host, ends: Sequence[str]) -> Iterator[Site]:
+    for path in ends:
+        end = HostEnd(model.get_submodule(path), note, host, delivers=path == ends[-1])
+        yield Site(end.module, f"{name}.{path}", Order.IN_CHUNKS, end)

@@ -1,4 +1,4 @@
-"""Joint attention of a map whose queries, keys and values are on the host, and come to the device a few heads at a time.
+"""Joint attention of maps whose queries, keys and values are on the host, and come to the device by a few heads.
 
 Heads know nothing of one another. So some of them attend, for all tokens, with contexts as ever, and make room for the
 next ones: of their keys and values as much is on the device as is told here, whatever the image's size, or what one
@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from ...core.hosts import BAND_BYTES, Host
-from ...core.maps import StoredMap
 from ...core.pieces import Putting, assemble, side_by_side
 from ...core.tilings import Run, Runs
 from ...core.tokens import TokenMap
+from .host_maps import HostMaps
 from .joining import Attending
 from .key_source import KeySource, by_tiles
 from .one_call import Read, Walk
@@ -30,32 +30,25 @@ class HostHeads:
 
     def __init__(self, host: Host, maps: Maps, like: torch.Tensor) -> None:
         self.shape = like.shape
-        batch, heads, _, channels = like.shape
-        self.planes = [StoredMap.empty((batch, heads * channels, *size), like, host) for size in maps]
+        self.maps = HostMaps.empty(host, maps, like.transpose(1, 2).flatten(2))
 
     def __setitem__(self, piece: Piece, tokens: torch.Tensor) -> None:
-        parts = tokens.split([tile.area for tile in piece.tiles], dim=2)
-        for plane, tile, part in zip(self.planes, piece.tiles, parts, strict=True):
-            plane.write(tile, part.unflatten(2, tile.size()).permute(0, 1, 4, 2, 3).flatten(1, 2))
+        self.maps[piece] = tokens.transpose(1, 2).flatten(2)
 
     def of(self, pieces: Sequence[Piece]) -> Iterator[torch.Tensor]:
         """Of some pieces, in turn, ``[B, heads, n, C]``."""
-        planes = zip(self.planes, zip(*(piece.tiles for piece in pieces), strict=True), strict=True)
-        every = side_by_side(*(TokenMap.of(plane).tiles(tiles) for plane, tiles in planes))
-        return map(lambda parts: self._by_heads(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]), every)
+        return map(lambda parts: self._by_heads(torch.cat(list(parts), dim=1)), self.maps.of(pieces))
 
     def onto(self, rows: torch.Tensor) -> None:
         """Copies all of it to ``[B, heads, N, C]`` on the device."""
-        start = 0
-        for plane in self.planes:
-            tokens = TokenMap.of(plane)
-            self._onto(rows[:, :, start : start + tokens.shape[1]], tokens)
-            start += tokens.shape[1]
+        areas = [tokens.shape[1] for tokens in self.maps.tokens]
+        for part, tokens in zip(rows.split_with_sizes(areas, dim=2), self.maps.tokens, strict=True):
+            self._onto(part, tokens)
 
     def _onto(self, rows: torch.Tensor, tokens: TokenMap) -> None:
-        cells = tokens.shape[0] * tokens.shape[2] * tokens.element_size()
+        size = tokens.shape[0] * tokens.shape[2] * tokens.element_size()
         assemble(
-            Runs(tokens.shape[1], max(BAND_BYTES // cells, 1)),
+            Runs(tokens.shape[1], max(BAND_BYTES // size, 1)),
             lambda run, part: self._by_heads(part),
             place=lambda run: (slice(None), slice(None), slice(*run)),
             into=rows,
@@ -63,7 +56,7 @@ class HostHeads:
         )
 
     def _by_heads(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.unflatten(2, (self.shape[1], self.shape[3])).transpose(1, 2)
+        return tokens.view(*tokens.shape[:2], self.shape[1], self.shape[3]).transpose(1, 2)
 
 
 class _Turn:
@@ -88,7 +81,8 @@ class _Turn:
         for name, rows in self.call.shares()[1:]:
             whole.append(self.call.with_room(name, self.maps.area))
             others.pop(0).onto(whole[-1][:, :, rows.start : rows.start + self.maps.area])
-        source = KeySource(*whole, self.maps, self.call.image_keys.start, context)
+        keys, values = whole
+        source = KeySource(keys, values, self.maps, self.call.image_keys.start, context)
         return by_tiles(self.call, source, pieces, queries.of, place=lambda piece: piece, into=self.result)
 
 

@@ -4,7 +4,7 @@ All joint attention ends in ``F.scaled_dot_product_attention``, after whatever a
 holds there for the length of one call needs to know nothing of the block, and no processor has to be exchanged.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,12 +59,12 @@ class Attending:
         """How many keys there are beside those of the image; none in attention to that alone."""
         return int(self.part("key", self.other_keys).shape[2])
 
-    def holding(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, count: int) -> "Attending":
-        """The same call with these, of so many tokens of the image; others are as many and where they were.
+    def holding(self, parts: Iterable[torch.Tensor], count: int) -> "Attending":
+        """The same call with these queries, keys and values, of so many tokens of the image; others are as they were.
 
         Its mask stays as it is: `mask_of` tells that of all these tokens.
         """
-        given = self.given | {"query": query, "key": key, "value": value}
+        given = self.given | dict(zip(_SHARES, parts, strict=True))
         image, image_keys = (slice(rows.start, rows.start + count) for rows in (self.image, self.image_keys))
         return Attending(self.attend, given, image, image_keys, self.copies)
 
@@ -90,7 +90,7 @@ class Attending:
         for name, part in zip(_SHARES, parts, strict=True):
             before, after = self._around(name)
             whole.append(torch.cat([before, part, after], dim=2))
-        some = self.holding(*whole, count)
+        some = self.holding(whole, count)
         return replace(some, given=some.given | {"attn_mask": self.mask_of(count)})
 
     def narrowed(self, places: torch.Tensor) -> "Attending":

@@ -9,12 +9,12 @@ from torch import nn
 
 from ...core.bands import Band
 from ...core.hosts import Host
-from ...core.maps import StoredMap
 from ...core.patching import PatchStack
 from ...core.pieces import assemble, side_by_side
-from ...core.tokens import TokenMap, as_map
+from ...core.tokens import JoinedTokens, TokenMap, parts_of
+from .host_maps import HostMaps
 from .joining import Attending, Joining
-from .tokens import IMAGE, Maps, Piece, Tokens
+from .tokens import Maps, Piece, Tokens
 
 # How a piece attends, in each attention of a block, given its tokens of what the block changes.
 Walk = Callable[[Piece, torch.Tensor], list[Attending]]
@@ -26,8 +26,11 @@ Read = Callable[[Sequence[Piece]], Iterator[Any]]
 class Sources(Protocol):
     """Who does the attentions of a block. `asks` says whether it has to know all queries before any of them is done."""
 
-    pieces: Sequence[Piece]
     asks: bool
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """What the block runs on, one after another."""
 
     def learn(self, walk: Walk, read: Read) -> None:
         """All that pieces tell of themselves; `read` gives what `walk` wants of each."""
@@ -69,8 +72,7 @@ class OneCall:
         self.block, self.maps, self.free = block, maps, free
         self.attentions, self.copies = tokens.attentions(block), tokens.copies(block)
         self.others = texts + tokens.keys_between  # keys that are not of the image
-        of_image = tokens.ahead == 0 and tokens.takes[tokens.changes] == IMAGE and len(maps) == 1
-        self.host = host if of_image else None
+        self.host = host if tokens.ahead == 0 else None
 
     def run(self, source: Sources) -> Any:
         """What the block returns."""
@@ -125,12 +127,11 @@ class OneCall:
 
     def _output(self, image: torch.Tensor, start: int, after: int) -> "_OnDevice | _OnHost":
         """Where tokens of the image go that are as `image`, with so many others before and after."""
-        given = self._stream
+        given, there = self._stream, self._there
         if self.host is not None:
-            shape = (len(image), image.shape[2], *self.maps[0])
-            if self.free and isinstance(given, TokenMap):
-                return _OnHost(given.claim().turned)
-            return _OnHost(StoredMap.empty(shape, image, self.host, passing=self.free))
+            if self.free and there and there[0].shape[2] == image.shape[2]:
+                return _OnHost(HostMaps([tokens.claim().turned for tokens in there]), start, after)
+            return _OnHost(HostMaps.empty(self.host, self.maps, image, passing=self.free), start, after)
         shape = (len(image), start + self.maps.area + after, image.shape[2])
         free = self.free and (tuple(given.shape), given.dtype) == (shape, image.dtype)
         return _OnDevice(given if free else image.new_empty(shape), self.maps, start, after)
@@ -142,10 +143,20 @@ class OneCall:
 
     def _read(self, pieces: Sequence[Piece]) -> Iterator[torch.Tensor]:
         """The tokens that the block changes of some pieces, in turn."""
-        name = self.tokens.changes
-        if isinstance(self._stream, TokenMap):
-            return self._stream.tiles([piece.tiles[0] for piece in pieces])
-        return (self.tokens.cut({name: self._stream}, self._places(piece))[name] for piece in pieces)
+        name, there = self.tokens.changes, self._there
+        if not there:
+            return (self.tokens.cut({name: self._stream}, self._places(piece))[name] for piece in pieces)
+        parts = parts_of(self._stream)
+        first = next(i for i, part in enumerate(parts) if part is there[0])
+        around = parts[:first], parts[first + len(there) :]
+        tiles = HostMaps([tokens.turned for tokens in there]).of(pieces)
+        return map(lambda some: torch.cat([*around[0], *some, *around[1]], dim=1), tiles)
+
+    @property
+    def _there(self) -> list[TokenMap]:
+        """The image's tokens of what the block changes, map by map, if they are on the host."""
+        found = [part for part in parts_of(self._stream) if isinstance(part, TokenMap)]
+        return found if [each.map_size for each in found] == list(self.maps) else []
 
     def _through(self, piece: Piece, own: torch.Tensor, do: Callable[[int, Attending], torch.Tensor]) -> Any:
         """What the block makes of a piece's `own` tokens and the text, with its attentions done by `do`."""
@@ -191,17 +202,18 @@ class _OnDevice:
 
 
 class _OnHost:
-    """Memory of the host for the image's tokens."""
+    """Memory of the host for the image's tokens, and so many others, before and after them, on the device."""
 
-    def __init__(self, plane: StoredMap) -> None:
-        self.plane = plane
+    def __init__(self, image: HostMaps, before: int, after: int) -> None:
+        self.image, self.before, self.after = image, before, after
 
     def __setitem__(self, piece: Piece, image: torch.Tensor) -> None:
-        (tile,) = piece.tiles
-        self.plane.write(tile, as_map(image, tile.size()))
+        self.image[piece] = image
 
     def whole(self, first: torch.Tensor) -> torch.Tensor:
-        return TokenMap.of(self.plane)
+        """All of them, the others as the first piece has them."""
+        before, after = first[:, : self.before], first[:, first.shape[1] - self.after :]
+        return JoinedTokens.of([before, *self.image.tokens, after])
 
 
 def _as_given(original: Callable[..., Any], hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:

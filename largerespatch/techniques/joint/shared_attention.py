@@ -97,7 +97,7 @@ class SharedSources:
         for name, _ in attending.shares():
             dealt.count_sent(attending.given[name], (self.band.run[1] - self.band.run[0]) * self.band.rows.width)
         own, count = attending.of_heads(*dealt.shares[self.band.bands.rank]), self.maps.area
-        return dealt, own.holding(*(own.with_room(name, count) for name, _ in own.shares()), count)
+        return dealt, own.holding((own.with_room(name, count) for name, _ in own.shares()), count)
 
     def _put(self, known: _Known, piece: Piece, received: _Parts) -> None:
         _, everything = known
@@ -125,7 +125,8 @@ class SharedSources:
         result: torch.Tensor = query if query.shape[3] == value.shape[3] else everything.nothing()
 
         def rows(piece: Piece) -> torch.Tensor:
-            return self.maps.places(piece, key.device) + everything.image.start
+            places: torch.Tensor = self.maps.places(piece, key.device) + everything.image.start
+            return places
 
         result[:, :, everything.text] = by_tiles(
             everything,

@@ -62,8 +62,12 @@ class Maps(tuple[Size, ...]):
     """The (height, width) of maps whose cells are tokens, one after another: the image, then each reference."""
 
     @property
+    def areas(self) -> list[int]:
+        return [height * width for height, width in self]
+
+    @property
     def area(self) -> int:
-        return sum(height * width for height, width in self)
+        return sum(self.areas)
 
     def runs(self) -> Iterator[slice]:
         """Where each map's tokens are."""
