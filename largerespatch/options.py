@@ -96,7 +96,7 @@ class Options:
     attn_context: int | None = _count_or_none(
         "tokens",
         "tokens outside it that a block attends to, too: *heavy* ones, which most queries want, at most half, else "
-        "*sampled*; in joint attention *own* favourites and *pooled* cells. None: 512, there 2048. 0 for none",
+        "*sampled*; in joint attention *own* favourites and *pooled* cells. None: 512, there 3072. 0 for none",
         least=0,
     )
     vae_mode: str = _option(

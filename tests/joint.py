@@ -134,7 +134,7 @@ class JointTests(TableTests):
         dense, before = paint(pipe, arguments), fingerprint(pipe)
         with patch(pipe) as active:
             assert fingerprint(pipe) != before
-            assert "transformer blocks in bricks of 8x4 and 4x8 tokens with 2048 of context" in repr(active)
+            assert "transformer blocks in bricks of 8x4 and 4x8 tokens with 3072 of context" in repr(active)
             paint(pipe, arguments)
         assert fingerprint(pipe) == before
         assert torch.equal(paint(pipe, arguments), dense)

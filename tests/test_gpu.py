@@ -3,8 +3,11 @@
 import gc
 
 import pytest
+import test_flux
 import torch
 from diffusers.hooks import apply_group_offloading
+from joint import CLOSE, error, paint, patch
+from torch.utils._pytree import tree_map_only
 
 import tiny
 from conftest import quiet
@@ -13,8 +16,10 @@ from largerespatch.core.hosts import Host
 from largerespatch.core.maps import StoredMap
 from largerespatch.core.planes import fetch
 from largerespatch.core.tilings import Runs, Tile
+from largerespatch.denoisers import joint as joint_room
 from largerespatch.denoisers import unet as unet_room
 from largerespatch.techniques.attention.key_runs import _attend, _attend_plainly
+from largerespatch.techniques.joint import host_attention
 from test_patch import SMALL, image
 
 pytestmark = [
@@ -165,6 +170,24 @@ def test_a_unet_with_its_maps_on_the_host_is_that_of_the_device(options, monkeyp
     expected = step()
     for _ in range(3):
         assert (step(unet_offload="maps") - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("held", [1, 2**28])
+@pytest.mark.parametrize("case", ["two pictures", "Kontext"])
+def test_a_transformer_with_its_maps_on_the_host_is_that_of_the_device(case, held, monkeypatch):
+    monkeypatch.setattr(joint_room, "LEAST_BYTES", 0)
+    monkeypatch.setattr(host_attention, "HELD", held)
+    build, arguments, _ = test_flux.TestFlux.cases[case]
+    pipe = quiet(build()).to("cuda")
+    told = tree_map_only(torch.Tensor, torch.Tensor.cuda, arguments)
+
+    def drawn(**more):
+        with patch(pipe, attn_context=24, memory_limit=None, **more):
+            return paint(pipe, told)
+
+    expected = drawn()
+    for _ in range(3):
+        assert error(drawn(unet_offload="maps"), expected) < CLOSE
 
 
 @pytest.mark.parametrize("mode", ["two-pass", "exact"])

@@ -21,6 +21,7 @@ from products import in_pairs
 from test_flat import by_side, rows  # noqa: F401  a fixture
 from test_weights import cpu_as_accelerator  # noqa: F401  a fixture
 
+import streams
 from conftest import quiet
 from family import noise
 from halves import OFFLOADS
@@ -108,6 +109,23 @@ def called(model, **options):
     pipe = SimpleNamespace(components={"transformer": model}, scheduler=None, vae_scale_factor=8)
     with elsewhere(), patch(pipe, **options):
         return model(noise(1, 99, 16), **told, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("case", ["Flux", "references", "one stream after two"])
+def test_copies_on_streams_of_their_own_are_waited_for(case, monkeypatch):
+    """As on CUDA, on streams that are played."""
+    monkeypatch.setattr(host_attention, "HELD", 1)
+    pipe, arguments, host = quiet(CASES[case].build()), CASES[case].arguments, Host("cpu:0", 1500, LEAST)
+    with patch(pipe, attn_context=24):
+        expected = paint(pipe, arguments, num_inference_steps=1)
+    with (
+        mock.patch.object(denoisers, "Host", lambda least: host),
+        patch(pipe, **FLAT),
+        streams.play(host) as watch,
+    ):
+        assert error(paint(pipe, arguments, num_inference_steps=1), expected) < CLOSE / 10
+    assert [stream.total > 100 for stream in watch.sides] == [True, True]
+    assert watch.sound()
 
 
 @OFFLOADS
@@ -217,14 +235,21 @@ def test_flux_at_8192_takes_less_than_two_gibibytes_of_a_device():
 SIZES = {"attn_slice_x": 8, "attn_slice_y": 8, "attn_full_tokens": 64, "attn_context": 64, "unet_offload": "maps"}
 
 
-@pytest.mark.parametrize("held", [1, 2**28])
-def test_the_estimate_of_a_step_is_what_a_real_one_holds_on_the_device_and_on_the_host(flux, held, monkeypatch):
+MODELS = {
+    "Flux": (test_flux.pipeline, test_flux.TEXT | test_flux.TestFlux.prompt),
+    "one stream": (test_chroma.TestChroma.cases["text"].build, test_chroma.TEXT | test_chroma.TestChroma.prompt),
+}
+
+
+@pytest.mark.parametrize(("name", "held"), [("Flux", 1), ("Flux", 2**28), ("one stream", 1)])
+def test_the_estimate_of_a_step_is_what_a_real_one_holds_on_the_device_and_on_the_host(name, held, monkeypatch):
     monkeypatch.setattr(host_attention, "HELD", held)
-    pipe, arguments = flux
+    build, arguments = MODELS[name]
+    pipe = quiet(build())
     with elsewhere():
         patch = LargeResPatch(pipe, 384, 320, **SIZES)
         with by_side() as count, patch, count:
-            paint(pipe, arguments | test_flux.TestFlux.prompt, width=384, height=320, num_inference_steps=1)
+            paint(pipe, arguments, width=384, height=320, num_inference_steps=1)
     monkeypatch.setattr(denoisers, "LEAST_BYTES", LEAST)
     monkeypatch.setattr(shadow, "LIBRARIES", 0)  # what an accelerator's take
     for model in (pipe.transformer, pipe.vae):

@@ -18,7 +18,7 @@ from largerespatch.core.hosts import Host
 from largerespatch.core.maps import StoredMap
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.tilings import Runs, Tile, bricks
-from largerespatch.core.tokens import TokenMap, picked, runs_of
+from largerespatch.core.tokens import JoinedTokens, TokenMap, picked, runs_of
 from largerespatch.denoisers import unet as unets
 from largerespatch.options import Options
 from largerespatch.techniques.attention import host_tokens
@@ -186,3 +186,45 @@ def test_tokens_in_bands_of_pinned_memory_are_picked_when_they_have_arrived():
             assert not part[:, :, 3:8].flatten(0, 1)[..., 2:6].any()
             assert part[:, :, 8:].any()
         assert watch.sound()
+
+
+# --- tokens of several parts -------------------------------------------------------------------------------------
+
+
+def joined(host, before=2, after=1):
+    """Of other tokens, those of a map, and others."""
+    first, last = TOKENS[:, :before] + 1, TOKENS[:, :after] + 2
+    return torch.cat([first, tokens_of(PLANE, host), last], dim=1), torch.cat([first, TOKENS, last], dim=1)
+
+
+def test_tokens_that_are_joined_to_others_stay_where_they_are():
+    host = elsewhere()
+    tokens, expected = joined(host)
+    assert isinstance(tokens, JoinedTokens) and tokens.away and tokens.shape == expected.shape
+    assert isinstance(tokens[:, 2:79], TokenMap) and torch.equal(tokens[:, 2:79, ...] + 0, TOKENS)
+    assert torch.equal(tokens[:, :2], expected[:, :2]) and torch.equal(tokens[:, 79:], expected[:, 79:])
+    more = torch.cat([expected[:, :4], tokens], dim=1)
+    assert [part.shape[1] for part in more.parts] == [4, 2, 77, 1]
+    assert more[:, 6:83] is tokens.parts[1], "the very same"
+
+
+def test_all_else_is_done_to_the_whole_of_joined_tokens():
+    tokens, expected = joined(elsewhere())
+    assert torch.equal(tokens * 2, expected * 2)
+    assert torch.equal(tokens[:, 1:79], expected[:, 1:79]) and torch.equal(tokens[1:], expected[1:])
+    assert torch.equal(tokens[:, 2:79, 0], expected[:, 2:79, 0])
+    assert torch.equal(torch.cat([tokens, tokens], dim=0), torch.cat([expected, expected]))
+    (run,) = runs_of(tokens.contiguous(), [(1, 50)])
+    assert torch.equal(run, expected[:, 1:50])
+
+
+def test_what_is_not_alike_is_not_joined():
+    tokens = tokens_of(PLANE, elsewhere())
+    assert type(torch.cat([tokens, TOKENS.double()], dim=1)) is torch.Tensor
+    assert type(torch.cat([tokens, TOKENS], dim=2)) is torch.Tensor
+    assert torch.equal(torch.cat([tokens, TOKENS], dim=2), torch.cat([TOKENS, TOKENS], dim=2))
+
+
+def test_a_single_part_is_itself():
+    tokens = tokens_of(PLANE, elsewhere())
+    assert JoinedTokens.of([TOKENS[:, :0], tokens, TOKENS[:, :0]]) is tokens

@@ -105,7 +105,7 @@ BESIDE = {
     "strips": set(),
     "": {"strips"},
     "attention": {"", "strips"},
-    "joint": {"", "attention"},
+    "joint": {"", "strips", "attention"},
     "vae": {"", "strips", "attention"},
 }
 

@@ -40,10 +40,15 @@ def parse_arguments() -> argparse.Namespace:
         "--times", type=positive, nargs="+", default=[2, 4], metavar="N", help="the training side (%(default)s)"
     )
     parser.add_argument(
-        "--contexts", type=int, nargs="+", default=[0, 512, 1024, 2048], metavar="N", help="in tokens (%(default)s)"
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[0, 512, 1024, 2048, 3072],
+        metavar="N",
+        help="in tokens (%(default)s)",
     )
     parser.add_argument(
-        "--pictures", type=int, nargs="*", default=[512, 2048], metavar="N", help="contexts of pictures (%(default)s)"
+        "--pictures", type=int, nargs="*", default=[1024, 3072], metavar="N", help="contexts of pictures (%(default)s)"
     )
     parser.add_argument("--steps", type=positive, nargs="+", default=[8, 20], metavar="N", help="(%(default)s)")
     parser.add_argument("--prompts", type=positive, default=len(CASES), metavar="N", help="(%(default)s)")

@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
         "--sizes", type=positive, nargs="+", default=[1024, 2048, 4096, 8192], metavar="N", help="(%(default)s)"
     )
     parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="(%(default)s)")
-    add_blocking_options(parser, context=2048)
+    add_blocking_options(parser, context=3072)
     parser.add_argument("--timed-side", type=positive, default=64, metavar="N", help="in tokens (%(default)s)")
     parser.add_argument("--timed-slice", type=positive, default=16, metavar="N", help="in tokens (%(default)s)")
     parser.add_argument("--timed-context", type=positive, default=1024, metavar="N", help="in tokens (%(default)s)")
@@ -153,6 +153,8 @@ def on_paper(name: str, size: int, blocks: dict[str, int]) -> dict[str, Any]:
         flops = arithmetic(model, size, way)
         peak = patch.estimate(patched=way is patched).step
         row[named] = {"flops": sum(flops.values()), "attention_flops": flops["attention"], "activations": peak}
+    flat = patched(whole, unet_offload="maps").estimate()
+    row["maps on the host"] = {"activations": flat.step, "host": flat.host}
     ratio = row["dense"]["flops"] / row["in blocks"]["flops"]
     return row | {"arithmetic_ratio": ratio, "seconds_to_count": time.perf_counter() - started}
 
@@ -160,13 +162,13 @@ def on_paper(name: str, size: int, blocks: dict[str, int]) -> dict[str, Any]:
 def print_paper(rows: list[dict[str, Any]]) -> None:
     def cells(row: dict[str, Any]) -> list[str]:
         if "refused" in row:
-            return ["refused", *[""] * 4]
-        ways = [row[way] for way in ("dense", "in blocks")]
-        tera = [f"{way['flops'] / TERA:.0f}" for way in ways]
-        peaks = [f"{way['activations'] / GIB:.2f}" for way in ways]
+            return ["refused", *[""] * 5]
+        ways = ("dense", "in blocks")
+        tera = [f"{row[way]['flops'] / TERA:.0f}" for way in ways]
+        peaks = [f"{row[way]['activations'] / GIB:.2f}" for way in (*ways, "maps on the host")]
         return [*tera, f"{row['arithmetic_ratio']:.2f}", *peaks]
 
-    headings = ("model", "image", "TFLOP dense", "in blocks", "ratio", "GiB dense", "in blocks")
+    headings = ("model", "image", "TFLOP dense", "in blocks", "ratio", "GiB dense", "in blocks", "maps on the host")
     print_table(headings, [[row["model"], f"{row['size']}²", *cells(row)] for row in rows])
 
 

@@ -26,6 +26,9 @@ BAND_BYTES = 2**24  # of one copy: long enough for the bus, small beside any map
 # that a U-Net keeps, its coarsest skip connections, there are few: half a dozen below this size, whatever the image's.
 LARGE_BANDS = 4
 
+# So of a denoiser's maps those of as many bytes leave the device.
+LEAST_BYTES = LARGE_BANDS * BAND_BYTES
+
 # Pieces of a map that are on their way in each direction at once: one is computed, the next one comes.
 UNDER_WAY = 2
 

@@ -77,8 +77,7 @@ class TokenMap(TurnedMap):
     def __torch_function__(
         cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.cat and (kwargs.get("dim") == 1 or args[1:] == (1,)) and _can_be_joined(args[0]):
+        if _joins(func, *args, **kwargs or {}):
             return JoinedTokens.of(args[0])
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -123,6 +122,8 @@ class JoinedTokens(Map):
     ) -> Any:
         if func is torch.Tensor.__getitem__ and (part := args[0]._part(args[1])) is not None:
             return part
+        if _joins(func, *args, **kwargs or {}):
+            return JoinedTokens.of(args[0])
         if func in OPERATIONS:  # they know maps
             args, kwargs = tree_map_only(JoinedTokens, whole, (args, kwargs or {}))
             return func(*args, **kwargs)
@@ -143,8 +144,10 @@ def parts_of(tokens: torch.Tensor) -> list[torch.Tensor]:
     return tokens.parts if isinstance(tokens, JoinedTokens) else [tokens]
 
 
-def _can_be_joined(parts: Sequence[torch.Tensor]) -> bool:
-    """Whether they are as many samples of as many channels."""
+def _joins(func: object, parts: Any = (), dim: Any = 0, *_: object, **__: object) -> bool:
+    """Whether a call is one of ``torch.cat`` that puts tokens after others, as many samples of as many channels."""
+    if func is not torch.cat or dim != 1:
+        return False
     kinds = {(part.ndim, len(part), part.shape[-1], part.dtype) for part in parts}
     return len(kinds) == 1 and parts[0].ndim == 3
 

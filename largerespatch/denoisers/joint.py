@@ -25,7 +25,7 @@ from ..core.bands import Bands
 from ..core.calls import schedulers_of
 from ..core.checks import warn
 from ..core.families import Order, Site, check_multiple, factor_of, unknown_call
-from ..core.hosts import Host
+from ..core.hosts import LEAST_BYTES, Host
 from ..core.pieces import rehearsing
 from ..techniques.joint.blocks import joint_sites
 from ..techniques.joint.tokens import Kind, Size
@@ -33,7 +33,6 @@ from ..techniques.notes import StepNote, StepNoting
 from ..techniques.padding import padding_sites
 from ..techniques.shared_batch import batch_sites
 from ..techniques.shared_maps import bands_of
-from ..techniques.strips.host_strips import LEAST_BYTES
 from .any import AnyDenoiser, Call
 
 

@@ -13,14 +13,14 @@ from torch import nn
 from ..core.bands import Bands
 from ..core.calls import PROMPT_TOKENS, nets_of, taken, takes
 from ..core.families import Order, Site, register
-from ..core.hosts import Host
+from ..core.hosts import LEAST_BYTES, Host
 from ..core.modules import named_modules
 from ..techniques.attention.blocked import BlockedAttention
 from ..techniques.attention.host_tokens import token_sites
 from ..techniques.shared_batch import batch_sites
 from ..techniques.shared_maps import InBands, bands_of, shared_map_sites
 from ..techniques.skips import OffDevice
-from ..techniques.strips.host_strips import LEAST_BYTES, HostStrips, host_sites
+from ..techniques.strips.host_strips import HostStrips, host_sites
 from .any import AnyDenoiser, Call, seen_picture
 
 TIMESTEP = 500

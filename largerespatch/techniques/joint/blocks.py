@@ -41,7 +41,7 @@ from .shared_tokens import TokensInBands
 from .tokens import Kind, Maps, MapsNote, Tokens, own_rows
 
 # Tokens of context where nothing else is asked for: with rotary positions attention is sharp, and wants them fine.
-CONTEXT = 2048
+CONTEXT = 3072
 
 
 class MapsNoting:

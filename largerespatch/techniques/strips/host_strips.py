@@ -14,7 +14,7 @@ from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
 from ...core.families import Order, Site
-from ...core.hosts import BAND_BYTES, LARGE_BANDS, Host
+from ...core.hosts import Host
 from ...core.maps import ComputedMap, StoredMap
 from ...core.modules import named_modules
 from ...core.pieces import assemble
@@ -37,9 +37,6 @@ from .strips import (
 
 # What maps on the host must know the inside of: that a downsampler is one convolution, centred on every other cell.
 LEANS_ON = ("diffusers.models.downsampling.Downsample2D.forward",)
-
-# Of a map that leaves the device: a large one.
-LEAST_BYTES = LARGE_BANDS * BAND_BYTES
 
 # Rows of a strip where it is not said.
 ROWS = 16
