@@ -136,8 +136,8 @@ class Options:
         lambda option, value: switch_or_one_of(option, value, UNET_OFFLOADS),
         'False, "skips" (or True, which means that), "maps"',
         'what of a denoiser is in (pinned) host memory: "skips" for skip connections, "maps" for every map of 64 MiB '
-        "or more, and the queries, keys and values of joint attention, so that a larger image needs little more. "
-        "Exact; on the host it changes nothing",
+        "or more, keys and values of joint attention too, so that a larger image needs little more. Exact; on the host "
+        "it changes nothing",
     )
     memory_limit: str | int | None = _option(
         "auto",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.calls import new_like, takes
+from ..core.calls import asked_by, new_like
 from ..core.families import register
 from ..core.hosts import Host
 from ..techniques.strips.strips import Forward, reach
@@ -56,7 +56,7 @@ class Asymmetric(KL):
         return f"{way} (a decoder that is shown a picture exactly, in strips of {in_pieces.cutting.strip_height} rows)"
 
     def call(self, stage: str, model: Any, pipe: Any, height: int, width: int) -> None:
-        if stage == "encode" or "mask_image" not in takes(type(pipe).__call__):
+        if stage == "encode" or "mask_image" not in asked_by(pipe):
             return super().call(stage, model, pipe, height, width)
         mask = new_like(model)(1, 1, height, width)
         shown = {"image": self.image(model, height, width), "mask": mask}

@@ -1,9 +1,11 @@
 """`AutoencoderKL`, and whatever is built of the same encoder and decoder (Flux 2's)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from diffusers.models.attention_processor import Attention
+from diffusers.utils.logging import tqdm
 from torch import nn
 
 from ..core.families import Order, Site, register
@@ -60,7 +62,7 @@ class KL(AnyAutoencoder):
             tile_width=options.vae_chunk_size_x,
             latent_scale=scale,
             wrap=options.padding_mode == "circular",
-            progress_bar=pipe.progress_bar,
+            progress_bar=progress_bar_of(pipe),
             title=f"VAE {which}",
             in_turns=in_turns,
             factor=factor,
@@ -132,3 +134,14 @@ def _is_known(model: Any) -> bool:
     blocks = [*model.encoder.down_blocks, *model.decoder.up_blocks]
     attends = any(isinstance(module, Attention) for block in blocks for module in block.modules())
     return not attends and isinstance(getattr(model.decoder, "conv_norm_out", None), nn.GroupNorm)
+
+
+def progress_bar_of(pipe: Any) -> Callable[..., Any]:
+    """The pipeline's own; of one that is made of blocks that of the first which has any, or one that is not seen."""
+    blocks = [pipe]
+    while blocks:
+        block = blocks.pop(0)
+        if (found := getattr(block, "progress_bar", None)) is not None:
+            return found  # type: ignore[no-any-return]
+        blocks += getattr(getattr(block, "_blocks", block), "sub_blocks", {}).values()
+    return partial(tqdm, disable=True)

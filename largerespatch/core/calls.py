@@ -29,10 +29,19 @@ def taken(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None and name in names}
 
 
+def asked_by(pipe: Any) -> dict[str, Any]:
+    """What a pipeline's call can be given, by name, with what it takes otherwise; those made of blocks say so."""
+    found: dict[str, Any] | None = getattr(pipe, "default_call_parameters", None)
+    if found is None:
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        found = {name: None if each.default is each.empty else each.default for name, each in parameters.items()}
+    return found
+
+
 def default_of(pipe: Any, parameter: str, otherwise: Any) -> Any:
     """What a pipeline takes for a parameter of its call that is not given."""
-    found = inspect.signature(type(pipe).__call__).parameters.get(parameter)
-    return otherwise if found is None or found.default in (None, inspect.Parameter.empty) else found.default
+    found = asked_by(pipe).get(parameter)
+    return otherwise if found is None else found
 
 
 def new_like(model: Any) -> New:
@@ -54,7 +63,7 @@ def schedulers_of(pipe: Any) -> list[Any]:
 
 def guidance_batch(pipe: Any, denoiser: Any) -> int:
     """Samples that a denoiser sees for one image with guidance on."""
-    scales = {"guidance_scale", "image_guidance_scale", "pag_scale"} & takes(type(pipe).__call__)
+    scales = {"guidance_scale", "image_guidance_scale", "pag_scale"} & asked_by(pipe).keys()
     if getattr(denoiser.config, "time_cond_proj_dim", None) is not None or "guidance" in takes(denoiser.forward):
         scales.discard("guidance_scale")  # a number that the model is told, not another sample
     return 1 + len(scales)
@@ -89,7 +98,7 @@ def encodes(pipe: Any) -> bool:
     Of the pictures that are given one is for the ControlNet or adapter, if there is any; the others are the VAE's, but
     what is given with a `noise_level` is the denoiser's.
     """
-    names = takes(type(pipe).__call__)
+    names = asked_by(pipe).keys()
     pictures = len({"image", "control_image"} & names) - sees_image(pipe)
     return "noise_level" not in names and (pictures > 0 or bool({"mask_image", "video"} & names))
 
@@ -100,6 +109,6 @@ def held(pipe: Any, height: int, width: int) -> list[torch.Tensor]:
         return []  # an adapter's picture is not copied
     picture = torch.empty(1, 3, height, width)
     tensors = [picture, torch.empty_like(picture)]
-    if "mask_image" in takes(type(pipe).__call__):
+    if "mask_image" in asked_by(pipe):
         tensors += [torch.empty_like(picture), torch.empty_like(picture[:, :1])]
     return tensors

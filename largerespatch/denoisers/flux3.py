@@ -41,6 +41,7 @@ class Flux3(Packed):
     """`Flux3Transformer2DModel`. Blocks of text alone and of references alone run whole."""
 
     class_name = "Flux3Transformer2DModel"
+    in_turns = True
     of_all = ("img_ids", "txt_ids", "image_cond_ids")
 
     def kinds(self, model: Any) -> Mapping[str, Kind]:
