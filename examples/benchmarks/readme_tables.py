@@ -262,6 +262,8 @@ def headline_table() -> str:
     (flux,) = (row for row in load("transformers")["rows"] if (row["model"], row["size"]) == ("flux", 8192))
     dense, ours = (f"{flux[way]['flops'] / TERA / 1000:.1f} PFLOP" for way in ("dense", "in blocks"))
     rows.append(["Flux, 8192²: arithmetic of a step, counted", dense, "", ours])
+    unpatched, least = (f"{flux[way]['activations'] / GIB:.1f} GiB" for way in ("dense", "maps on the host"))
+    rows.append(["Flux, 8192²: peak beside weights, simulated", unpatched, "", least])
     rows.append(["VAE decode, 4096²: H200", untiled, tiling, f"{two}; exact mode {exact}"])
     fidelity = load("fidelity")
     decodes = [row for row in fidelity["vae"] if row["direction"] == "decode"]

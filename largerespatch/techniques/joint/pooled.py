@@ -129,7 +129,8 @@ class PooledMap:
         rows, columns = cells // self.sizes[top][1], cells % self.sizes[top][1]
         parts = []
         for level in range(top, 0, -1):
-            known, spread = self._seen(level, rows, columns, tile, middle)
+            alike = len(self.levels[0][0]) if level == top else len(rows)  # all see the same of the coarsest cells
+            known, spread = self._seen(level, rows[:alike], columns[:alike], tile, middle)
             scores = judges @ known.keys.transpose(-1, -2) + known.log_weights[:, :, None]
             if level == top:
                 total = torch.logaddexp(total, scores.logsumexp(dim=-1, keepdim=True))
@@ -144,24 +145,29 @@ class PooledMap:
         return Keys.of(parts)
 
     def _seen(
-        self, level: int, rows: torch.Tensor, columns: torch.Tensor, tile: Tile, middle: torch.Tensor
+        self, level: int, rows: torch.Tensor, columns: torch.Tensor, tile: Tile, middles: torch.Tensor
     ) -> tuple[Keys, torch.Tensor]:
-        """Cells of a level, by their places ``[B, heads, n]``, as a query `middle` ``[B, heads, 1, C]`` sees them.
+        """Cells of a level, by their places ``[B, heads, n]``, as queries `middles` ``[P * B, heads, 1, C]`` see them.
 
-        They are made of their quarters; how much the keys of these differ is told, too, ``[B, heads, n]``. Those
+        They are made of their quarters; how much the keys of these differ is told, too, ``[P * B, heads, n]``. Those
         without tokens outside the tile weigh nothing.
         """
         quarters = _quarters(rows, columns)
         means = (each.view(*rows.shape, 4, each.shape[-1]) for each in self._means(level - 1, *quarters))
         keys, values = next(means).float(), next(means)
-        counts = self._outside(level - 1, *quarters, tile).view(*rows.shape, 4)
-        scores = (keys.flatten(2, 3) @ middle.transpose(-1, -2)).view(counts.shape) + counts.log()
+        counts = self._outside(level - 1, *quarters, tile).view(*rows.shape, 1, 4)
+        # Those who see the same cells side by side: [B, heads, n, P, ...]
+        middle = middles.view(-1, *rows.shape[:2], middles.shape[-1]).movedim(0, 2)
+        scores = (keys.flatten(2, 3) @ middle.transpose(-1, -2)).view(*rows.shape, 4, middle.shape[2])
+        scores = scores.transpose(-1, -2) + counts.log()
         mass = scores.logsumexp(dim=-1, keepdim=True)
-        shares = (scores - mass.clamp(min=torch.finfo(mass.dtype).min)).exp_()[..., None, :]
-        key, value = ((shares.to(each.dtype) @ each)[..., 0, :] for each in (keys, values))
-        squares = (shares @ _square(keys))[..., 0, 0]
+        shares = (scores - mass.clamp(min=torch.finfo(mass.dtype).min)).exp_()
+        key, value = (shares.to(each.dtype) @ each for each in (keys, values))
+        squares = (shares @ _square(keys))[..., 0]
         spread = (squares - _square(key)[..., 0]).clamp(min=0)
-        return Keys(key, value, mass[..., 0] - (key @ middle.transpose(-1, -2))[..., 0]), spread
+        log_weights = mass[..., 0] - torch.einsum("bhnpc,bhpc->bhnp", key, middle)
+        key, value, log_weights, spread = (_by_parts(each) for each in (key, value, log_weights, spread))
+        return Keys(key, value, log_weights), spread
 
     def _outside(self, level: int, rows: torch.Tensor, columns: torch.Tensor, tile: Tile) -> torch.Tensor:
         """How many tokens outside the tile cells of a level hold, by their places ``[B, heads, n]``."""
@@ -177,6 +183,11 @@ def _rows(whole: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     starts = torch.arange(batch * heads, device=places.device).view(batch, heads, 1) * count
     starts = starts.repeat(len(places) // batch, 1, 1)
     return whole.flatten(0, 2).index_select(0, (places + starts).flatten()).view(*places.shape, channels)
+
+
+def _by_parts(seen: torch.Tensor) -> torch.Tensor:
+    """``[P * B, heads, n, ...]`` of ``[B, heads, n, P, ...]``."""
+    return seen.movedim(3, 0).flatten(0, 1)
 
 
 def _square(vectors: torch.Tensor) -> torch.Tensor:
