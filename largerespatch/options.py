@@ -106,29 +106,27 @@ class Options:
         '"two-pass" (approximate, in tiles) or "exact": strip by strip with the statistics of the whole map, as fast '
         'as untiled in half of its memory. None: "two-pass"; "exact" with a `process_group`',
     )
-    vae_passes: int = _count(
-        2, "", 'passes of "two-pass", the last of which makes the result: the more, the closer to exact', least=2
-    )
+    vae_passes: int = _count(2, "", 'passes of "two-pass": the more, the closer to exact', least=2)
     vae_attn: str = _word(
         "full",
         VAE_ATTENTIONS,
-        "\"blocked\": the VAE's mid-block attention is blocked like the U-Net's, with the same `attn_` options. "
-        "Approximate; saves most of a decode's time beyond about 4096 x 4096",
+        '"blocked": the VAE\'s mid-block attention is blocked by the same `attn_` options. Approximate; saves most of '
+        "a decode's time beyond about 4096 x 4096",
     )
     vae_recompute: bool = _switch(
         "whether an exact VAE computes its largest maps anew whenever they are read: about 27 % "
-        "of the untiled memory, workspaces aside, 30 % more time for a decode. Exact"
+        "of the untiled memory, 30 % more time for a decode. Exact"
     )
     vae_offload: bool = _switch(
-        "whether whole maps of the VAE are in (pinned) host memory while their strips or tiles visit the device. An "
-        "image of 64 MiB or more is given back on the host. Exact; on the host it changes nothing"
+        "whether maps of the VAE are in (pinned) host memory while strips or tiles visit the device. An image of 64 "
+        "MiB or more is given back on the host. Exact; on the host it changes nothing"
     )
     unet_serial: bool = _switch(
-        "whether denoiser and ControlNet run the samples of a batch (guidance makes two of one) one by one. Exact"
+        "whether denoiser and ControlNet run the samples of a batch (two with guidance) one by one. Exact"
     )
     unet_strip_rows: int | None = _count_or_none(
         "rows of the feature map",
-        "run the residual blocks and upsamplers of U-Nets and ControlNets in strips of at most so many rows (exact; "
+        "run residual blocks and upsamplers of U-Nets and ControlNets in strips of at most so many rows (exact; "
         'less memory at about the same time); None: whole, or 16 with unet_offload "maps"',
     )
     unet_offload: bool | str = _option(

@@ -18,6 +18,7 @@ CASES: tuple[tuple[str, str, int, Settings], ...] = (
     ("sd15", "decode", 1, {"vae_mode": "exact", "vae_offload": True}),
     ("sd15", "decode", 1, {"vae_offload": True}),
     ("sd15", "step", -2, {"unet_offload": "maps", "unet_serial": True, "unet_strip_rows": 64}),
+    ("flux", "step", -2, {"unet_offload": "maps"}),
 )
 AHEAD = (1, 2, 3)  # pieces under way at once
 

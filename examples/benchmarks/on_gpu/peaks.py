@@ -32,6 +32,7 @@ CASES: tuple[tuple[str, int, int | None], ...] = (
     ("sd15", 8192, 12),
     ("sd15", 8192, 24),
     ("sdxl", 8192, None),
+    ("flux", 8192, 8),
 )
 SMALL_CASES = (("sd15", 128, None), ("sd15", 256, 8), ("flux", 128, None))
 DEFAULTS = Options()
