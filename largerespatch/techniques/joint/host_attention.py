@@ -60,30 +60,33 @@ class HostHeads:
 
 
 class _Turn:
-    """What heads that attend together have on the host, and how: `call` is theirs, of a single token of the image."""
+    """What heads that attend together have on the host, and how: `call` is theirs, of a single token of the image.
+
+    In the end `result` has what attention gives.
+    """
 
     def __init__(self, call: Attending, host: Host, maps: Maps) -> None:
         self.call, self.maps = call, maps
-        self.kept = [HostHeads(host, maps, call.given[name]) for name, _ in call.shares()]
+        self.kept = {name: HostHeads(host, maps, call.given[name]) for name, _ in call.shares()}
         alike = call.given["query"].shape[3] == call.given["value"].shape[3]
-        self.result = self.kept[0] if alike else HostHeads(host, maps, call.nothing())
+        self.result = self.kept["query"] if alike else HostHeads(host, maps, call.nothing())
 
     def learn(self, piece: Piece, parts: Sequence[torch.Tensor]) -> None:
         """Queries, keys and values of a piece."""
-        for kept, part in zip(self.kept, parts, strict=True):
+        for kept, part in zip(self.kept.values(), parts, strict=True):
             kept[piece] = part
 
     def attend(self, pieces: Sequence[Piece], context: int) -> torch.Tensor:
-        """What the text gets; `result` has what the image does. Nobody needs what was kept any more."""
-        queries, *others = self.kept
-        self.kept.clear()
-        whole = []
-        for name, rows in self.call.shares()[1:]:
-            whole.append(self.call.with_room(name, self.maps.area))
-            others.pop(0).onto(whole[-1][:, :, rows.start : rows.start + self.maps.area])
-        keys, values = whole
+        """What the text gets. Nobody needs what is kept any more."""
+        keys, values, queries = self._arrived("key"), self._arrived("value"), self.kept.pop("query")
         source = KeySource(keys, values, self.maps, self.call.image_keys.start, context)
         return by_tiles(self.call, source, pieces, queries.of, place=lambda piece: piece, into=self.result)
+
+    def _arrived(self, name: str) -> torch.Tensor:
+        """Keys or values of all tokens, on the device; the host has them no more."""
+        first, whole = self.call.image_keys.start, self.call.with_room(name, self.maps.area)
+        self.kept.pop(name).onto(whole[:, :, first : first + self.maps.area])
+        return whole
 
 
 class HostSources:
@@ -96,21 +99,21 @@ class HostSources:
         self.made: list[tuple[torch.Tensor, list[HostHeads]]] = []
 
     def learn(self, walk: Walk, read: Read) -> None:
-        calls: list[Attending] = []  # each of a single token of the image
+        calls: list[Attending] = []  # of a single token of the image
         known: list[dict[Run, _Turn]] = []
-        one = torch.zeros(1, dtype=torch.long)
 
         def compute(piece: Piece, tokens: torch.Tensor) -> list[list[list[torch.Tensor]]]:
             met = walk(piece, tokens)
-            calls.extend(each.narrowed(one.to(tokens.device)) for each in met if not known)
+            if not calls:
+                calls.extend(each.narrowed(tokens.new_zeros(1, dtype=torch.long)) for each in met)
             return [[_of_image(each.of_heads(*run)) for run in self._runs(each)] for each in met]
 
-        def put(piece: Piece, met: Sequence[Sequence[Sequence[torch.Tensor]]]) -> None:
+        def put(piece: Piece, parts: Sequence[Sequence[Sequence[torch.Tensor]]]) -> None:
             if not known:
                 known.extend(map(self._turns, calls))
-            for turns, parts in zip(known, met, strict=True):
-                for turn, part in zip(turns.values(), parts, strict=True):
-                    turn.learn(piece, part)
+            for turns, of_turns in zip(known, parts, strict=True):
+                for turn, some in zip(turns.values(), of_turns, strict=True):
+                    turn.learn(piece, some)
 
         assemble(self.pieces, compute, place=lambda piece: piece, into=Putting(put), read=read)
         for call, turns in zip(calls, known, strict=True):
@@ -153,4 +156,5 @@ class HostSources:
 
 
 def _of_image(attending: Attending) -> list[torch.Tensor]:
+    """Queries, keys and values of the image."""
     return [attending.part(name, rows) for name, rows in attending.shares()]
