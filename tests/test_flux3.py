@@ -1,5 +1,6 @@
 """Flux 3: each kind of token in blocks of its own, then all together. Its pipelines are modular."""
 
+from types import SimpleNamespace
 from typing import ClassVar
 from unittest import mock
 
@@ -11,6 +12,7 @@ from test_flux2 import IMAGE, flux_2
 
 import tiny
 from family import noise
+from largerespatch.autoencoders.kl import progress_bar_of
 from largerespatch.techniques.joint.one_call import OneCall
 
 MODEL = {"in_channels": 16, "cond_in_channels": 16, "num_layers": 2, "num_single_layers": 2}
@@ -57,6 +59,22 @@ class TestFlux3(JointTests):
 
 def ids(number, height, width):
     return torch.cartesian_prod(torch.tensor([number]), torch.arange(height), torch.arange(width), torch.tensor([0]))
+
+
+def test_progress_is_shown_by_the_first_block_that_has_a_bar(capsys):
+    pipe = pipeline()
+    bar = progress_bar_of(pipe)
+    assert type(bar.__self__).__name__ == "Flux3DenoiseStep"
+    with patch(pipe, vae_chunk_size_x=8, vae_chunk_size_y=8):
+        pipe.vae.decode(noise(1, 4, 18, 22))
+    assert "VAE decode" in capsys.readouterr().err
+
+
+def test_where_no_block_has_a_bar_none_is_seen(capsys):
+    with progress_bar_of(SimpleNamespace(_blocks=SimpleNamespace(sub_blocks={})))(total=3) as bar:
+        bar.set_description("VAE decode")
+        bar.update()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("references", [False, True])

@@ -53,8 +53,8 @@ class _Left(Exception):  # noqa: N818  nothing is wrong
 class OneCall:
     """A call of a block, which `called` makes with other arguments, for image tokens of `maps` and `texts` more.
 
-    `host` is where what it gives for the image's tokens waits; None: on the device. `free`: it may be written over what
-    the block was given. `passing`: so may what is on the host.
+    `host` is where what it gives for the image's tokens waits; None: on the device. Where the block is `free` to write
+    over what it was given, the next one may write over that.
     """
 
     def __init__(
