@@ -118,21 +118,22 @@ def part(plane: torch.Tensor, *tiles: Tile) -> torch.Tensor:
 
     What of a tile lies over an edge comes from the opposite one.
     """
-    return _joined([_around(plane, tile) for tile in tiles], dim=0)
+    return concatenated([_around(plane, tile) for tile in tiles], dim=0)
 
 
 def _around(plane: torch.Tensor, tile: Tile) -> torch.Tensor:
     height, width = plane.shape[-2:]
     rows, columns = around(tile.top, tile.bottom, height), around(tile.left, tile.right, width)
     inside = ([Tile(top, left, bottom, right) for left, right in columns] for top, bottom in rows)
-    return _joined([_joined([_within(plane, each) for each in band], dim=3) for band in inside], dim=2)
+    return concatenated([concatenated([_within(plane, each) for each in band], dim=3) for band in inside], dim=2)
 
 
 def _within(plane: torch.Tensor, tile: Tile) -> torch.Tensor:
     return plane.part(tile) if isinstance(plane, Map) else plane[:, :, tile.rows, tile.columns]
 
 
-def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+def concatenated(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """One after another; a single one as it is, not a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 

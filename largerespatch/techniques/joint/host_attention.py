@@ -12,6 +12,7 @@ import torch
 
 from ...core.hosts import BAND_BYTES, Host
 from ...core.pieces import Putting, assemble, side_by_side
+from ...core.planes import concatenated
 from ...core.tilings import Run, Runs
 from ...core.tokens import TokenMap
 from .host_maps import HostMaps
@@ -37,7 +38,7 @@ class HostHeads:
 
     def of(self, pieces: Sequence[Piece]) -> Iterator[torch.Tensor]:
         """Of some pieces, in turn, ``[B, heads, n, C]``."""
-        return map(lambda parts: self._by_heads(torch.cat(list(parts), dim=1)), self.maps.of(pieces))
+        return map(lambda parts: self._by_heads(concatenated(parts, dim=1)), self.maps.of(pieces))
 
     def onto(self, rows: torch.Tensor) -> None:
         """Copies all of it to ``[B, heads, N, C]`` on the device."""
@@ -143,7 +144,7 @@ class HostSources:
     def of(self, pieces: Sequence[Piece]) -> Iterator[list[torch.Tensor]]:
         """What each attention gave for the image's tokens, ``[B, heads, n, C]``."""
         every = [side_by_side(*(heads.of(pieces) for heads in made)) for _, made in self.made]
-        return map(lambda each: [torch.cat(heads, dim=1) for heads in each], side_by_side(*every))
+        return map(lambda each: [concatenated(heads, dim=1) for heads in each], side_by_side(*every))
 
     def attended(
         self, i: int, attending: Attending, piece: Piece, given: Sequence[torch.Tensor], text_too: bool

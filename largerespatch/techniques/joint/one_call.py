@@ -11,6 +11,7 @@ from ...core.bands import Band
 from ...core.hosts import Host
 from ...core.patching import PatchStack
 from ...core.pieces import assemble, side_by_side
+from ...core.planes import concatenated
 from ...core.tokens import JoinedTokens, TokenMap, parts_of
 from .host_maps import HostMaps
 from .joining import Attending, Joining
@@ -150,7 +151,7 @@ class OneCall:
         first = next(i for i, part in enumerate(parts) if part is there[0])
         around = parts[:first], parts[first + len(there) :]
         tiles = HostMaps([tokens.turned for tokens in there]).of(pieces)
-        return map(lambda some: torch.cat([*around[0], *some, *around[1]], dim=1), tiles)
+        return map(lambda some: concatenated([*around[0], *some, *around[1]], dim=1), tiles)
 
     @property
     def _there(self) -> list[TokenMap]:
