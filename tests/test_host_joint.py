@@ -18,6 +18,7 @@ import test_sd3
 import torch
 from joint import CLOSE, error, paint, patch
 from products import in_turns
+from test_estimate import Operations
 from test_flat import by_side, rows  # noqa: F401  a fixture
 from test_weights import cpu_as_accelerator  # noqa: F401  a fixture
 
@@ -226,6 +227,19 @@ def test_flux_at_8192_takes_less_than_two_gibibytes_of_a_device():
     estimate = LargeResPatch(pipe, 8192, 8192, unet_offload="maps").estimate()
     assert estimate.step < 1.5 * GIB < LargeResPatch(pipe, 8192, 8192).estimate().step / 4
     assert estimate.host == 4 * 512 * 512 * 3072 * 2
+
+
+def test_blocks_of_text_and_tokens_on_the_host_are_counted_once():
+    """An estimate does next to nothing for four more of them."""
+    done = []
+    for number in (9, 5, 9):  # four of which are cut up in different ways
+        with torch.device("meta"):
+            model = d.ChromaTransformer2DModel(num_layers=1, num_single_layers=number)
+        pipe = simulated(d.ChromaPipeline, lambda model=model: model)
+        with Operations() as run:
+            LargeResPatch(pipe, 8192, 8192, unet_offload="maps").estimate()
+        done.append(run.count)
+    assert done[2] - done[1] < 0.01 * done[1]
 
 
 SIZES = {"attn_slice_x": 8, "attn_slice_y": 8, "attn_full_tokens": 64, "attn_context": 64, "unet_offload": "maps"}

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from largerespatch.core.hosts import Host
+from largerespatch.core.maps import StoredMap
 from largerespatch.techniques.joint.passing import Passing
 
 
@@ -33,6 +35,13 @@ def test_what_the_model_made_is_free_and_what_it_was_given_is_not(given):
     assert passing.is_free(torch.zeros(2, 3))
     for tensor in (given["x"], given["x"][:, 1:], given["others"][0], given["others"][1]["deep"]):
         assert not passing.is_free(tensor)
+
+
+@pytest.mark.parametrize("passing", [False, True])
+def test_a_map_is_free_where_it_was_made_for_one_reader(given, passing):
+    made = StoredMap.empty((1, 2, 3, 3), given["x"], Host("cpu:0"), passing)
+    assert begun(Model(), given).is_free(made) == passing
+    assert not Passing(Model()).is_free(made)
 
 
 def test_nothing_is_free_where_it_may_be_wanted_again(given):

@@ -78,15 +78,16 @@ class _Turn:
             kept[piece] = part
 
     def attend(self, pieces: Sequence[Piece], context: int) -> torch.Tensor:
-        """What the text gets. Nobody needs what is kept any more."""
-        keys, values, queries = self._arrived("key"), self._arrived("value"), self.kept.pop("query")
+        """What the text gets."""
+        keys, values = self._arrived("key"), self._arrived("value")
         source = KeySource(keys, values, self.maps, self.call.image_keys.start, context)
-        return by_tiles(self.call, source, pieces, queries.of, place=lambda piece: piece, into=self.result)
+        read = self.kept["query"].of
+        return by_tiles(self.call, source, pieces, read, place=lambda piece: piece, into=self.result)
 
     def _arrived(self, name: str) -> torch.Tensor:
-        """Keys or values of all tokens, on the device; the host has them no more."""
+        """Keys or values of all tokens, on the device."""
         first, whole = self.call.image_keys.start, self.call.with_room(name, self.maps.area)
-        self.kept.pop(name).onto(whole[:, :, first : first + self.maps.area])
+        self.kept[name].onto(whole[:, :, first : first + self.maps.area])
         return whole
 
 
