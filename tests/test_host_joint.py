@@ -19,7 +19,7 @@ import torch
 from joint import CLOSE, error, paint, patch
 from products import in_turns
 from test_estimate import Operations
-from test_flat import by_side, rows  # noqa: F401  a fixture
+from test_flat import by_side, interrupted, rows  # noqa: F401  a fixture
 from test_weights import cpu_as_accelerator  # noqa: F401  a fixture
 
 import streams
@@ -176,20 +176,9 @@ def test_what_gradients_go_through_stays_on_the_device(flux, rows):  # noqa: F81
 def test_an_interrupt_in_the_middle_of_a_step_leaves_no_map_behind(flux, rows):  # noqa: F811
     pipe, arguments = flux
     paint(pipe, arguments, num_inference_steps=1)  # a transformer changes by itself in the first run
-    before, calls = fingerprint(pipe), []
-
-    def interrupt(*args):
-        calls.append(len(rows.alive))
-        if len(calls) > 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), elsewhere(), patch(pipe, **FLAT), pytest.warns(match="forward hooks inside"):
-        handle = pipe.transformer.single_transformer_blocks[0].proj_out.register_forward_pre_hook(interrupt)
-        try:
-            paint(pipe, arguments)
-        finally:
-            handle.remove()
-    assert calls[-1] > 0
+    before, module = fingerprint(pipe), pipe.transformer.single_transformer_blocks[0].proj_out
+    with pytest.warns(match="forward hooks inside"), interrupted(module, rows), elsewhere(), patch(pipe, **FLAT):
+        paint(pipe, arguments)
     assert fingerprint(pipe) == before
     gc.collect()
     assert not rows.alive

@@ -214,6 +214,7 @@ def test_all_else_is_done_to_the_whole_of_joined_tokens():
     assert torch.equal(tokens[:, 1:79], expected[:, 1:79]) and torch.equal(tokens[1:], expected[1:])
     assert torch.equal(tokens[:, 2:79, 0], expected[:, 2:79, 0])
     assert torch.equal(torch.cat([tokens, tokens], dim=0), torch.cat([expected, expected]))
+    assert not tokens.away and torch.equal(tokens[:, 2:79], TOKENS), "now it is on the device"
     (run,) = runs_of(tokens.contiguous(), [(1, 50)])
     assert torch.equal(run, expected[:, 1:50])
 

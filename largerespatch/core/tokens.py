@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from .hosts import HostRows
-from .maps import StoredMap, TurnedMap
+from .maps import JoinedMap, StoredMap, TurnedMap
 from .pieces import assemble
 from .planes import OPERATIONS, Map, whole
 from .tilings import Run, Tile
@@ -49,6 +49,9 @@ class TokenMap(TurnedMap):
     def whole(self) -> torch.Tensor:
         return self.turned.whole().flatten(2).transpose(1, 2)
 
+    def copied(self) -> torch.Tensor:
+        return self.turned.copied().flatten(2).transpose(1, 2)
+
     def claim(self) -> "TokenMap":
         return TokenMap.of(self.turned.claim())
 
@@ -82,35 +85,27 @@ class TokenMap(TurnedMap):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-class JoinedTokens(Map):
+class JoinedTokens(JoinedMap):
     """Tokens ``[B, N, C]`` of several `parts`, one after another, of which some are those of maps.
 
     Each is there as it was. All else is done to the whole.
     """
 
-    def __init__(self, shape: Sequence[int], like: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-        self.parts = list(parts)
-        self.host = next((part.host for part in parts if isinstance(part, Map)), None)
-
     @classmethod
-    def of(cls, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def of(cls, parts: Sequence[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
         """Those that there are any of; a single part is itself."""
         parts = [each for part in parts for each in parts_of(part) if each.shape[1]]
         if len(parts) == 1:
             return parts[0]
         batch, _, channels = parts[0].shape
-        return cls((batch, sum(part.shape[1] for part in parts), channels), parts[0], parts)
+        return cls((batch, sum(part.shape[1] for part in parts), channels), parts[0], parts, 1)
 
     @property
     def passing(self) -> bool:  # type: ignore[override]
         return any(isinstance(part, Map) and part.passing for part in self.parts)
 
-    @property
-    def away(self) -> bool:
-        return any(isinstance(part, Map) and part.away for part in self.parts)
-
-    def whole(self) -> torch.Tensor:
-        return torch.cat([whole(part) for part in self.parts], dim=1)
+    def copied(self) -> torch.Tensor:
+        return torch.cat([part.copied() if isinstance(part, Map) else part for part in self.parts], dim=1)
 
     def fetch(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
         tokens = self.whole()

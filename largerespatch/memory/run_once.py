@@ -184,8 +184,6 @@ def _look(given: Any) -> Any:
         look = type(given), given.shape, given.dtype, given.device, given.host, given.away, given.passing
         if isinstance(given, JoinedMap):
             return *look, given.along, *map(_look, given.parts)
-        if isinstance(given, JoinedTokens):
-            return *look, *map(_look, given.parts)
         return (*look, object()) if isinstance(given, ComputedMap) else look  # of what it is computed is not told
     if isinstance(given, torch.Tensor):
         return Look.of(given)
