@@ -306,9 +306,9 @@ class Band:
         heights = [stop - start for start, stop in map(self.rows.run, range(self.bands.count))]
         return pool([GroupStatistics(rows * self.rows.width, *each) for rows, each in zip(heights, parts, strict=True)])
 
-    def summed(self, sums: torch.Tensor) -> torch.Tensor:
+    def summed(self, sums: torch.Tensor, kind: str = "statistics") -> torch.Tensor:
         """Sums over the whole map, of those over this band, which may be written over."""
-        return sums if self.alone else self.bands.summed(sums, "statistics")
+        return sums if self.alone else self.bands.summed(sums, kind)
 
     def picked(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """The tokens ``[B, S, C]`` of the whole map at places ``[B, S]``, of this band's tokens ``[B, N, C]``."""

@@ -31,7 +31,7 @@ CONTEXT = 512
 class Blocking:
     """How self-attention is blocked: `shape` is a key of `COVERS`, all else counts tokens.
 
-    `context` is the number of tokens outside a tile that it attends to as well, at most half heavy, the rest sampled.
+    `context` is the number of tokens outside a tile that it attends to as well.
     `warned` are the processors of which it has been said that they cannot be told the context's weights.
     """
 
@@ -229,9 +229,7 @@ class BlockedAttention:
             return None
         height, width = size
         seed = f"layer {self.layer} step {self.step_note.step}"
-        heavy = self.blocking.context // 2
-        sampled = self.blocking.context - heavy
-        return Context(self.attention, tokens, (height, width), heavy, sampled, seed, prepare, band)
+        return Context(self.attention, tokens, (height, width), self.blocking.context, seed, prepare, band)
 
 
 def blocking_of(options: Any, context: int = CONTEXT) -> Blocking:

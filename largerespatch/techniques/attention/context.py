@@ -1,13 +1,17 @@
 """The context of a block: tokens outside it that stand for the rest of the map.
 
-*Heavy* tokens are those that most queries want; a *sampled* few stand for all the others, each with the log of how many
-it stands for. Up to half are heavy, as many as there are: a token that is called heavy and is not does harm.
-Approximate; with all tokens as context a block attends as dense attention does.
+Tokens are taken with the probability that what queries want of them makes worth while, and each stands for the inverse
+of it, with the logarithm of that as its weight. So *heavy* tokens, those that most queries want, are always there and
+stand for themselves; others are *sampled*. What that leaves of an error is made good for some of the queries, and so
+for all, as far as they are like them: see `Calibration`. Approximate; with all tokens as context a block attends as
+dense attention does.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,78 +19,111 @@ from diffusers.models.attention_processor import Attention
 
 from ...core.bands import Band
 from ...core.pieces import assemble
-from ...core.tilings import Runs, Tile, sampled_cells
+from ...core.tilings import Run, Runs, Tile, sampled_cells
 from ...core.tokens import picked, runs_of
+from .calibration import Calibration, Judges, given
 
-# Queries that say which tokens are heavy, and keys that say how much attention there is to get.
-JUDGES = 128
+# Queries that say what is wanted, one for so many tokens of context, at most so many; and keys that say how much
+# attention there is to get.
+JUDGED, JUDGES = 4, 256
 CROWD = 2048
 
-# A heavy token gets more than so many times what a token gets on average.
-HEAVY = 4
-
-# Attention scores, or values of tokens if these are more, that are looked at together while heavy tokens are searched:
+# Attention scores, or values of tokens if these are more, that are looked at together while judges look at all tokens:
 # 128 MiB in float32.
 SCORES = 2**25
 
-# What the search for heavy tokens must know the inside of: how queries and keys become scores.
+# What looking at all tokens must know the inside of: how they become queries, keys and values, and these scores.
 LEANS_ON = ("diffusers.models.attention_processor.AttnProcessor2_0.__call__",)
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
 
 
-@torch.no_grad()
-def heavy_tokens(
-    attention: Attention,
+class Heads:
+    """The queries, keys and values ``[B, heads, N, C]`` that an attention makes of tokens ``[B, N, C]``.
+
+    In float32, for the scores of some checkpoints overflow halves. `prepare` is what it does to tokens first.
+    """
+
+    def __init__(self, attention: Attention, prepare: Prepare) -> None:
+        self.attention: Any = attention
+        self.prepare = prepare
+
+    def queries(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Scaled ones."""
+        projected = self.attention.to_q(self.prepare(tokens))
+        return self.attention.scale * self._split(projected, self.attention.norm_q)
+
+    def keys(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._split(self.attention.to_k(self.prepare(tokens)), self.attention.norm_k)
+
+    def keys_and_values(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        prepared = self.prepare(tokens)
+        key, value = self.attention.to_k(prepared), self.attention.to_v(prepared)
+        return self._split(key, self.attention.norm_k), self._split(value)
+
+    def _split(self, projected: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        heads = projected.unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
+        return (heads if norm is None else norm(heads)).to(torch.promote_types(heads.dtype, torch.float32))
+
+
+def wanted_tokens(
+    heads: Heads,
     tokens: torch.Tensor,
-    count: int,
     judges: torch.Tensor,
     crowd: Sequence[int],
-    prepare: Prepare = lambda tokens: tokens,
-    width: int = 1,
-    band: Band | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices ``[B, count]`` of those of the `tokens` that get the most attention, and which are heavy.
+    width: int,
+    band: Band,
+) -> tuple[torch.Tensor, Judges, torch.Tensor]:
+    """How much each of the `tokens` is wanted, ``[B, N]``; the judges that say so; and what these are given by all.
 
     Tokens are a tensor ``[B, N, C]``, or a map of so many on the host, which is read in runs; those of a `band`, if
     there is more than one, and places are those of the whole map all the same.
-    Measured for the queries of the tokens `judges`; a token counts by the head that wants it most. What all tokens
-    together get is estimated from those of the `crowd`, a sample of them. `prepare` is what the attention does to
-    tokens first, `width` that of the map that they are the cells of. Memory does not grow with N but for one number per
-    token.
+    Judges are the queries of tokens at places ``[J]``; a token counts by the head that wants it most. What all tokens
+    together get is estimated from those of the `crowd`, a sample of them; `width` is that of the map that they are the
+    cells of. Memory does not grow with N but for one number per token.
     """
-
-    def heads(projected: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
-        split = projected.view(len(tokens), -1, attention.heads, projected.shape[-1] // attention.heads).transpose(1, 2)
-        return (split if norm is None else norm(split)).float()  # the scores of some checkpoints overflow halves
-
-    band = band or Band.of_all(tokens)
-    query = heads(attention.to_q(prepare(band.picked(tokens, judges.expand(len(tokens), -1)))), attention.norm_q)
-    query = query * attention.scale
-
-    def scores(keys: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(query, heads(attention.to_k(prepare(keys)), attention.norm_k).transpose(-1, -2))
-
+    batch = len(tokens)
+    query = heads.queries(band.picked(tokens, judges.expand(batch, -1)))
     near = uploaded(band.among(crowd), tokens.device)
-    total = band.logsumexp(scores(picked(tokens, near.expand(len(tokens), -1)))) + math.log(band.cells / len(crowd))
-    length = max(SCORES // max(query[..., 0].numel(), len(tokens) * tokens.shape[2]), 1)
+    scores = query @ heads.keys(picked(tokens, near.expand(batch, -1))).transpose(-1, -2)
+    looking = Judges(query, band.logsumexp(scores) + math.log(band.cells / len(crowd)))
+    everything = query.new_zeros(())
+
+    def look(_: Run, some: torch.Tensor) -> torch.Tensor:
+        nonlocal everything
+        keys, values = heads.keys_and_values(some)
+        shares = looking.shares(keys)
+        everything = everything + given(shares, values)
+        return shares.sum(dim=-2).amax(dim=1)
+
+    length = max(SCORES // max(query[..., 0].numel(), batch * tokens.shape[2]), 1)
     if length > width:  # whole rows of a map: else of some runs one more has to be read
         length -= length % width
     received = assemble(
         Runs(tokens.shape[1], length),
-        lambda run, keys: scores(keys).sub_(total).clamp_(max=0).exp_().sum(dim=-2).amax(dim=1),
+        look,
         place=lambda run: (slice(None), slice(*run)),
-        into=torch.zeros(tokens.shape[:2], device=tokens.device),
+        into=torch.zeros(tokens.shape[:2], dtype=query.dtype, device=tokens.device),
         read=partial(runs_of, tokens),
     )
-    most, places = band.topk(received, count)
-    return places, most > HEAVY * len(judges) / band.cells
+    return received, looking, band.summed(everything, "context")
 
 
 def uploaded(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     """On CUDA from pinned memory: from any other the host would wait until all work before it is done."""
     kept = torch.tensor(numbers, dtype=torch.long)
     return (kept.pin_memory() if device.type == "cuda" else kept).to(device, non_blocking=True)
+
+
+def lots(rows: torch.Tensor, columns: torch.Tensor, seed: str) -> torch.Tensor:
+    """A number in (0, 1) for each cell of a map, by its row and column, and by the `seed`.
+
+    They are spread evenly, over the numbers as over the map: of those below any bound none are near others. (A plane
+    wave of irrational slope, folded; in whole numbers, so that all devices draw the same.)
+    """
+    first, whole = Random(seed).getrandbits(32), 2**32
+    wave = (columns * round(0.7548776662466927 * whole) + rows * round(0.5698402909980532 * whole) + first) % whole
+    return ((2 * wave - whole).abs() + 0.5) / (whole + 1)
 
 
 class Context:
@@ -96,8 +133,7 @@ class Context:
         attention: whose attention it is for.
         tokens: of the map, ``[B, height * width, C]``, or of this process's `band` of it.
         size: ``(height, width)``.
-        heavy: at most so many heavy tokens, which differ from sample to sample; sampled ones take the place of others.
-        sampled: number of sampled ones besides, the same for all samples.
+        count: how many, which differ from sample to sample.
         seed: which tokens are sampled, and which ones judge, follows from it.
         prepare: what the attention does to tokens before it projects them.
     """
@@ -107,50 +143,77 @@ class Context:
         attention: Attention,
         tokens: torch.Tensor,
         size: tuple[int, int],
-        heavy: int,
-        sampled: int,
+        count: int,
         seed: str,
         prepare: Prepare = lambda tokens: tokens,
         band: Band | None = None,
     ) -> None:
         height, width = size
-        batch, self.total = len(tokens), height * width
         band = band or Band.of_all(tokens)
-        most = min(heavy, self.total)
-
-        def cells(count: int, purpose: str) -> torch.Tensor:
-            return uploaded(sampled_cells(height, width, count, f"{seed} {purpose}"), tokens.device)
-
-        judges, some = cells(JUDGES, "judges"), cells(sampled, "sampled")
-        crowd = sampled_cells(height, width, CROWD, f"{seed} crowd")
-        wanted, is_heavy = heavy_tokens(attention, tokens, most, judges, crowd, prepare, width, band)
-        spare = cells(most, "instead of heavy") if most else some[:0]
-        instead = F.pad(spare, (0, most - len(spare)), value=-1).expand(batch, -1)
-        places = torch.cat([torch.where(is_heavy, wanted, instead), some.expand(batch, -1)], dim=1)
-        self.is_heavy = F.pad(is_heavy, (0, len(some)))
-        # No token counts twice: not one that is sampled and heavy, nor one that is sampled again.
-        again = _among(places, torch.where(is_heavy, wanted, -1)) & ~self.is_heavy
-        again[:, :most] |= _among(places[:, :most], some.expand(batch, -1)) & ~is_heavy
-        self.counts = (places >= 0) & ~again
-        places = places.clamp(min=0)
+        self.total = height * width
+        self.calibration: Calibration | None = None
+        if count >= self.total:
+            places = torch.arange(self.total, device=tokens.device).expand(len(tokens), -1)
+            self.stands_for = torch.ones(places.shape, device=tokens.device)
+        else:
+            heads = Heads(attention, prepare)
+            with torch.no_grad():
+                places = self._drawn(heads, tokens.detach(), width, count, seed, band)
         self.rows, self.columns = places // width, places % width
         self.tokens = band.picked(tokens, places)
 
-    def log_weights(self, tile: Tile) -> torch.Tensor:
-        """What to add to the attention scores of the context's tokens in a tile, ``[B, 1, S]``.
+    def _drawn(
+        self, heads: Heads, tokens: torch.Tensor, width: int, count: int, seed: str, band: Band
+    ) -> torch.Tensor:
+        """The places of `count` tokens; notes how many others each stands for, and what makes good for the rest.
 
-        Heavy tokens stand for themselves, the sampled ones together for all that the tile does not see.
+        The largest of what they are worth by a number that is drawn for each, up to one: so the chance of each is in
+        proportion to its worth, but that of no token is above one (priority sampling, Duffield and others, 2007).
+        """
+        height = self.total // width
+        judges = uploaded(sampled_cells(height, width, _judges(count), f"{seed} judges"), tokens.device)
+        crowd = sampled_cells(height, width, CROWD, f"{seed} crowd")
+        received, looking, everything = wanted_tokens(heads, tokens, judges, crowd, width, band)
+        worth = received + band.summed(received.sum(dim=1, keepdim=True), "context") / self.total
+        first = band.run[0]
+        own = torch.arange(tokens.shape[1], device=tokens.device)
+        most, places = band.topk(worth / lots(own // width + first, own % width, seed), count + 1)
+        bound, most, places = most[:, count:], most[:, :count], places[:, :count]
+        self.stands_for = (bound / (most * lots(places // width, places % width, seed))).clamp(min=1)
+        keys = heads.keys(band.picked(tokens, places))
+        self.calibration = Calibration.of(looking, everything, keys, self.stands_for)
+        return places
+
+    def counts(self, tile: Tile) -> torch.Tensor:
+        """How many tokens outside a tile each of the context's stands for, ``[B, S]``: those in it for none.
+
+        Those that are there for certain stand for themselves, others together for all that the tile does not see.
         """
         rows, columns = self.rows, self.columns
         inside = (rows >= tile.top) & (rows < tile.bottom) & (columns >= tile.left) & (columns < tile.right)
-        used = self.counts & ~inside
-        heavy, sampled = used & self.is_heavy, used & ~self.is_heavy
+        used = self.stands_for.masked_fill(inside, 0)
+        heavy = (used == 1).to(used.dtype)
+        sampled = used - heavy
         unseen = self.total - tile.area - heavy.sum(dim=1, keepdim=True)
-        stands_for = (unseen / sampled.sum(dim=1, keepdim=True).clamp(min=1)).log()
-        weights = torch.where(sampled, stands_for, torch.zeros_like(stands_for))
-        return weights.masked_fill(~used, -torch.inf)[:, None]
+        return heavy + sampled * (unseen / sampled.sum(dim=1, keepdim=True).clamp(min=1))
+
+    def log_weights(self, tile: Tile) -> torch.Tensor:
+        """What to add to the attention scores of the context's tokens in a tile, ``[B, 1, S]``."""
+        return self.counts(tile).log()[:, None]
+
+    def corrected(
+        self, tile: Tile, first: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values ``[B, heads, K, C]`` of a tile's attention, and the logarithms of their weights, ``[B, heads, K]``.
+
+        Keys and values are those of the tile, from the `first` on, and then those of the context.
+        """
+        assert self.calibration is not None  # there is nothing to correct
+        batch, last = len(key), first + tile.area
+        own = key[:, :, first:last], value[:, :, first:last]
+        more, log_weights = self.calibration.corrected(own, value[:, :, last:], self.counts(tile)[:batch])
+        return value + F.pad(more.to(value.dtype), (0, 0, last, 0)), F.pad(log_weights, (last, 0))
 
 
-def _among(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Which of the numbers ``[B, S]`` are among others ``[B, T]``."""
-    return (some[:, :, None] == others[:, None, :]).any(dim=-1)
+def _judges(count: int) -> int:
+    return min(max(count // JUDGED, 1), JUDGES)

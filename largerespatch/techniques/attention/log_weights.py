@@ -28,15 +28,21 @@ LANES = 64
 TAKES_MASKS = (9, 0)
 
 
+Corrected = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
 class WeightedKeys(TorchFunctionMode):
     """Adds log-weights ``[B, 1, K]`` to the scores of ``F.scaled_dot_product_attention`` calls over K keys.
 
-    For processors that pass no mask on, or pass it for a part of the batch (which then is its first part).
+    For processors that pass no mask on, or pass it for a part of the batch (which then is its first part). Where there
+    is something that corrects, it makes of the keys and values ``[B, heads, K, C]`` of a call other values, and
+    log-weights ``[B, heads, K]``.
     """
 
-    def __init__(self, log_weights: torch.Tensor) -> None:
+    def __init__(self, log_weights: torch.Tensor, corrected: Corrected | None = None) -> None:
         super().__init__()
         self.log_weights = log_weights
+        self.corrected = corrected
         self.met = False
 
     def __torch_function__(
@@ -44,13 +50,17 @@ class WeightedKeys(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
-            query, key = args[:2]
+            query, key, value, *others = args
             if query.ndim == 4 and key.shape[-2] == self.log_weights.shape[-1]:
                 self.met = True
-                log_weights = self.log_weights[: len(query), None]
+                log_weights = self.log_weights[: len(query)]
+                if self.corrected is not None:
+                    value, log_weights = self.corrected(key, value)
+                log_weights = log_weights[:, :, None]
                 if channels_are_faster(query):
-                    return in_channels(func, *args, log_weights=log_weights, **kwargs)
-                return func(*args, **kwargs | {"attn_mask": log_weights.to(query.dtype)})
+                    return in_channels(func, query, key, value, *others, log_weights=log_weights, **kwargs)
+                mask = log_weights.to(query.dtype)
+                return func(query, key, value, *others, **kwargs | {"attn_mask": mask})
         return func(*args, **kwargs)
 
 
@@ -76,7 +86,7 @@ def in_channels(
     log_weights: torch.Tensor,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """`attend` with log-weights ``[B, 1, 1, K]`` that no kernel knows of; queries and keys are ``[B, heads, N, C]``."""
+    """`attend` with log-weights ``[B, 1 or heads, 1, K]`` that no kernel knows of; queries and keys are ``[B, heads, N, C]``."""
     scale = kwargs.pop("scale", None) or 1 / math.sqrt(query.shape[-1])
     constant = 2.0 ** round(-math.log2(scale))  # a power of two, for it has to be exact
     wanted = (log_weights.float() / (scale * constant)).clamp(min=NOTHING).transpose(-1, -2)

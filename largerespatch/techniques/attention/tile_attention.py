@@ -2,14 +2,17 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import (
     Attention,
+    AttnAddedKVProcessor2_0,
     AttnProcessor,
     AttnProcessor2_0,
+    FusedAttnProcessor2_0,
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
@@ -23,13 +26,19 @@ from .log_weights import WeightedKeys
 # (fused projections, perturbed-attention guidance, what users write) need not.
 TAKES_OTHER_KEYS = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
+# Processors whose calls of ``scaled_dot_product_attention`` get what ``to_q``, ``to_k`` and ``to_v`` make of tokens, and
+# no more than that: what a context lacks is known for these alone.
+PROJECTS_PLAINLY = (AttnProcessor2_0, AttnAddedKVProcessor2_0, FusedAttnProcessor2_0)
+
 # What tiles must know the inside of: ``forward`` hands everything to the processor, which takes keys from
 # ``encoder_hidden_states`` and adds a mask ``[B, 1, K]`` to their scores; the one for text beside a map wants a map.
 LEANS_ON = (
     "diffusers.models.attention_processor.Attention.forward",
     "diffusers.models.attention_processor.Attention.prepare_attention_mask",
-    *(f"diffusers.models.attention_processor.{processor.__name__}.__call__" for processor in TAKES_OTHER_KEYS),
-    "diffusers.models.attention_processor.AttnAddedKVProcessor2_0.__call__",
+    *(
+        f"diffusers.models.attention_processor.{processor.__name__}.__call__"
+        for processor in (*TAKES_OTHER_KEYS, *PROJECTS_PLAINLY[1:])
+    ),
 )
 
 Forward = Callable[..., torch.Tensor]
@@ -62,13 +71,15 @@ class TileAttention:
         before = tile.area if text is None else text.shape[1] + tile.area
         log_weights = F.pad(context.log_weights(tile), (before, 0))
         processor = type(self.attention.processor)
+        known = context.calibration is not None and processor in PROJECTS_PLAINLY
+        corrected = partial(context.corrected, tile, before - tile.area) if known else None
         if text is None and processor is AttnProcessor2_0:
-            with WeightedKeys(log_weights):
+            with WeightedKeys(log_weights, corrected):
                 return original(block, **kwargs, encoder_hidden_states=self.prepared(both))
         if text is None and self.takes_other_keys:
             mask = log_weights.to(block.dtype)
             return original(block, **kwargs, encoder_hidden_states=self.prepared(both), attention_mask=mask)
-        with WeightedKeys(log_weights) as weighted:
+        with WeightedKeys(log_weights, corrected) as weighted:
             result = self.among_themselves(original, both, kwargs)
         if weighted.met:
             return result[:, : tile.area]
