@@ -23,15 +23,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
+from largerespatch.core.bands import Band
 from largerespatch.core.maps import StoredMap
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.statistics import GivenStatistics, record
-from largerespatch.core.tilings import COVERS
+from largerespatch.core.tilings import COVERS, Tile
+from largerespatch.techniques.attention import calibration
 from largerespatch.techniques.attention import chunked_attention as attention_room
 from largerespatch.techniques.attention import context as context_room
+from largerespatch.techniques.attention import tile_attention as tile_room
 from largerespatch.techniques.attention.blocked import BlockedAttention, Blocking
 from largerespatch.techniques.attention.chunked_attention import ChunkedAttention
-from largerespatch.techniques.attention.context import Context, heavy_tokens
+from largerespatch.techniques.attention.context import Context, Heads, lots, wanted_tokens
 from largerespatch.techniques.notes import MapNote, MapNoting, StepNote
 
 # Softmax over the same tokens, summed in another order.
@@ -43,15 +46,19 @@ def attention(**options):
     return Attention(query_dim=16, heads=2, dim_head=8, **options)
 
 
+def with_heads(module, x):
+    """Queries, keys and values."""
+    return (
+        projection(x).unflatten(-1, (2, 8)).transpose(1, 2) for projection in (module.to_q, module.to_k, module.to_v)
+    )
+
+
 def oracle(module, x, height, width, tiling):
     owner = torch.empty(height, width, dtype=torch.long)
     for i, tile in enumerate(tiling):
         owner[tile.rows, tile.columns] = i
     owner = owner.flatten()
-    heads = (
-        projection(x).unflatten(-1, (2, 8)).transpose(1, 2) for projection in (module.to_q, module.to_k, module.to_v)
-    )
-    result = F.scaled_dot_product_attention(*heads, attn_mask=owner[:, None] == owner[None, :])
+    result = F.scaled_dot_product_attention(*with_heads(module, x), attn_mask=owner[:, None] == owner[None, :])
     return module.to_out[0](result.transpose(1, 2).flatten(2))
 
 
@@ -174,26 +181,32 @@ def context_mask(context, batch, height, width, tiling):
     mask = torch.full((batch, 1, height * width, height * width), -torch.inf)
     for tile in tiling:
         own = {row * width + column for row in range(height)[tile.rows] for column in range(width)[tile.columns]}
-        for i, places in enumerate(context.rows * width + context.columns):
-            heavies = set(places[context.is_heavy[i]].tolist()) - own
-            others = set(places[context.counts[i] & ~context.is_heavy[i]].tolist()) - own
-            assert not heavies & others
+        for i, places in enumerate((context.rows * width + context.columns).tolist()):
+            counts = dict(zip(places, context.counts(tile)[i].tolist(), strict=True))
+            assert len(counts) == len(places)  # no token is there twice
+            assert own & set(places) == {place for place, count in counts.items() if count == 0}
+            sampled = [count for count in counts.values() if count > 1]
+            assert not sampled or abs(sum(counts.values()) + len(own) - height * width) < 1e-3
             for query in own:
-                mask[i, 0, query, sorted(own | heavies)] = 0
-                if others:
-                    unseen = height * width - len(own) - len(heavies)
-                    mask[i, 0, query, sorted(others)] = math.log(unseen / len(others))
+                mask[i, 0, query, sorted(own)] = 0
+                for place in set(places) - own:
+                    mask[i, 0, query, place] = math.log(counts[place])
     return mask
 
 
-def context_oracle(module, x, height, width, blocking, phase, seed):
-    heavy = blocking.context // 2
-    context = Context(module, x, (height, width), heavy, blocking.context - heavy, seed)
-    mask = context_mask(context, len(x), height, width, blocking.cover(height, width, phase))
-    heads = (
-        projection(x).unflatten(-1, (2, 8)).transpose(1, 2) for projection in (module.to_q, module.to_k, module.to_v)
-    )
-    result = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+def context_oracle(module, x, height, width, blocking, phase, seed, corrected=True):
+    context = Context(module, x, (height, width), blocking.context, seed)
+    query, key, value = with_heads(module, x)
+    result = torch.empty_like(query)
+    chosen = (context.rows * width + context.columns)[:, None, :, None].expand(-1, 2, -1, 8)
+    for tile in blocking.cover(height, width, phase):
+        own = torch.arange(height * width).view(height, width)[tile.rows, tile.columns].flatten()
+        keys, values = (torch.cat([each[:, :, own], each.gather(2, chosen)], dim=2) for each in (key, value))
+        log_weights = F.pad(context.log_weights(tile), (len(own), 0))
+        if corrected and context.calibration is not None:
+            values, log_weights = context.corrected(tile, 0, keys, values)
+        mask = log_weights[:, :, None]
+        result[:, :, own] = F.scaled_dot_product_attention(query[:, :, own], keys, values, attn_mask=mask)
     return module.to_out[0](result.transpose(1, 2).flatten(2))
 
 
@@ -216,9 +229,16 @@ def test_context_equals_dense_attention_under_its_weights(shape, height, width, 
 
 
 @pytest.mark.parametrize(
-    "processor", [AttnProcessor(), AttnProcessor2_0(), FusedAttnProcessor2_0(), SlicedAttnProcessor(1)]
+    ("processor", "corrected"),
+    [
+        (AttnProcessor(), False),
+        (AttnProcessor2_0(), True),
+        (FusedAttnProcessor2_0(), True),
+        (SlicedAttnProcessor(1), False),
+    ],
 )
-def test_every_processor_attends_to_the_context(processor):
+def test_every_processor_attends_to_the_context(processor, corrected):
+    """Corrected where it is known what the processor makes of tokens, and can be told."""
     module, x = attention(), torch.randn(2, 63, 16)
     module.fuse_projections()
     module.set_processor(processor)
@@ -226,7 +246,8 @@ def test_every_processor_attends_to_the_context(processor):
     with PatchStack() as stack:
         blocked(stack, module, 7, 9, blocking, step=1)
         result = module(x)
-    torch.testing.assert_close(result, context_oracle(module, x, 7, 9, blocking, 1, "layer 0 step 1"), **ROUNDING)
+    expected = context_oracle(module, x, 7, 9, blocking, 1, "layer 0 step 1", corrected)
+    torch.testing.assert_close(result, expected, **ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +260,7 @@ def test_the_context_reaches_the_unperturbed_part_of_perturbed_attention_guidanc
     with PatchStack() as stack:
         blocked(stack, module, 7, 9, blocking, step=1)
         result = module(x)
-    expected = context_oracle(module, x, 7, 9, blocking, 1, "layer 0 step 1")
+    expected = context_oracle(module, x, 7, 9, blocking, 1, "layer 0 step 1", corrected=False)
     torch.testing.assert_close(result[:attended], expected[:attended], **ROUNDING)
     torch.testing.assert_close(result[attended:], unblocked[attended:], **ROUNDING)
 
@@ -264,50 +285,95 @@ def test_a_processor_that_cannot_be_told_the_weights_sees_the_blocks_alone():
 
 
 def test_heavy_tokens_are_those_that_queries_want():
+    """They are there for certain, and stand for themselves; where all are wanted alike there are none."""
     module, everywhere = attention(), torch.randn(16)
-    x = everywhere + 0.1 * torch.randn(400, 16)  # so every query points one way
+    x = everywhere + 0.1 * torch.randn(2, 400, 16)  # so every query points one way
+    assert (Context(module, x, (20, 20), 24, "a").stands_for > 1).all()
     wanted = [7, 123, 399]
-    x[wanted] += 5 * F.normalize(module.to_q(everywhere) @ module.to_k.weight, dim=0)
-    judges, crowd = torch.arange(0, 400, 5), range(0, 400, 3)
-    most, heavy = heavy_tokens(module, x[None], 6, judges, crowd)
-    assert sorted(most[0, :3].tolist()) == wanted
-    assert heavy.tolist() == [[True] * 3 + [False] * 3]
+    x[1, wanted] += 12 * F.normalize(module.to_q(everywhere) @ module.to_k.weight, dim=0)
+    context = Context(module, x, (20, 20), 24, "a")
+    heavy = context.stands_for == 1
+    assert heavy.sum(dim=1).tolist() == [0, 3]
+    assert sorted((context.rows * 20 + context.columns)[heavy].tolist()) == wanted
 
 
-def test_heavy_tokens_are_looked_for_in_whole_rows(monkeypatch):
+def test_tokens_are_looked_at_in_whole_rows(monkeypatch):
     """Of a map on the host: a run that begins and ends within rows needs one more of them than others."""
     seen, read = [], context_room.runs_of
-    monkeypatch.setattr(context_room, "SCORES", 2 * context_room.JUDGES * 50)
+    monkeypatch.setattr(context_room, "SCORES", (2 * 4 + 3 * 16) * 50)
     monkeypatch.setattr(context_room, "runs_of", lambda tokens, runs: seen.extend(runs) or read(tokens, runs))
-    Context(attention(), torch.randn(1, 20 * 16, 16), (20, 16), 8, 8, "a")
+    Context(attention(), torch.randn(1, 20 * 16, 16), (20, 16), 16, "a")
     assert len(seen) > 1 and all(start % 16 == stop % 16 == 0 for start, stop in seen)
 
 
-def test_sampled_tokens_take_the_place_of_heavy_ones_that_there_are_not():
-    """Of tokens that are all wanted alike none is heavy; then one is made so, in one sample."""
-    module, everywhere = attention(), torch.randn(16)
-    x = everywhere + 0.1 * torch.randn(2, 400, 16)
-    none = Context(module, x, (20, 20), 8, 8, "a")
-    assert not none.is_heavy.any()
-    assert none.counts.sum(dim=1).tolist() == [none.counts.shape[1]] * 2 and none.counts.shape[1] > 8
-    x[1, 77] += 5 * F.normalize(module.to_q(everywhere) @ module.to_k.weight, dim=0)
-    one = Context(module, x, (20, 20), 8, 8, "a")
-    assert one.is_heavy.sum(dim=1).tolist() == [0, 1]
-    assert (one.rows * 20 + one.columns)[one.is_heavy].tolist() == [77]
-
-
 @pytest.mark.parametrize("qk_norm", [None, "layer_norm"])
-def test_heavy_tokens_are_ranked_by_the_head_that_wants_them_most(qk_norm, monkeypatch):
-    """With everyone in the crowd, the ranking is that of the attention itself, however the map is cut for it."""
+def test_tokens_are_wanted_as_much_as_by_the_head_that_wants_them_most(qk_norm, monkeypatch):
+    """With everyone in the crowd, as much as attention itself says, however the map is cut for it."""
     monkeypatch.setattr("largerespatch.techniques.attention.context.SCORES", 2 * 2 * 40 * 17)
     module, x, judges = attention(qk_norm=qk_norm), 2 * torch.randn(2, 100, 16), torch.arange(40)
     if qk_norm:
         module.norm_q.weight.data = 4 * torch.rand(8)
-    query, key = ((p(x)).unflatten(-1, (2, 8)).transpose(1, 2) for p in (module.to_q, module.to_k))
+    query, key, value = with_heads(module, x)
     query, key = (query, key) if qk_norm is None else (module.norm_q(query), module.norm_k(key))
-    wants = (query[:, :, :40] @ key.mT / 8**0.5).softmax(-1).mean(2).amax(1)
-    found, _ = heavy_tokens(module, x, 9, judges, range(100))
-    assert torch.equal(found, wants.topk(9).indices)
+    shares = (query[:, :, :40] @ key.mT / 8**0.5).softmax(-1)
+    heads = Heads(module, lambda tokens: tokens)
+    found, _, everything = wanted_tokens(heads, x, judges, range(100), 10, Band.of_all(x))
+    torch.testing.assert_close(found, shares.sum(2).amax(1))
+    torch.testing.assert_close(everything, torch.cat([shares @ value, torch.ones(2, 2, 40, 1)], dim=-1))
+
+
+def test_lots_are_spread_evenly_over_numbers_and_map():
+    rows, columns = torch.arange(64)[:, None].expand(64, 96), torch.arange(96).expand(64, 96)
+    one, other = (lots(rows, columns, seed) for seed in ("a", "b"))
+    assert not torch.equal(one, other) and torch.equal(one, lots(rows, columns, "a"))
+    assert ((one > 0) & (one < 1)).all()
+    ordered = one.flatten().sort().values
+    torch.testing.assert_close(ordered, torch.linspace(0, 1, 64 * 96), rtol=0, atol=0.002)
+    drawn = one < 1 / 32
+    in_cells = F.avg_pool2d(drawn[None, None].float(), 16) * 256
+    assert in_cells.amin() >= 5 and in_cells.amax() <= 11  # 8 of each 256; by chance they would vary by 3
+
+
+@pytest.mark.parametrize("runs", [10**6, 2 * 2 * 16 * 7], ids=["at once", "in runs"])
+def test_judges_get_of_a_corrected_context_what_the_whole_map_gives(runs, monkeypatch):
+    """All but for what a weight below zero would be needed for; of no other query this is asked."""
+    monkeypatch.setattr(calibration, "SHARES", runs)
+    monkeypatch.setattr(calibration, "RIDGE", 1e-9)
+    monkeypatch.setattr(calibration, "STEPS", 100)
+    module, x = attention().double(), 0.3 * torch.randn(2, 400, 16).double()
+    context = Context(module, x, (20, 20), 128, "a")
+    query, (_, key, value) = context.calibration.judges.queries, with_heads(module, x)
+    expected = F.scaled_dot_product_attention(query, key, value, scale=1)
+    chosen = (context.rows * 20 + context.columns)[:, None, :, None].expand(-1, 2, -1, 8)
+    for tile in (Tile(0, 0, 5, 7), Tile(12, 3, 20, 20)):
+        own = torch.arange(400).view(20, 20)[tile.rows, tile.columns].flatten()
+        keys, values = (torch.cat([each[:, :, own], each.gather(2, chosen)], dim=2) for each in (key, value))
+        results = [
+            F.scaled_dot_product_attention(query, keys, each, attn_mask=log_weights[:, :, None], scale=1)
+            for each, log_weights in (
+                (values, F.pad(context.log_weights(tile), (len(own), 0))),
+                context.corrected(tile, 0, keys, values),
+            )
+        ]
+        plain, corrected = ((result - expected).abs().amax() for result in results)
+        assert corrected < plain / 50
+
+
+@pytest.mark.parametrize("scale", [0.3, 1, 3, 6, 30])
+@pytest.mark.parametrize("smooth", [False, True], ids=["of noise", "smooth"])
+def test_what_suits_the_judges_alone_is_not_asked_of_all(smooth, scale, monkeypatch):
+    """However few tokens a query wants, and whatever it is like: corrected, a context is no worse."""
+    module = attention()
+    x = torch.randn(1, 16, 6, 6) if smooth else torch.randn(1, 16, 24, 24)
+    x = scale * F.interpolate(x, size=(24, 24), mode="bilinear").flatten(2).transpose(1, 2)
+    expected, errors = module(x), []
+    for known in ((), tile_room.PROJECTS_PLAINLY):
+        monkeypatch.setattr(tile_room, "PROJECTS_PLAINLY", known)
+        with PatchStack() as stack:
+            blocked(stack, module, 24, 24, Blocking("brick", 6, 6, full_tokens=1, context=64))
+            errors.append((module(x) - expected).square().mean().sqrt().item())
+    assert errors[1] <= 1.02 * errors[0]
+    assert scale > 1 or errors[1] < errors[0] / 5
 
 
 def test_context_nears_dense_attention():
@@ -407,8 +473,9 @@ def test_attention_to_a_map_equals_dense_attention_under_its_block_mask(text, he
 
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("passing", [False, True])
-def test_context_of_a_map_equals_dense_attention_under_its_weights(text, passing):
-    """With keys normalized as the whole map is. A map that was passed on is written over."""
+def test_context_of_a_map_equals_dense_attention_under_its_weights(text, passing, monkeypatch):
+    """With keys normalized as the whole map is, and nothing corrected. A map that was passed on is written over."""
+    monkeypatch.setattr(tile_room, "PROJECTS_PLAINLY", ())
     blocking, module = Blocking("brick", 3, 4, full_tokens=3, context=20), map_attention(text=text)
     x = torch.randn(2, 16, 9, 8) + torch.linspace(-3, 3, 8)
     statistics = record(x, 4)
@@ -417,7 +484,7 @@ def test_context_of_a_map_equals_dense_attention_under_its_weights(text, passing
         with GivenStatistics(statistics):
             return module.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
 
-    context = Context(module, x.flatten(2).transpose(1, 2), (9, 8), 10, 10, "layer 0 step 1", prepare)
+    context = Context(module, x.flatten(2).transpose(1, 2), (9, 8), 20, "layer 0 step 1", prepare)
     prompt = {"encoder_hidden_states": torch.randn(2, 5, 12)} if text else {}
     with Masked(context_mask(context, 2, 9, 8, blocking.cover(9, 8, 1)), 5 if text else 0):
         expected = module(x, **prompt)
@@ -426,6 +493,21 @@ def test_context_of_a_map_equals_dense_attention_under_its_weights(text, passing
         result = module(StoredMap.of(x, passing=True) if passing else x, **prompt)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     assert (result.data_ptr() == x.data_ptr()) == passing
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_context_of_a_map_is_corrected(text, monkeypatch):
+    """Text or not, and with keys normalized as the whole map is."""
+    blocking, module = Blocking("brick", 5, 5, full_tokens=3, context=60), map_attention(text=text)
+    x = F.interpolate(torch.randn(2, 16, 5, 4), size=(20, 16), mode="bilinear") + torch.linspace(-1, 1, 16)
+    prompt = {"encoder_hidden_states": torch.randn(2, 5, 12)} if text else {}
+    expected, errors = module(x, **prompt), []
+    for known in ((), tile_room.PROJECTS_PLAINLY):
+        monkeypatch.setattr(tile_room, "PROJECTS_PLAINLY", known)
+        with PatchStack() as stack:
+            blocked_map(stack, module, blocking)
+            errors.append((module(x, **prompt) - expected).square().mean().item())
+    assert errors[1] < errors[0] / 20
 
 
 @pytest.mark.parametrize(

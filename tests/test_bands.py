@@ -180,14 +180,14 @@ def heavy(group):
     tokens = everywhere + 0.1 * torch.randn(2, 156, 16)  # so every query points one way
     wanted = torch.nn.functional.normalize(attention.to_q(everywhere) @ attention.to_k.weight, dim=0)
     for sample, places in enumerate((HEAVY, HEAVY[1:3])):
-        tokens[sample, places] += 5 * wanted
+        tokens[sample, places] += 12 * wanted
     bands = Bands(group)
     with bands.sharing(13, 12):
         start, stop = BandRows(13, 12).run(0) if group is None else banded(13, 12, group.size())[0].run(group.rank())
         own = tokens[:, 12 * start : 12 * stop]
-        context = Context(attention, own, (13, 12), 8, 8, "a", band=bands.sized(stop - start, 12))
+        context = Context(attention, own, (13, 12), 40, "a", band=bands.sized(stop - start, 12))
     places = context.rows * 12 + context.columns
-    return [sorted(each[which].tolist()) for each, which in zip(places, context.is_heavy, strict=True)], [
+    return [sorted(each[which].tolist()) for each, which in zip(places, context.stands_for == 1, strict=True)], [
         each[order].numpy() for each, order in zip(context.tokens, places.argsort(dim=1, stable=True), strict=True)
     ]
 

@@ -160,7 +160,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("within", ["techniques.attention.context.sampled_cells", "techniques.vae.shared_norms.record"])
+@pytest.mark.parametrize("within", ["techniques.attention.blocked.Context", "techniques.vae.shared_norms.record"])
 def test_an_interrupted_estimate_leaves_no_trace(pipe, monkeypatch, within):
     def interrupt(*args):
         raise KeyboardInterrupt

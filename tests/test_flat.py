@@ -183,7 +183,7 @@ def peaks(model, height, width, **options):
 
 def test_only_the_host_holds_more_for_a_larger_image(monkeypatch):
     """What the device holds more of are the latent and, while heavy tokens are sought, some numbers for each token."""
-    monkeypatch.setattr(context, "SCORES", 2**16)
+    monkeypatch.setattr(context, "SCORES", 2**14)
     monkeypatch.setattr(context, "CROWD", 64)
     model = tiny.unet(layers_per_block=2)
     whole, none = peaks(model, 64, 32)

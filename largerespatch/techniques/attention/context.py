@@ -28,8 +28,8 @@ from .calibration import Calibration, Judges, given
 JUDGED, JUDGES = 4, 256
 CROWD = 2048
 
-# Attention scores, or values of tokens if these are more, that are looked at together while judges look at all tokens:
-# 128 MiB in float32.
+# Attention scores, tokens, and their keys and values, that are there together while judges look at all tokens: 128 MiB
+# in float32.
 SCORES = 2**25
 
 # What looking at all tokens must know the inside of: how they become queries, keys and values, and these scores.
@@ -50,8 +50,8 @@ class Heads:
 
     def queries(self, tokens: torch.Tensor) -> torch.Tensor:
         """Scaled ones."""
-        projected = self.attention.to_q(self.prepare(tokens))
-        return self.attention.scale * self._split(projected, self.attention.norm_q)
+        scale: float = self.attention.scale
+        return scale * self._split(self.attention.to_q(self.prepare(tokens)), self.attention.norm_q)
 
     def keys(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._split(self.attention.to_k(self.prepare(tokens)), self.attention.norm_k)
@@ -61,9 +61,10 @@ class Heads:
         key, value = self.attention.to_k(prepared), self.attention.to_v(prepared)
         return self._split(key, self.attention.norm_k), self._split(value)
 
-    def _split(self, projected: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
-        heads = projected.unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
-        return (heads if norm is None else norm(heads)).to(torch.promote_types(heads.dtype, torch.float32))
+    def _split(self, projected: torch.Tensor, norm: Prepare | None = None) -> torch.Tensor:
+        heads = projected.view(*projected.shape[:2], self.attention.heads, -1).transpose(1, 2)
+        heads = heads if norm is None else norm(heads)
+        return heads.to(torch.promote_types(heads.dtype, torch.float32))
 
 
 def wanted_tokens(
@@ -96,7 +97,7 @@ def wanted_tokens(
         everything = everything + given(shares, values)
         return shares.sum(dim=-2).amax(dim=1)
 
-    length = max(SCORES // max(query[..., 0].numel(), batch * tokens.shape[2]), 1)
+    length = max(SCORES // (query[..., 0].numel() + 3 * batch * tokens.shape[2]), 1)
     if length > width:  # whole rows of a map: else of some runs one more has to be read
         length -= length % width
     received = assemble(
@@ -158,13 +159,11 @@ class Context:
         else:
             heads = Heads(attention, prepare)
             with torch.no_grad():
-                places = self._drawn(heads, tokens.detach(), width, count, seed, band)
+                places = self._drawn(heads, tokens, width, count, seed, band)
         self.rows, self.columns = places // width, places % width
         self.tokens = band.picked(tokens, places)
 
-    def _drawn(
-        self, heads: Heads, tokens: torch.Tensor, width: int, count: int, seed: str, band: Band
-    ) -> torch.Tensor:
+    def _drawn(self, heads: Heads, tokens: torch.Tensor, width: int, count: int, seed: str, band: Band) -> torch.Tensor:
         """The places of `count` tokens; notes how many others each stands for, and what makes good for the rest.
 
         The largest of what they are worth by a number that is drawn for each, up to one: so the chance of each is in
@@ -180,8 +179,8 @@ class Context:
         most, places = band.topk(worth / lots(own // width + first, own % width, seed), count + 1)
         bound, most, places = most[:, count:], most[:, :count], places[:, :count]
         self.stands_for = (bound / (most * lots(places // width, places % width, seed))).clamp(min=1)
-        keys = heads.keys(band.picked(tokens, places))
-        self.calibration = Calibration.of(looking, everything, keys, self.stands_for)
+        chosen = heads.keys_and_values(band.picked(tokens, places))
+        self.calibration = Calibration.of(looking, everything, chosen, self.stands_for)
         return places
 
     def counts(self, tile: Tile) -> torch.Tensor:

@@ -86,7 +86,10 @@ def in_channels(
     log_weights: torch.Tensor,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """`attend` with log-weights ``[B, 1 or heads, 1, K]`` that no kernel knows of; queries and keys are ``[B, heads, N, C]``."""
+    """`attend` with log-weights ``[B, 1 or heads, 1, K]`` that no kernel knows of.
+
+    Queries and keys are ``[B, heads, N, C]``.
+    """
     scale = kwargs.pop("scale", None) or 1 / math.sqrt(query.shape[-1])
     constant = 2.0 ** round(-math.log2(scale))  # a power of two, for it has to be exact
     wanted = (log_weights.float() / (scale * constant)).clamp(min=NOTHING).transpose(-1, -2)

@@ -26,7 +26,7 @@ from .log_weights import WeightedKeys
 # (fused projections, perturbed-attention guidance, what users write) need not.
 TAKES_OTHER_KEYS = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
-# Processors whose calls of ``scaled_dot_product_attention`` get what ``to_q``, ``to_k`` and ``to_v`` make of tokens, and
+# Processors whose calls of ``scaled_dot_product_attention`` get what ``to_q``, ``to_k`` and ``to_v`` make of tokens and
 # no more than that: what a context lacks is known for these alone.
 PROJECTS_PLAINLY = (AttnProcessor2_0, AttnAddedKVProcessor2_0, FusedAttnProcessor2_0)
 
