@@ -359,6 +359,20 @@ def test_judges_get_of_a_corrected_context_what_the_whole_map_gives(runs, monkey
         assert corrected < plain / 50
 
 
+def test_where_judges_pay_nothing_to_a_context_nothing_is_corrected():
+    """In the second head they pay it all to other tokens, by more than numbers tell apart."""
+    query, keys, values = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 30, 8), torch.randn(1, 2, 30, 8)
+    total = torch.stack([(query @ keys.mT).logsumexp(-1)[0, 0], torch.full((4,), 500.0)])[None, :, :, None]
+    judges = calibration.Judges(query, total)
+    everything = calibration.given(judges.shares(keys), values)
+    everything[:, 1] = 1.0
+    some = keys[:, :, ::2], values[:, :, ::2]
+    found = calibration.Calibration.of(judges, everything, some, torch.full((1, 15), 2.0))
+    more, log_weights = found.corrected((keys[:, :, :0], values[:, :, :0]), some[1], torch.full((1, 15), 2.0))
+    assert more[:, 0].abs().amax() > 0.01 and not more[:, 1].any()
+    torch.testing.assert_close(log_weights[:, 1], torch.full((1, 15), math.log(2)))
+
+
 @pytest.mark.parametrize("scale", [0.3, 1, 3, 6, 30])
 @pytest.mark.parametrize("smooth", [False, True], ids=["of noise", "smooth"])
 def test_what_suits_the_judges_alone_is_not_asked_of_all(smooth, scale, monkeypatch):

@@ -42,9 +42,6 @@ class Judges(NamedTuple):
         scores = self.queries @ keys.to(self.queries.dtype).transpose(-1, -2)
         return scores.sub_(self.total).clamp_(max=MOST).exp_()
 
-    def of_first(self, samples: int) -> "Judges":
-        return Judges(self.queries[:samples], self.total[:samples])
-
 
 def given(shares: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """What judges get for their shares ``[B, heads, J, n]`` of values ``[B, heads, n, C]``, and the shares' sums.
@@ -91,11 +88,8 @@ class Calibration(NamedTuple):
         """What to add to the values ``[B, heads, S, C]`` of the context, and the logarithms of its weights.
 
         A `tile` is its keys and values ``[B, heads, N, C]``; each of the context's tokens stands for so many outside
-        it, ``[B, S]``. Of fewer samples than the calibration is for, these are the first.
+        it, ``[B, S]``.
         """
-        if len(values) < len(self.shares):
-            first = (each[: len(values)] for each in self[1:])
-            return Calibration(self.judges.of_first(len(values)), *first).corrected(tile, values, counts)
         missing = self.everything.clone()
 
         def without(run: Run, shares: torch.Tensor) -> None:

@@ -208,9 +208,9 @@ class Context:
         Keys and values are those of the tile, from the `first` on, and then those of the context.
         """
         assert self.calibration is not None  # there is nothing to correct
-        batch, last = len(key), first + tile.area
+        last = first + tile.area
         own = key[:, :, first:last], value[:, :, first:last]
-        more, log_weights = self.calibration.corrected(own, value[:, :, last:], self.counts(tile)[:batch])
+        more, log_weights = self.calibration.corrected(own, value[:, :, last:], self.counts(tile))
         return value + F.pad(more.to(value.dtype), (0, 0, last, 0)), F.pad(log_weights, (last, 0))
 
 
