@@ -6,7 +6,7 @@ a half number holds and what that rounds off.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ LANES = 64
 TAKES_MASKS = (9, 0)
 
 
+# Of ``F.scaled_dot_product_attention``, in their order.
+PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
 Corrected = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -48,20 +51,26 @@ class WeightedKeys(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
-            query, key, value, *others = args
-            if query.ndim == 4 and key.shape[-2] == self.log_weights.shape[-1]:
+        if func is F.scaled_dot_product_attention:
+            given = dict(zip(PARAMETERS, args, strict=False)) | (kwargs or {})
+            query, key = given["query"], given["key"]
+            ours = query.ndim == 4 and key.shape[-2] == self.log_weights.shape[-1]
+            if ours and given.get("attn_mask") is None:
                 self.met = True
                 log_weights = self.log_weights[: len(query)]
                 if self.corrected is not None:
-                    value, log_weights = self.corrected(key, value)
-                log_weights = log_weights[:, :, None]
-                if channels_are_faster(query):
-                    return in_channels(func, query, key, value, *others, log_weights=log_weights, **kwargs)
-                mask = log_weights.to(query.dtype)
-                return func(query, key, value, *others, **kwargs | {"attn_mask": mask})
-        return func(*args, **kwargs)
+                    given["value"], log_weights = self.corrected(key, given["value"])
+                return weighted(func, given, log_weights)
+        return func(*args, **(kwargs or {}))
+
+
+def weighted(attend: Callable[..., torch.Tensor], given: Mapping[str, Any], log_weights: torch.Tensor) -> torch.Tensor:
+    """A call of attention, of arguments by name and without a mask, with log-weights ``[B, 1 or heads, K]``."""
+    log_weights, query = log_weights[:, :, None], given["query"]
+    if channels_are_faster(query):
+        rest = {name: each for name, each in given.items() if name not in PARAMETERS[:4]}
+        return in_channels(attend, query, given["key"], given["value"], log_weights=log_weights, **rest)
+    return attend(**{**given, "attn_mask": log_weights.to(query.dtype)})
 
 
 def channels_are_faster(query: torch.Tensor) -> bool:
@@ -82,7 +91,6 @@ def in_channels(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    *others: Any,
     log_weights: torch.Tensor,
     **kwargs: Any,
 ) -> torch.Tensor:
@@ -100,7 +108,6 @@ def in_channels(
         torch.cat([query, constants], dim=-1),
         torch.cat([key, weights.expand(*key.shape[:-1], CHANNELS)], dim=-1),
         F.pad(value, (0, CHANNELS)),
-        *others,
         scale=scale,
         **kwargs,
     )[..., : value.shape[-1]]

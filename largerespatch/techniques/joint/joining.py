@@ -15,15 +15,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ...core.patching import PatchStack
-from ..attention.log_weights import channels_are_faster, in_channels
+from ..attention.log_weights import PARAMETERS, weighted
 from .pooled import Keys
 
 # What joining must know the inside of: torch's own kernels, as processors ask for them, end in
 # ``F.scaled_dot_product_attention`` with tokens in the last dimension but one.
 LEANS_ON = ("diffusers.models.attention_dispatch._native_attention",)
 
-_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_SHARES = _PARAMETERS[:3]
+_SHARES = PARAMETERS[:3]
 
 Rows = slice | torch.Tensor  # places of some, if they are not one after another
 
@@ -157,23 +156,19 @@ class Attending:
         mask, query = self._mask(queries), self.part("query", queries)
         key = self._with_copies([self.given["key"], *(each.keys for each in others)])
         value = self._with_copies([self.given["value"], *(each.values for each in others)])
+        given = self.given | {"query": query, "key": key, "value": value, "attn_mask": mask}
         if not others:
-            return self.attend(**self.given | {"query": query, "key": key, "value": value, "attn_mask": mask})
+            return self.attend(**given)
         weights = torch.cat([each.log_weights for each in others], dim=2)
         weights = weights.repeat_interleave(query.shape[1] // weights.shape[1], dim=1)
         if mask is None:
-            weights = F.pad(weights, (self.given["key"].shape[2], 0))
-            if channels_are_faster(query):
-                rest = {name: each for name, each in self.given.items() if name not in _PARAMETERS[:4]}
-                return in_channels(self.attend, query, key, value, log_weights=weights[:, :, None], **rest)
-            mask = weights[:, :, None].to(query.dtype)
-        else:
-            if mask.dtype == torch.bool:
-                mask = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-            others_mask = self._of_image(mask, 1) + weights[:, :, None].to(query.dtype)
-            sizes = torch.broadcast_shapes(mask.shape[:-1], others_mask.shape[:-1])  # type: ignore[no-untyped-call]
-            mask = torch.cat([each.expand(*sizes, -1) for each in (mask, others_mask)], dim=-1)
-        return self.attend(**self.given | {"query": query, "key": key, "value": value, "attn_mask": mask})
+            return weighted(self.attend, given, F.pad(weights, (self.given["key"].shape[2], 0)))
+        if mask.dtype == torch.bool:
+            mask = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        others_mask = self._of_image(mask, 1) + weights[:, :, None].to(query.dtype)
+        sizes = torch.broadcast_shapes(mask.shape[:-1], others_mask.shape[:-1])  # type: ignore[no-untyped-call]
+        mask = torch.cat([each.expand(*sizes, -1) for each in (mask, others_mask)], dim=-1)
+        return self.attend(**given | {"attn_mask": mask})
 
     def _with_copies(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """All of them, one after another, for every head."""
@@ -228,7 +223,7 @@ class Joining(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or self.met == self.attentions:
             return func(*args, **kwargs)
-        given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+        given = dict(zip(PARAMETERS, args, strict=False)) | kwargs
         place = self.places.get((given["query"].shape[-2], given["key"].shape[-2]))
         if given["key"].ndim != 4 or place is None:
             return func(*args, **kwargs)
