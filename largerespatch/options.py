@@ -95,8 +95,8 @@ class Options:
     attn_full_tokens: int = _count(16384, "tokens", "maps of at most so many are attended whole")
     attn_context: int | None = _count_or_none(
         "tokens",
-        "tokens outside it that a block attends to, too: *heavy* ones, which most queries want, at most half, else "
-        "*sampled*; in joint attention *own* favourites and *pooled* cells. None: 512, there 3072. 0 for none",
+        "tokens outside it that a block attends to, too: *heavy* ones, which most queries want, and *sampled* ones, "
+        "corrected; in joint attention *own* favourites and *pooled* cells. None: 512, there 3072. 0 for none",
         least=0,
     )
     vae_mode: str = _option(

@@ -22,7 +22,7 @@ from largerespatch.options import Options
 from largerespatch.techniques.attention.blocked import blocking_of
 from largerespatch.techniques.joint.blocks import JointBlock, MapsNote
 from largerespatch.techniques.joint.key_source import HALVINGS
-from largerespatch.techniques.joint.pooled import PooledMap
+from largerespatch.techniques.joint.pooled import Keys, PooledMap
 from largerespatch.techniques.joint.tokens import BOTH, IMAGE, TEXT, Maps, Tokens
 from largerespatch.techniques.notes import StepNote
 
@@ -36,11 +36,17 @@ def tiled_maps(draw):
     return (height, width), Tile(top, left, draw(st.integers(top + 1, height)), draw(st.integers(left + 1, width)))
 
 
+def chosen_of(pooled, tile, judges, total):
+    """All that is chosen, one after another."""
+    found = zip(*pooled.chosen(tile, judges, total), strict=True)
+    return Keys(*(torch.cat(each, dim=2) for each in found))
+
+
 def chosen(size, tile, count, judges=None):
     tokens = size[0] * size[1]
     keys, values = noise(2, 3, tokens, 4), noise(2, 3, tokens, 5, seed=6)
     judges = torch.zeros(2, 3, 7, 4) if judges is None else judges
-    return keys, values, PooledMap(keys, values, size, count).chosen(tile, judges, torch.zeros(2, 3, 7, 1))
+    return keys, values, chosen_of(PooledMap(keys, values, size, count), tile, judges, torch.zeros(2, 3, 7, 1))
 
 
 @given(tiled_maps(), st.integers(0, 300))
@@ -81,7 +87,7 @@ def test_heads_choose_the_tokens_that_their_own_queries_want():
     keys[0, 0, 37, 0] = keys[0, 1, 200, 0] = 9.0
     judges = torch.tensor([1.0, 0, 0, 0]).expand(1, 2, 5, 4)
     pooled = PooledMap(keys, keys, (16, 16), 13)  # four times the one best of four
-    found = pooled.chosen(Tile(0, 0, 1, 1), judges, torch.zeros(1, 2, 5, 1))
+    found = chosen_of(pooled, Tile(0, 0, 1, 1), judges, torch.zeros(1, 2, 5, 1))
     assert pooled.sizes[-1] == (1, 1)
     for head in (0, 1):
         favourite = found.keys[0, head, :, 0] == 9.0  # not the mean of a cell
@@ -114,7 +120,7 @@ def test_the_part_of_a_map_that_keys_start_with_another_thing_is_its_own():
     keys, values, expected = chosen((16, 16), Tile(0, 0, 2, 8), 20)
     parts = [torch.cat([noise(2, 3, 5, each.shape[3], seed=9), each], dim=2) for each in (keys, values)]
     found = PooledMap(*parts, (16, 16), 20, start=5)
-    found = found.chosen(Tile(0, 0, 2, 8), torch.zeros(2, 3, 7, 4), torch.zeros(2, 3, 7, 1))
+    found = chosen_of(found, Tile(0, 0, 2, 8), torch.zeros(2, 3, 7, 4), torch.zeros(2, 3, 7, 1))
     for some, same in zip(found, expected, strict=True):
         torch.testing.assert_close(some, same)
 
@@ -122,10 +128,10 @@ def test_the_part_of_a_map_that_keys_start_with_another_thing_is_its_own():
 def test_several_sets_of_queries_choose_at_once_what_each_would_alone():
     judges, total = noise(3 * 2, 3, 5, 4, seed=9), noise(3 * 2, 3, 5, 1, seed=10)
     pooled = PooledMap(noise(2, 3, 320, 4), noise(2, 3, 320, 5, seed=6), (20, 16), 24)
-    together = pooled.chosen(Tile(4, 4, 9, 12), judges, total)
+    together = chosen_of(pooled, Tile(4, 4, 9, 12), judges, total)
     sets = zip(judges.chunk(3), total.chunk(3), together.chunk(3), strict=True)
     for some, its_total, found in sets:
-        torch.testing.assert_close(tuple(found), tuple(pooled.chosen(Tile(4, 4, 9, 12), some, its_total)))
+        torch.testing.assert_close(tuple(found), tuple(chosen_of(pooled, Tile(4, 4, 9, 12), some, its_total)))
 
 
 # --- where tokens are ---

@@ -23,7 +23,7 @@ from ..notes import MapNote, StepNote
 from .context import Context
 from .tile_attention import Forward, TileAttention
 
-# Tokens of context where nothing else is asked for. Of U-Nets twice as many gain little.
+# Tokens of context where nothing else is asked for.
 CONTEXT = 512
 
 

@@ -91,7 +91,8 @@ class KeySource:
         scores = judges.view(len(places), -1, *judges.shape[1:]) @ seen.float().transpose(-1, -2)
         total = scores.flatten(0, 1).logsumexp(dim=-1, keepdim=True) + math.log(piece.area / seen.shape[2])
         pairs = zip(self.pooled, piece.tiles, strict=True)
-        found = [pooled.chosen(tile, judges, total).chunk(len(places)) for pooled, tile in pairs]
+        cells = (each for pooled, tile in pairs for each in pooled.chosen(tile, judges, total))
+        found = [each.chunk(len(places)) for each in cells]
         return dict(zip(places, map(list, zip(*found, strict=True)), strict=True))
 
 

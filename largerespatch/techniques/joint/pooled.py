@@ -11,7 +11,6 @@ own mean is looked through instead: for it a cell, made of its quarters, does wh
 so it does for queries near by. That makes it worth the while to look for few queries at a time, which lie together.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,12 +35,6 @@ class Keys(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     log_weights: torch.Tensor
-
-    @classmethod
-    def of(cls, parts: "Sequence[Keys]") -> "Keys":
-        """All of them, one after another."""
-        keys, values, log_weights = zip(*parts, strict=True)
-        return cls(torch.cat(keys, dim=2), torch.cat(values, dim=2), torch.cat(log_weights, dim=2))
 
     def at(self, places: torch.Tensor) -> "Keys":
         """Those at places ``[B, heads, n]``."""
@@ -115,8 +108,10 @@ class PooledMap:
         return tuple(each.view(*rows.shape, 4, each.shape[-1]).mean(dim=3) for each in parts)
 
     @torch.no_grad()
-    def chosen(self, tile: Tile, judges: torch.Tensor, total: torch.Tensor) -> Keys:
+    def chosen(self, tile: Tile, judges: torch.Tensor, total: torch.Tensor) -> list[Keys]:
         """What stands for all tokens outside a tile, at most `count` keys or as many as there are coarsest cells.
+
+        Cells of each size apart, since all are put together with the tile's keys anyway.
 
         `judges` are queries that it is for, ``[B, heads, J, C]``, scaled, or several sets of them, ``[P * B, ..]``, for
         each of which there are other keys then; `total` is the logarithm of what their attention to all else sums up
@@ -142,7 +137,7 @@ class PooledMap:
             rows, columns = _quarters(rows.gather(2, cut), columns.gather(2, cut))
         keys, values = self._means(0, rows, columns)
         parts.append(Keys(keys, values, self._outside(0, rows, columns, tile).log()))
-        return Keys.of(parts)
+        return parts
 
     def _seen(
         self, level: int, rows: torch.Tensor, columns: torch.Tensor, tile: Tile, middles: torch.Tensor
