@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
 from ...core.bands import Band
-from ...core.pieces import assemble
+from ...core.pieces import assemble, collect
 from ...core.tilings import Run, Runs, Tile, sampled_cells
 from ...core.tokens import picked, runs_of
 from .calibration import Calibration, Judges, given
@@ -34,6 +34,9 @@ SCORES = 2**25
 
 # What looking at all tokens must know the inside of: how they become queries, keys and values, and these scores.
 LEANS_ON = ("diffusers.models.attention_processor.AttnProcessor2_0.__call__",)
+
+# Tokens whose lots are drawn together: 8 MiB a number.
+LOTS = 2**20
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
 
@@ -173,10 +176,15 @@ class Context:
         judges = uploaded(sampled_cells(height, width, _judges(count), f"{seed} judges"), tokens.device)
         crowd = sampled_cells(height, width, CROWD, f"{seed} crowd")
         received, looking, everything = wanted_tokens(heads, tokens, judges, crowd, width, band)
-        worth = received + band.summed(received.sum(dim=1, keepdim=True), "context") / self.total
+        worth = received.add_(band.summed(received.sum(dim=1, keepdim=True), "context") / self.total)
         first = band.run[0]
-        own = torch.arange(tokens.shape[1], device=tokens.device)
-        most, places = band.topk(worth / lots(own // width + first, own % width, seed), count + 1)
+
+        def by_lot(run: Run) -> None:
+            places = torch.arange(*run, device=tokens.device)
+            worth[:, slice(*run)] /= lots(places // width + first, places % width, seed)
+
+        collect(Runs(tokens.shape[1], LOTS), by_lot)
+        most, places = band.topk(worth, count + 1)
         bound, most, places = most[:, count:], most[:, :count], places[:, :count]
         self.stands_for = (bound / (most * lots(places // width, places % width, seed))).clamp(min=1)
         chosen = heads.keys_and_values(band.picked(tokens, places))
