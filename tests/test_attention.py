@@ -390,6 +390,18 @@ def test_what_suits_the_judges_alone_is_not_asked_of_all(smooth, scale, monkeypa
     assert scale > 1 or errors[1] < errors[0] / 5
 
 
+def test_autocast_does_not_make_a_correction_of_halves():
+    module = attention()
+    x = F.interpolate(torch.randn(1, 16, 6, 6), size=(24, 24), mode="bilinear").flatten(2).transpose(1, 2)
+    expected, errors = module(x), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), PatchStack() as stack:
+            blocked(stack, module, 24, 24, Blocking("brick", 6, 6, full_tokens=1, context=144))
+            result = module(x).float()
+        errors.append((result - expected).square().mean().sqrt() / expected.std())
+    assert errors[0] < 0.004 and errors[1] < 0.02  # as far as halves go
+
+
 def test_context_nears_dense_attention():
     """Neighbours that are alike, a few tokens that all want: as in trained networks."""
     module = attention()

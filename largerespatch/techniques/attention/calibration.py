@@ -6,6 +6,7 @@ what the judges pay to the key, the smallest one that does. Queries like the jud
 Statistics knows such corrections as calibration weighting (Deville and Särndal, 1992) and as control variates.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Self
 
 import torch
@@ -31,6 +32,12 @@ LEAST = 0.05
 SHARES = 2**23
 
 
+def in_full(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Inside, products of matrices are as precise as these are: autocast would make them of halves."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else nullcontext()
+
+
 class Judges(NamedTuple):
     """Queries ``[B, heads, J, C]``, scaled, and the logarithm of what each pays in all, about, ``[B, heads, J, 1]``."""
 
@@ -39,7 +46,8 @@ class Judges(NamedTuple):
 
     def shares(self, keys: torch.Tensor) -> torch.Tensor:
         """What each pays to keys ``[B, heads, n, C]``, ``[B, heads, J, n]``."""
-        scores = self.queries @ keys.to(self.queries.dtype).transpose(-1, -2)
+        with in_full(keys):
+            scores = self.queries @ keys.to(self.queries.dtype).transpose(-1, -2)
         return scores.sub_(self.total).clamp_(max=MOST).exp_()
 
 
@@ -48,7 +56,8 @@ def given(shares: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
     ``[B, heads, J, C + 1]``.
     """
-    return torch.cat([shares @ values.to(shares.dtype), shares.sum(dim=-1, keepdim=True)], dim=-1)
+    with in_full(shares):
+        return torch.cat([shares @ values.to(shares.dtype), shares.sum(dim=-1, keepdim=True)], dim=-1)
 
 
 class Calibration(NamedTuple):
@@ -77,8 +86,9 @@ class Calibration(NamedTuple):
         """For a context's keys and values ``[B, heads, S, C]``, of which each stands for so many tokens, ``[B, S]``."""
         shares = judges.shares(context[0])
         products, missing = _products(shares, counts), everything - given(shares * counts[:, None, None], context[1])
-        ridge, inverse = _inverse(products, counts)
-        part = _right_for_others(products, missing, everything, counts)
+        with in_full(shares):
+            ridge, inverse = _inverse(products, counts)
+            part = _right_for_others(products, missing, everything, counts)
         return cls(judges, everything, shares, ridge, inverse, part)
 
     @torch.no_grad()
@@ -100,10 +110,11 @@ class Calibration(NamedTuple):
         collect(runs, without, read=lambda runs: (self.judges.shares(tile[0][:, :, slice(*run)]) for run in runs))
         missing -= given(self.shares * counts[:, None, None], values)
         products = _products(self.shares, counts) + self.ridge
-        solution = self.inverse @ missing
-        for _ in range(STEPS):
-            solution = solution + self.inverse @ (missing - products @ solution)
-        change = self.shares.transpose(-1, -2) @ (self.part * solution)
+        with in_full(products):
+            solution = self.inverse @ missing
+            for _ in range(STEPS):
+                solution = solution + self.inverse @ (missing - products @ solution)
+            change = self.shares.transpose(-1, -2) @ (self.part * solution)
         weights = (1 + change[..., -1:]).clamp(min=LEAST)
         more = (values.to(change.dtype) + change[..., :-1]) / weights - values
         return more, (weights[..., 0] * counts[:, None]).log()
@@ -111,7 +122,8 @@ class Calibration(NamedTuple):
 
 def _products(shares: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Of the judges' shares with each other, keys weighted by their counts, ``[B, heads, J, J]``."""
-    return (shares * counts[:, None, None]) @ shares.transpose(-1, -2)
+    with in_full(shares):
+        return (shares * counts[:, None, None]) @ shares.transpose(-1, -2)
 
 
 def _inverse(products: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from ...core.bands import Band
 from ...core.pieces import assemble, collect
 from ...core.tilings import Run, Runs, Tile, sampled_cells
 from ...core.tokens import picked, runs_of
-from .calibration import Calibration, Judges, given
+from .calibration import Calibration, Judges, given, in_full
 
 # Queries that say what is wanted, one for so many tokens of context, at most so many; and keys that say how much
 # attention there is to get.
@@ -89,7 +89,9 @@ def wanted_tokens(
     batch = len(tokens)
     query = heads.queries(band.picked(tokens, judges.expand(batch, -1)))
     near = uploaded(band.among(crowd), tokens.device)
-    scores = query @ heads.keys(picked(tokens, near.expand(batch, -1))).transpose(-1, -2)
+    keys = heads.keys(picked(tokens, near.expand(batch, -1)))
+    with in_full(keys):
+        scores = query @ keys.transpose(-1, -2)
     looking = Judges(query, band.logsumexp(scores) + math.log(band.cells / len(crowd)))
     everything = query.new_zeros(())
 
