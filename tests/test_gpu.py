@@ -5,8 +5,10 @@ import gc
 import pytest
 import test_flux
 import torch
+import torch.nn.functional as F
 from diffusers.hooks import apply_group_offloading
 from joint import CLOSE, error, paint, patch
+from test_attention import attention, blocked
 from torch.utils._pytree import tree_map_only
 
 import tiny
@@ -14,10 +16,13 @@ from conftest import quiet
 from largerespatch import LargeResPatch
 from largerespatch.core.hosts import Host
 from largerespatch.core.maps import StoredMap
+from largerespatch.core.patching import PatchStack
 from largerespatch.core.planes import fetch
 from largerespatch.core.tilings import Runs, Tile
 from largerespatch.denoisers import joint as joint_room
 from largerespatch.denoisers import unet as unet_room
+from largerespatch.techniques.attention import tile_attention as tile_room
+from largerespatch.techniques.attention.blocked import Blocking
 from largerespatch.techniques.attention.key_runs import _attend, _attend_plainly
 from largerespatch.techniques.joint import host_attention
 from test_patch import SMALL, image
@@ -153,6 +158,26 @@ def test_the_kernel_that_tells_masses_tells_the_right_ones(dtype, bound, queries
     assert mass.shape == expected_mass.shape
     assert (mean - expected_mean).abs().max() < bound
     assert (mass - expected_mass).abs().max() < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_context_is_corrected_and_nobody_waits_for_it(dtype, monkeypatch):
+    module = attention().to("cuda", dtype)
+    x = F.interpolate(torch.randn(1, 16, 6, 6), size=(24, 24), mode="bilinear").flatten(2).transpose(1, 2)
+    x = x.to("cuda", dtype)
+    expected, errors = module(x).float(), []
+    for known in ((), tile_room.PROJECTS_PLAINLY):
+        monkeypatch.setattr(tile_room, "PROJECTS_PLAINLY", known)
+        with PatchStack() as stack:
+            blocked(stack, module, 24, 24, Blocking("brick", 6, 6, full_tokens=1, context=144))
+            module(x)  # what happens once, waits included
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                result = module(x)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        errors.append((result.float() - expected).square().mean())
+    assert errors[1] < errors[0] / (200 if dtype == torch.float32 else 10)
 
 
 @pytest.mark.parametrize("options", [{}, {"unet_serial": True, "unet_strip_rows": 16}])
