@@ -34,7 +34,7 @@ from largerespatch.techniques.attention import context as context_room
 from largerespatch.techniques.attention import tile_attention as tile_room
 from largerespatch.techniques.attention.blocked import BlockedAttention, Blocking
 from largerespatch.techniques.attention.chunked_attention import ChunkedAttention
-from largerespatch.techniques.attention.context import Context, Heads, lots, wanted_tokens
+from largerespatch.techniques.attention.context import Context, Heads, drawn, lots, wanted_tokens
 from largerespatch.techniques.notes import MapNote, MapNoting, StepNote
 
 # Softmax over the same tokens, summed in another order.
@@ -320,6 +320,22 @@ def test_tokens_are_wanted_as_much_as_by_the_head_that_wants_them_most(qk_norm, 
     found, _, everything = wanted_tokens(heads, x, judges, range(100), 10, Band.of_all(x))
     torch.testing.assert_close(found, shares.sum(2).amax(1))
     torch.testing.assert_close(everything, torch.cat([shares @ value, torch.ones(2, 2, 40, 1)], dim=-1))
+
+
+def test_each_token_is_stood_for_once_on_average():
+    """Those that are worth most are there always, for themselves."""
+    received = torch.rand(1, 60) ** 4
+    received[0, 7] = 100.0
+    stood_for, always = torch.zeros(60), torch.ones(60, dtype=torch.bool)
+    for seed in range(1000):
+        places, stands_for = drawn(received.clone(), 10, 20, str(seed), Band.of_all(received[..., None]))
+        assert len(set(places[0].tolist())) == 20
+        stood_for[places[0]] += stands_for[0] / 1000
+        taken = torch.zeros(60, dtype=torch.bool)
+        taken[places[0][stands_for[0] == 1]] = True
+        always &= taken
+    assert always[7] and always.sum() < 10
+    torch.testing.assert_close(stood_for, torch.ones(60), rtol=0, atol=0.2)
 
 
 def test_lots_are_spread_evenly_over_numbers_and_map():

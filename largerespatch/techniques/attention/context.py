@@ -132,6 +132,26 @@ def lots(rows: torch.Tensor, columns: torch.Tensor, seed: str) -> torch.Tensor:
     return ((2 * wave - whole).abs() + 0.5) / (whole + 1)
 
 
+def drawn(received: torch.Tensor, width: int, count: int, seed: str, band: Band) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places ``[B, count]`` of some of the tokens of a map, and how many of them each stands for.
+
+    Each is worth what it received, ``[B, N]``, which is written over, and the mean of that. Taken are the largest of
+    their worths by a number that is drawn for each: so its chance is in proportion to its worth, up to one (priority
+    sampling, Duffield and others, 2007).
+    """
+    worth = received.add_(band.summed(received.sum(dim=1, keepdim=True), "context") / band.cells)
+    first = band.run[0]
+
+    def by_lot(run: Run) -> None:
+        places = torch.arange(*run, device=received.device)
+        worth[:, slice(*run)] /= lots(places // width + first, places % width, seed)
+
+    collect(Runs(received.shape[1], LOTS), by_lot)
+    most, places = band.topk(worth, count + 1)
+    bound, most, places = most[:, count:], most[:, :count], places[:, :count]
+    return places, (bound / (most * lots(places // width, places % width, seed))).clamp(min=1)
+
+
 class Context:
     """The tokens of a map that each of its tiles attends to besides its own.
 
@@ -161,37 +181,19 @@ class Context:
         if count >= self.total:
             places = torch.arange(self.total, device=tokens.device).expand(len(tokens), -1)
             self.stands_for = torch.ones(places.shape, device=tokens.device)
+            self.tokens = band.picked(tokens, places)
         else:
             heads = Heads(attention, prepare)
+            judges = uploaded(sampled_cells(height, width, _judges(count), f"{seed} judges"), tokens.device)
+            crowd = sampled_cells(height, width, CROWD, f"{seed} crowd")
             with torch.no_grad():
-                places = self._drawn(heads, tokens, width, count, seed, band)
+                received, looking, everything = wanted_tokens(heads, tokens, judges, crowd, width, band)
+                places, self.stands_for = drawn(received, width, count, seed, band)
+            self.tokens = band.picked(tokens, places)
+            with torch.no_grad():
+                chosen = heads.keys_and_values(self.tokens)
+                self.calibration = Calibration.of(looking, everything, chosen, self.stands_for)
         self.rows, self.columns = places // width, places % width
-        self.tokens = band.picked(tokens, places)
-
-    def _drawn(self, heads: Heads, tokens: torch.Tensor, width: int, count: int, seed: str, band: Band) -> torch.Tensor:
-        """The places of `count` tokens; notes how many others each stands for, and what makes good for the rest.
-
-        The largest of what they are worth by a number that is drawn for each, up to one: so the chance of each is in
-        proportion to its worth, but that of no token is above one (priority sampling, Duffield and others, 2007).
-        """
-        height = self.total // width
-        judges = uploaded(sampled_cells(height, width, _judges(count), f"{seed} judges"), tokens.device)
-        crowd = sampled_cells(height, width, CROWD, f"{seed} crowd")
-        received, looking, everything = wanted_tokens(heads, tokens, judges, crowd, width, band)
-        worth = received.add_(band.summed(received.sum(dim=1, keepdim=True), "context") / self.total)
-        first = band.run[0]
-
-        def by_lot(run: Run) -> None:
-            places = torch.arange(*run, device=tokens.device)
-            worth[:, slice(*run)] /= lots(places // width + first, places % width, seed)
-
-        collect(Runs(tokens.shape[1], LOTS), by_lot)
-        most, places = band.topk(worth, count + 1)
-        bound, most, places = most[:, count:], most[:, :count], places[:, :count]
-        self.stands_for = (bound / (most * lots(places // width, places % width, seed))).clamp(min=1)
-        chosen = heads.keys_and_values(band.picked(tokens, places))
-        self.calibration = Calibration.of(looking, everything, chosen, self.stands_for)
-        return places
 
     def counts(self, tile: Tile) -> torch.Tensor:
         """How many tokens outside a tile each of the context's stands for, ``[B, S]``: those in it for none.
