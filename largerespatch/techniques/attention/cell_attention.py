@@ -41,9 +41,6 @@ class Projections:
     def to_k(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.to_others(tokens)[0]
 
-    def to_v(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.to_others(tokens)[1]
-
     def to_others(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         return list(map(_tokens, self.others(_column(tokens))))
 

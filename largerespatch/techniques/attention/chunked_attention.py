@@ -17,6 +17,7 @@ from ...core.tilings import Tile, Tiling, even_cuts
 from ...core.tokens import TokenMap
 from ..notes import StepNote
 from .blocked import BlockedAttention, Blocking
+from .context import with_heads
 from .key_runs import KeysInRuns
 from .tile_attention import Forward
 
@@ -97,9 +98,7 @@ class ChunkedAttention(BlockedAttention):
 
     def _keys_and_values(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of tokens ``[B, n, C]``, as ``[B, heads, n, C]``."""
-        key, value = (
-            _with_heads(each, self.attention.heads) for each in self._projected(self.of_tile.prepared(tokens))
-        )
+        key, value = (with_heads(each, self.attention.heads) for each in self._projected(self.of_tile.prepared(tokens)))
         norm = self.attention.norm_k
         return key if norm is None else norm(key), value
 
@@ -121,12 +120,8 @@ class OtherKeys(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         query, *given = args
         heads = query.shape[1] if query.ndim == 4 else 1
-        result = func(*(_with_heads(each, heads) for each in (query, *(self.others or given))), **(kwargs or {}))
+        result = func(*(with_heads(each, heads) for each in (query, *(self.others or given))), **(kwargs or {}))
         return result if query.ndim == 4 else result[:, 0]
-
-
-def _with_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
-    return tokens if tokens.ndim == 4 else tokens.reshape(*tokens.shape[:2], heads, -1).transpose(1, 2)
 
 
 def in_blocks_or_chunks(

@@ -60,14 +60,20 @@ class Heads:
         return self._split(self.attention.to_k(self.prepare(tokens)), self.attention.norm_k)
 
     def keys_and_values(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        prepared = self.prepare(tokens)
-        key, value = self.attention.to_k(prepared), self.attention.to_v(prepared)
-        return self._split(key, self.attention.norm_k), self._split(value)
+        attention, prepared = self.attention, self.prepare(tokens)
+        jointly = getattr(attention, "to_others", None)
+        key, value = jointly(prepared) if jointly else (attention.to_k(prepared), attention.to_v(prepared))
+        return self._split(key, attention.norm_k), self._split(value)
 
     def _split(self, projected: torch.Tensor, norm: Prepare | None = None) -> torch.Tensor:
-        heads = projected.view(*projected.shape[:2], self.attention.heads, -1).transpose(1, 2)
+        heads = with_heads(projected, self.attention.heads)
         heads = heads if norm is None else norm(heads)
         return heads.to(torch.promote_types(heads.dtype, torch.float32))
+
+
+def with_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
+    """``[B, heads, N, C]`` of tokens ``[B, N, heads * C]``."""
+    return tokens if tokens.ndim == 4 else tokens.reshape(*tokens.shape[:2], heads, -1).transpose(1, 2)
 
 
 def wanted_tokens(
