@@ -9,7 +9,7 @@ from largerespatch.core.hosts import Host
 from largerespatch.core.maps import StoredMap
 from largerespatch.core.patching import PatchStack
 from largerespatch.core.statistics import GroupStatistics, apply, pool, record, record_by_rows, sharing_statistics
-from largerespatch.core.tilings import Tile, tiles, window
+from largerespatch.core.tilings import Tile, Window, tiles, window
 from largerespatch.techniques.vae.shared_norms import SharedGroupNorm, correct
 
 
@@ -95,18 +95,23 @@ def test_no_variance_becomes_negative_and_a_flat_sample_changes_little(recorded,
     assert 0 <= corrected <= recorded.variance.item() + 4 * now.variance.item() + 1
 
 
+def whole(height, width):
+    """A window that is all its own."""
+    return Window(Tile(0, 0, height, width), Tile(0, 0, height, width))
+
+
 def run_shared(norm, plane, windows, sample, then):
     """Sample, record, sample; then what `then` returns inside the block, which applies."""
     shared = SharedGroupNorm(norm)
     with PatchStack() as stack:
         stack.wrap(norm, "forward", shared, "norm.forward")
-        pieces = torch.cat([plane[:, :, tile.rows, tile.columns] for tile in sample])
-        shared.sample(len(sample))
+        pieces = torch.cat([plane[:, :, each.outer.rows, each.outer.columns] for each in sample])
+        shared.sample(sample, 0.2)
         norm(pieces)
         for each in windows:
             shared.record(each, each.tile.area / plane[0, 0].numel())
             norm(plane[:, :, each.outer.rows, each.outer.columns])
-        shared.sample(len(sample))
+        shared.sample(sample, 0.2)
         norm(pieces)
         shared.apply()
         return shared, then()
@@ -118,7 +123,7 @@ def test_shared_norm_records_owned_cells_alone_and_then_applies_them():
     nn.init.normal_(norm.weight)
     plane = torch.randn(2, 4, 12, 12) * torch.linspace(1, 5, 12)
     windows = [window(tile, 3, 12, 12) for tile in tiles(12, 12, 0, 6, 6)]
-    sample = [Tile(1, 2, 4, 5), Tile(8, 7, 11, 10)]
+    sample = [Window(Tile(1, 2, 4, 5), Tile(2, 3, 3, 4)), Window(Tile(8, 7, 11, 10), Tile(9, 8, 10, 9))]
     shared, applied = run_shared(norm, plane, windows, sample, lambda: norm(plane[:, :, 2:9, 3:]))
     torch.testing.assert_close(shared.statistics.variance, record(plane, 2).variance)
     torch.testing.assert_close(applied, norm(plane)[:, :, 2:9, 3:])
@@ -130,9 +135,23 @@ def test_a_sample_is_normalized_by_the_statistics_of_all_its_windows():
     windows = torch.randn(3, 2, 4, 5, 6) * torch.arange(1.0, 4.0).view(3, 1, 1, 1, 1)  # three windows of a batch of two
     side_by_side = torch.cat(list(windows), dim=-1)
     shared = SharedGroupNorm(norm)
-    shared.sample(3)
+    shared.sample([whole(5, 6)] * 3, 0.0)
     result = shared(norm.forward, windows.flatten(0, 1)).unflatten(0, (3, 2))
     torch.testing.assert_close(torch.cat(list(result), dim=-1), norm(side_by_side))
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_edges_of_a_samples_windows_count_as_much_as_the_planes(scale):
+    """In windows of three cells whose middle is dark and whose edge is bright, of a plane that has few edges."""
+    norm, shared = nn.GroupNorm(1, 1), SharedGroupNorm(nn.GroupNorm(1, 1))
+    windows = torch.ones(2, 1, 3, 3)
+    windows[:, :, 1, 1] = 0
+    place = Window(Tile(4, 4, 7, 7), Tile(5, 5, 6, 6))
+    shared.sample([place, place], 0.09)  # of it 8 of 9 cells are edge
+    shared(norm.forward, windows.repeat_interleave(scale, 2).repeat_interleave(scale, 3))
+    _, mean, variance = shared.statistics
+    torch.testing.assert_close(mean.item(), 0.08)
+    torch.testing.assert_close(variance.item(), 0.08 * 0.92)
 
 
 def test_what_a_sample_misses_does_not_overflow():
@@ -141,7 +160,7 @@ def test_what_a_sample_misses_does_not_overflow():
     plane[:, :, 40, 40] = 100
     norm = nn.GroupNorm(1, 2)
     shared = SharedGroupNorm(norm)
-    shared.sample(2)
+    shared.sample([whole(8, 8)] * 2, 0.0)
     shared(norm.forward, plane[:, :, :8, :8].repeat(2, 1, 1, 1))
     shared.record(window(Tile(32, 32, 64, 64), 4, 64, 64), 1 / 4)
     recorded = shared(norm.forward, plane[:, :, 28:, 28:])

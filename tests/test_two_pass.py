@@ -22,7 +22,7 @@ from largerespatch.techniques.padding import padding_sites
 from largerespatch.techniques.vae import tiled_part
 from largerespatch.techniques.vae import two_pass as room
 from largerespatch.techniques.vae.shared_norms import SharedGroupNorm
-from largerespatch.techniques.vae.stages import decoder_splits, encoder_splits
+from largerespatch.techniques.vae.stages import decoder_splits, encoder_splits, scale_of
 from largerespatch.techniques.vae.two_pass import TwoPass
 from live import LiveBytes, fake
 
@@ -217,6 +217,32 @@ def test_tiles_that_would_be_too_large_are_halved_as_often_as_need_be(monkeypatc
     split = decoder_splits(tiny.vae().decoder)[-1]
     monkeypatch.setattr(tiled_part, "TILE_VALUES", split.tile_values(*fitting))
     assert len(tiled_part.TiledPart(split, cutting((32, 32)), 64, 48).windows) == grid
+
+
+@given(
+    st.sampled_from([(half, i) for half in HALVES for i in range(LEVELS - 1)]),
+    st.tuples(st.integers(4, 40), st.integers(4, 40)),
+    st.tuples(st.integers(2, 20), st.integers(2, 20)),
+)
+def test_a_sample_shows_as_much_edge_as_the_plane_has(split, shape, size):
+    """Its windows are alike, on the grid, no larger than a tile's in all, and none is margin only."""
+    half, i = split
+    splits = {"encode": encoder_splits, "decode": decoder_splits}[half](getattr(tiny.vae(), f"{half}r"))
+    unit = 8 if half == "encode" else 1
+    sides = [unit * int(scale_of(splits[i].stages[: splits[i].tiled.start]) * side) for side in shape]
+    part = tiled_part.TiledPart(splits[i], cutting(size, unit), *sides)
+    step = max(int(1 / splits[i].scale), 1)
+    ((outer, tile, _), *_), wide = part.sample, part.windows[0].outer
+    assert {(each.outer.size(), each.tile.size()) for each in part.sample} == {(outer.size(), tile.size())}
+    assert all(edge % step == 0 for each in part.sample for edge in (*each.outer, *each.tile))
+    assert min(tile.size()) > 0
+    assert sum(each.outer.area for each in part.sample) <= max(wide.area, (3 * step) ** 2)
+    margins = [whole - own for whole, own in zip(outer.size(), tile.size(), strict=True)]
+    edge_of_plane = 1 - (sides[0] - margins[0]) * (sides[1] - margins[1]) / (sides[0] * sides[1])
+    edge_shown = part.edge * (1 - tile.area / outer.area)
+    assert edge_shown == pytest.approx(edge_of_plane)
+    assert 0 <= part.edge <= 1
+    assert tiled_part.TiledPart(splits[i], cutting(size, unit, wrap=True), *sides).edge == 0
 
 
 @in_pairs({"half": HALVES, "wrap": [False, True], "split": range(LEVELS - 1), "strip_bytes": [2**24, 2**17]})

@@ -23,9 +23,12 @@ NORMALIZED = 2**18
 
 
 class GroupStatistics(NamedTuple):
-    """Mean and population variance ``[B, groups]`` in float32 or better, over `cells` cells of a map."""
+    """Mean and population variance ``[B, groups]`` in float32 or better, over `cells` cells of a map.
 
-    cells: int
+    To `pool` these are weights.
+    """
+
+    cells: float
     mean: torch.Tensor
     variance: torch.Tensor
 

@@ -1,6 +1,6 @@
 """Group norms that see one plane piece by piece, over several passes: sample, record, pool, apply."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -9,10 +9,16 @@ from torch import nn
 from ...core.pieces import repeated
 from ...core.planes import part
 from ...core.statistics import GivenStatistics, GroupStatistics, pool, record, record_by_rows
-from ...core.tilings import Window
+from ...core.tilings import Tile, Window
 
 # How much more than the sample a plane may vary and still be taken to change in proportion.
 MOST_RATIO = 4.0
+
+
+def _seen(hidden_states: torch.Tensor, groups: int, inside: Tile, edge: float) -> GroupStatistics:
+    """The statistics of maps of windows, in which all their cells count `edge` and those `inside` count the rest."""
+    parts = [record(hidden_states, groups), record(part(hidden_states, inside), groups)]
+    return pool([each._replace(cells=share) for each, share in zip(parts, (edge, 1 - edge), strict=True)])
 
 
 def _pool_windows(parts: GroupStatistics, windows: int) -> GroupStatistics:
@@ -68,9 +74,12 @@ class SharedGroupNorm:
         self._recorded: list[GroupStatistics] = []
         self._prepare: Callable[[torch.Tensor], GroupStatistics] = self._known
 
-    def sample(self, windows: int) -> None:
-        """The next map is a batch ``[windows * B, C, H, W]`` of that many windows: renew the shared statistics."""
-        self._prepare = partial(self._renew, windows)
+    def sample(self, windows: Sequence[Window], edge: float) -> None:
+        """The next map is a batch ``[windows * B, C, H, W]`` of equal windows: renew the shared statistics.
+
+        Their tiles stand for the plane, but for the share `edge` of it, for which all that they show does.
+        """
+        self._prepare = partial(self._renew, windows, edge)
 
     def record(self, window: Window, share: float) -> None:
         """The next map is that of `window`, at whatever scale: note what its tile, `share` of the plane, shows."""
@@ -94,14 +103,15 @@ class SharedGroupNorm:
         assert self.statistics is not None  # a sample comes first
         return self.statistics
 
-    def _renew(self, windows: int, hidden_states: torch.Tensor) -> GroupStatistics:
-        seen = repeated(_pool_windows, record(hidden_states, self.groups), windows)
+    def _renew(self, windows: Sequence[Window], edge: float, hidden_states: torch.Tensor) -> GroupStatistics:
+        inside = windows[0].owned(*hidden_states.shape[-2:])
+        seen = repeated(_pool_windows, repeated(_seen, hidden_states, self.groups, inside, edge), len(windows))
         if self._sampled is None:
             self.statistics = seen
         else:
             self.statistics = repeated(correct, pool(self._recorded), self._sampled, seen)
         self._sampled, self._recorded = seen, []
-        return repeated(_for_windows, self.statistics, windows)
+        return repeated(_for_windows, self.statistics, len(windows))
 
     def _note(self, window: Window, share: float, hidden_states: torch.Tensor) -> GroupStatistics:
         known, owned = self._known(hidden_states), window.owned(*hidden_states.shape[-2:])

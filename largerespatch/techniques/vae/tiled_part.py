@@ -16,6 +16,8 @@ TILE_VALUES = 2**27
 
 # Sides of what is sampled before each pass, in those of a tile's window. All of it would cost more than it gains.
 SAMPLE = Fraction(2, 3)
+FEWEST = 4  # windows of it along each axis
+MARGIN = Fraction(1, 4)  # of such a window, at each of its sides
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,39 @@ class TiledPart:
         """Of the plane, that of a window's tile."""
         return window.tile.area / (self.height * self.width)
 
-    def sample(self) -> list[Tile]:
-        """Small parts of the plane, evenly over it, in all smaller than a tile's window.
+    @cached_property
+    def sample(self) -> list[Window]:
+        """Small windows, evenly over the plane, in all smaller than a tile's.
 
-        Where much smaller than the halo, too much of them would be edge; of larger ones there would be too few.
+        Many of them stand for the plane better than few large ones. What they see ends where they end, so they have
+        a margin around what stands for the plane's inside; it need not be all that convolutions reach over.
         """
-        budget = self.windows[0].outer.scaled(SAMPLE)
-        side = min(self.split.halo * 3 // 2, max(budget.height, budget.width) // 3)
-        return scatter(budget, max(side // self._step, 2) * self._step, self.height, self.width, self._step)
+        step, budget = self._step, self.windows[0].outer.scaled(SAMPLE)
+        side = min(self.split.halo, max(budget.height, budget.width) // FEWEST)
+
+        def margin(length: int) -> int:
+            steps = length // step
+            return step * min(ceil(MARGIN * steps), (steps - 1) // 2)
+
+        def without_margin(tile: Tile) -> Tile:
+            down, across = margin(tile.height), margin(tile.width)
+            return Tile(tile.top + down, tile.left + across, tile.bottom - down, tile.right - across)
+
+        some = scatter(budget, max(side // step, 3) * step, self.height, self.width, step)
+        return [Window(tile, without_margin(tile)) for tile in some]
+
+    @property
+    def edge(self) -> float:
+        """How much all of the sample counts, if its tiles count for the rest: as much as the plane has edges.
+
+        A window sees its own edges as convolutions see the plane's, and has far more of them.
+        """
+        outer, tile, _ = self.sample[0]
+        if self.cutting.wrap or outer == tile:
+            return 0.0
+        height, width = self.height - outer.height + tile.height, self.width - outer.width + tile.width
+        inside = height * width / (self.height * self.width)
+        return (1 - inside) / (1 - tile.area / outer.area)
 
     @property
     def _step(self) -> int:

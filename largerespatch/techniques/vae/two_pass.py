@@ -137,10 +137,9 @@ class TwoPass(InPieces):
                 return result
 
             def run_sample() -> None:
-                some = tiled.sample()
                 for _, norm in norms:
-                    norm.sample(len(some))
-                counted(*some)
+                    norm.sample(tiled.sample, tiled.edge)
+                counted(*(each.outer for each in tiled.sample))
 
             def record(window: Window) -> None:
                 for _, norm in norms:
