@@ -108,6 +108,7 @@ STEPS = {
     "bricks": ((2, 3), (14, 11), 2, BLOCKS | {"attn_context": 24}),
     "tiles": ((4,), (13, 16), 1, BLOCKS | {"attn_shape": "tile", "attn_context": 24}),
     "without context": ((3,), (13, 11), 1, BLOCKS | {"attn_context": 0}),
+    "few keys for a vast map": ((3,), (14, 11), 2, BLOCKS | {"attn_context": 2}),
     "all as context": ((3,), (11, 8), 1, BLOCKS),
     "one row each": ((4,), (4, 19), 2, BLOCKS | {"attn_context": 24}),
 }
@@ -334,7 +335,7 @@ def peaks(group, options):
 
 
 def test_an_estimate_is_of_one_process_which_holds_less(pool):
-    options = {"attn_full_tokens": 200, "attn_slice_x": 24, "attn_slice_y": 24, "attn_context": 64}
+    options = {"attn_full_tokens": 200, "attn_slice_x": 24, "attn_slice_y": 24, "attn_context": 80}
     waiting = pool.start(3, peaks, options)
     alone, told_alone, _ = peaks(None, options)
     results = waiting()
@@ -342,7 +343,7 @@ def test_an_estimate_is_of_one_process_which_holds_less(pool):
     assert most < 0.55 * alone
     beside = told_alone - alone  # what a pipeline holds beside the step
     assert abs(told - beside - most) < 0.05 * most
-    says = "maps in bands of 3 processes, 4 transformer blocks in bricks of 48x24 and 24x48 tokens with 64 of context"
+    says = "maps in bands of 3 processes, 4 transformer blocks in bricks of 48x24 and 24x48 tokens with 80 of context"
     assert all(says in each for _, _, each in results)
 
 

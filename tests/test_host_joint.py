@@ -31,7 +31,7 @@ from largerespatch.core.hosts import Host
 from largerespatch.core.planes import Map
 from largerespatch.denoisers import joint as denoisers
 from largerespatch.memory import shadow
-from largerespatch.techniques.joint import host_attention
+from largerespatch.techniques.joint import host_attention, kept_keys
 from test_patch import fingerprint
 
 LEAST = 2000  # bytes
@@ -85,6 +85,22 @@ def test_a_transformer_whose_maps_are_on_the_host_is_the_transformer(case, way, 
     assert fingerprint(pipe) == before
     gc.collect()
     assert not rows.alive
+
+
+@pytest.mark.parametrize("case", ["Flux", "references", "two attentions", "masks", "one stream, shared keys"])
+def test_of_a_vast_map_on_the_host_the_same_is_kept(case, rows, monkeypatch):  # noqa: F811
+    """Means over cells of 2x2, as on the device; they make no picture of their own."""
+    pipe, arguments = quiet(CASES[case].build()), CASES[case].arguments
+    results = {}
+    for vast in (1, 10**6):
+        monkeypatch.setattr(kept_keys, "VAST", vast)
+        with patch(pipe, attn_context=24):
+            results[vast] = paint(pipe, arguments)
+    assert error(results[1], results[10**6]) > CLOSE
+    monkeypatch.setattr(kept_keys, "VAST", 1)
+    with elsewhere(), patch(pipe, **FLAT):
+        assert error(paint(pipe, arguments), results[1]) < CLOSE / 10
+    assert rows.count() > 10
 
 
 def test_heads_that_come_one_by_one_do(flux, monkeypatch):
@@ -210,11 +226,13 @@ def test_a_device_holds_little_of_a_transformer_at_any_size(kind, model, tiles):
     assert estimate.step < tiles + 1024**2 * 3000
 
 
-def test_flux_at_8192_takes_less_than_two_gibibytes_of_a_device():
+def test_flux_at_8192_takes_less_than_four_gibibytes_of_a_device_and_with_a_host_less_than_two():
     """And of the host what its hidden states, queries, keys and values take."""
     pipe = simulated(d.FluxPipeline, d.FluxTransformer2DModel)
-    estimate = LargeResPatch(pipe, 8192, 8192, unet_offload="maps").estimate()
-    assert estimate.step < 1.5 * GIB < LargeResPatch(pipe, 8192, 8192).estimate().step / 4
+    alone, estimate = (LargeResPatch(pipe, 8192, 8192, unet_offload=way).estimate() for way in (False, "maps"))
+    assert alone.host == 0
+    assert alone.step < 4 * GIB
+    assert estimate.step < 1.5 * GIB
     assert estimate.host == 4 * 512 * 512 * 3072 * 2
 
 

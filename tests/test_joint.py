@@ -265,6 +265,27 @@ def test_text_attends_to_all_even_without_context():
     assert error(images[1], images[0]) > 1e-3
 
 
+def test_what_looks_at_tokens_one_by_one_sees_some_at_a_time(monkeypatch):
+    """Before the blocks and after them, if these run in tiles."""
+    monkeypatch.setattr("largerespatch.techniques.joint.ends.ENOUGH", 30)
+    pipe, counts = flux(), []
+    dense = paint(pipe, test_flux.TEXT)
+    model = pipe.transformer
+    for end in (model.x_embedder, model.norm_out, model.proj_out):
+
+        def counted(tokens, *others, forward=end.forward):
+            counts.append(tokens.shape[1])
+            return forward(tokens, *others)
+
+        monkeypatch.setattr(end, "forward", counted)
+    for full_tokens, most in ((64, 30), (TOKENS, TOKENS)):
+        counts.clear()
+        with patch(pipe, attn_context=ALL, attn_full_tokens=full_tokens):
+            assert error(paint(pipe, test_flux.TEXT), dense) < CLOSE
+        assert max(counts) == most
+        assert sum(counts) % TOKENS == 0
+
+
 def test_a_map_of_tokens_is_there_once(monkeypatch):
     pipe = flux()
 

@@ -105,7 +105,7 @@ class JointAttention(AnyDenoiser):
                 _check_heads(model, bands)
                 yield from batch_sites(model, name, bands, self.joins, self.of_all)
             host = Host(least=LEAST_BYTES) if options.unet_offload == "maps" and self.joins else None
-            kinds, ends = self.kinds(model), self.ends
+            kinds, ends = self.kinds(model), self.ends if self.joins else ()
             yield from joint_sites(
                 model, name, options, note, kinds, maps, self.passes_on, self.takes, self.joins, host, ends
             )

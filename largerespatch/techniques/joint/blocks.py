@@ -5,7 +5,8 @@ cut alike: all that it does is bounded by the tile, and whatever others have put
 others joins inside its attention (see `largerespatch.techniques.joint.joining`), for each part of the tile what its
 queries look for: keys and values of all tokens come from a first walk over the tiles, which leaves the block there.
 Text attends to all of them. Approximate, but for the text; exact, to rounding, with as many tokens of context as there
-are.
+are. Of a map with many times the tokens of its context means over cells of 2x2 are kept instead, and the text attends
+to these.
 """
 
 import inspect
@@ -13,7 +14,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +29,8 @@ from ..attention.blocked import Blocking, blocking_of
 from ..notes import StepNote
 from ..shared_maps import bands_of
 from ..strips.strips import is_differentiated
+from .ends import End, HostEnd
 from .host_attention import HostSources
-from .host_ends import HostEnd
 from .inside import listening, looking, passed_on
 from .joining import native_kernels
 from .key_source import KeySources
@@ -156,10 +156,10 @@ class JointBlock:
         """Who does the attentions of a call."""
         if not band.alone:
             return SharedSources(band, cover, self.blocking.context)
-        pieces, places = Each(call.maps.piece, cover), partial(call.places, others=call.others)
+        pieces = Each(call.maps.piece, cover)
         if host is not None:
             return HostSources(host, pieces, call.maps, self.blocking.context)
-        return KeySources(pieces, places, call.maps, call.others, call.tokens.text_first, self.blocking.context)
+        return KeySources(pieces, call.maps, call.others, call.tokens.text_first, self.blocking.context)
 
     def _check_whole(self, band: Band, why: str) -> None:
         """Sees that a block that cannot run in pieces has all tokens."""
@@ -231,8 +231,11 @@ def joint_sites(
     if options.process_group is not None:
         sharing = TokensInBands(model, name, bands, note, takes, sample, joined and cut)
         yield Site(model, name, Order.IN_BANDS, sharing, says=f"maps in {bands}")
-    if host is not None:
-        yield from _end_sites(model, name, note, host, ends)
+    for path in ends:
+        module: nn.Module = model.get_submodule(path)
+        last = path == ends[-1]
+        end = End(module, note, blocking.full_tokens) if host is None else HostEnd(module, note, host, delivers=last)
+        yield Site(module, f"{name}.{path}", Order.IN_CHUNKS, end)
     says = f"{{count}} transformer blocks in {blocking}"
     if host is not None:
         says += f", with maps of at least {host.least / 2**20:g} MiB on the host"
@@ -243,9 +246,3 @@ def joint_sites(
             technique = JointBlock(block, kind, blocking, note, step_note, layer, bands, edges, own, host)
             yield Site(block, own, Order.IN_BLOCKS, technique, says=says)
             layer += 1
-
-
-def _end_sites(model: Any, name: str, note: MapsNote, host: Host, ends: Sequence[str]) -> Iterator[Site]:
-    for path in ends:
-        end = HostEnd(model.get_submodule(path), note, host, delivers=path == ends[-1])
-        yield Site(end.module, f"{name}.{path}", Order.IN_CHUNKS, end)

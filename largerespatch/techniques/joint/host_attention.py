@@ -17,7 +17,7 @@ from ...core.tilings import Run, Runs
 from ...core.tokens import TokenMap
 from .host_maps import HostMaps
 from .joining import Attending
-from .key_source import KeySource, by_tiles
+from .key_source import by_tiles
 from .one_call import Read, Walk
 from .tokens import Maps, Piece
 
@@ -80,9 +80,10 @@ class _Turn:
     def attend(self, pieces: Sequence[Piece], context: int) -> torch.Tensor:
         """What the text gets."""
         keys, values = self._arrived("key"), self._arrived("value")
-        source = KeySource(keys, values, self.maps, self.call.image_keys.start, context)
         read = self.kept["query"].of
-        return by_tiles(self.call, source, pieces, read, place=lambda piece: piece, into=self.result)
+        return by_tiles(
+            self.call, keys, values, self.maps, context, pieces, read, place=lambda piece: piece, into=self.result
+        )
 
     def _arrived(self, name: str) -> torch.Tensor:
         """Keys or values of all tokens, on the device."""

@@ -137,8 +137,11 @@ class Attending:
         batch, heads, count, channels = queries.shape
         return scale * queries.float().reshape(batch, heads // shared, shared * count, channels)
 
-    def among(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """The attention of the text to its own keys and those of the whole image, in the order of the call's."""
+    def among(self, keys: torch.Tensor, values: torch.Tensor, log_weights: torch.Tensor | None = None) -> torch.Tensor:
+        """The attention of the text to its own keys and those of the whole image, in the order of the call's.
+
+        These may have log-weights ``[n]``.
+        """
         mask = self._mask(self.text)
         if mask is not None:
             columns = [mask[..., self.other_keys], self._of_image(mask, keys.shape[2] - self.others)]
@@ -148,7 +151,16 @@ class Attending:
         query = self.part("query", self.text)
         batch, heads, count, channels = query.shape
         query = query.reshape(batch, heads // self.copies, self.copies * count, channels)
-        mixed = self.attend(**self.given | {"query": query, "key": keys, "value": values, "attn_mask": mask})
+        given = self.given | {"query": query, "key": keys, "value": values, "attn_mask": mask}
+        if log_weights is None:
+            mixed = self.attend(**given)
+        else:
+            room = (self.others, 0) if self.text_first else (0, self.others)
+            log_weights = F.pad(log_weights, room)
+            if mask is None:
+                mixed = weighted(self.attend, given, log_weights[None, None])
+            else:
+                mixed = self.attend(**given | {"attn_mask": _added(mask, query.dtype) + log_weights.to(query.dtype)})
         return mixed.reshape(batch, heads, count, values.shape[-1])
 
     def joined(self, queries: Rows, others: Sequence[Keys]) -> torch.Tensor:
@@ -163,8 +175,7 @@ class Attending:
         weights = weights.repeat_interleave(query.shape[1] // weights.shape[1], dim=1)
         if mask is None:
             return weighted(self.attend, given, F.pad(weights, (self.given["key"].shape[2], 0)))
-        if mask.dtype == torch.bool:
-            mask = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        mask = _added(mask, query.dtype)
         others_mask = self._of_image(mask, 1) + weights[:, :, None].to(query.dtype)
         sizes = torch.broadcast_shapes(mask.shape[:-1], others_mask.shape[:-1])  # type: ignore[no-untyped-call]
         mask = torch.cat([each.expand(*sizes, -1) for each in (mask, others_mask)], dim=-1)
@@ -188,6 +199,13 @@ class Attending:
         """As many columns for other tokens of the image, which are masked like the first one of the call's."""
         column = mask[..., self.image_keys][..., :1]
         return column.expand(*column.shape[:-1], count)
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as what is added to scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 class Joining(TorchFunctionMode):

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from ...core.pieces import assemble, collect
+from ...core.pieces import Putting, assemble, collect
 from ...core.tilings import sampled_cells
 from ..attention.context import uploaded
 from .joining import Attending
+from .kept_keys import KeptMaps
 from .one_call import Read, Walk
 from .pooled import Keys, PooledMap
 from .tokens import Maps, Piece
@@ -28,20 +28,15 @@ LOOKED_THROUGH = 2**27
 
 
 class KeySource:
-    """Keys and values ``[B, heads, tokens, C]`` of all tokens, for one of a block's attentions.
+    """Keys and values ``[B, heads, n, C]`` of all tokens, for one of a block's attentions, as far as they are `kept`.
 
-    Those of the cells of `maps` come after `first` others. `context` is the number of keys that stand for each map.
+    Those of the maps come after `first` others. `context` is the number of keys that stand for each map.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, maps: Maps, first: int, context: int) -> None:
-        self.keys, self.values, self.maps, self.first = keys, values, maps, first
-        sizes = zip(maps, maps.runs(), strict=True) if context else ()
-        self.pooled = [PooledMap(keys, values, size, context, first + run.start) for size, run in sizes]
-
-    def of(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a piece's tokens."""
-        places = self.maps.places(piece, self.keys.device) + self.first
-        return self.keys[:, :, places], self.values[:, :, places]
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, kept: KeptMaps, first: int, context: int) -> None:
+        self.keys, self.values, self.kept = keys, values, kept
+        maps = zip(kept.maps, kept.sizes.runs(), kept.levels, strict=True) if context else ()
+        self.pooled = [PooledMap(keys, values, size, context, first + run.start, level) for size, run, level in maps]
 
     def attended(self, attending: Attending, piece: Piece, text_too: bool) -> torch.Tensor:
         """The attention of a piece's tokens to the piece, the text and their context; that of the text to all, or none.
@@ -51,7 +46,7 @@ class KeySource:
         device = attending.given["query"].device
         result = attending.nothing()
         if text_too and attending.others:
-            result[:, :, attending.text] = attending.among(self.keys, self.values)
+            result[:, :, attending.text] = self._of_text(attending)
         halvings = min(HALVINGS, (piece.area // FEWEST).bit_length() - 1)
         parts = piece.parts(max(halvings, 0) if self.pooled else 0)
         places = {part: piece.places(part, device) + attending.image.start for part in parts}
@@ -68,6 +63,17 @@ class KeySource:
         count = self._at_once(attending.given["key"])
         collect([parts[i : i + count] for i in range(0, len(parts), count)], attend)
         return result
+
+    def _of_text(self, attending: Attending) -> torch.Tensor:
+        """What the text gets. Log-weights may cost a copy of keys, so with these a head at a time."""
+        log_counts = self.kept.log_counts(self.keys.device)
+        if log_counts is None:
+            return attending.among(self.keys, self.values)
+        heads = [
+            attending.of_heads(i, i + 1).among(self.keys[:, i : i + 1], self.values[:, i : i + 1], log_counts)
+            for i in range(self.keys.shape[1])
+        ]
+        return torch.cat(heads, dim=1)
 
     def _at_once(self, key: torch.Tensor) -> int:
         """For how many parts contexts are looked for at once."""
@@ -98,7 +104,10 @@ class KeySource:
 
 def by_tiles(
     call: Attending,
-    source: KeySource,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    maps: Maps,
+    context: int,
     pieces: Sequence[Piece],
     read: Callable[[Sequence[Piece]], Iterator[torch.Tensor]],
     place: Callable[[Piece], Any],
@@ -106,12 +115,16 @@ def by_tiles(
 ) -> torch.Tensor:
     """Puts what a call of attention gives for the tokens of each piece `into` its `place`; returns what for the text.
 
-    `source` has the keys of all tokens, whichever of them `call` has; `read` gives queries of the pieces, in turn.
+    `keys` and `values` are those of all tokens of `maps` and of the others, whichever of them `call` has; `read` gives
+    queries of the pieces, in turn.
     """
     texts: list[torch.Tensor] = []
+    first, kept = call.image_keys.start, KeptMaps(maps, context)
+    source = KeySource(kept.of(keys, first), kept.of(values, first), kept, first, context)
 
     def compute(piece: Piece, queries: torch.Tensor) -> torch.Tensor:
-        attending = call.of_others(queries, *source.of(piece))
+        places = maps.places(piece, keys.device) + first
+        attending = call.of_others(queries, keys[:, :, places], values[:, :, places])
         result = source.attended(attending, piece, text_too=not texts)
         texts.extend([result[:, :, attending.text]] if not texts else [])
         return result[:, :, attending.image]
@@ -123,44 +136,40 @@ def by_tiles(
 class KeySources:
     """The attentions of a block that runs on `pieces`, one after another, in a process that has all tokens.
 
-    Keys are of so many `others` and then of the image, or the image's come first, as `text_first` says; `places` tells
-    where those of a piece are.
+    Keys are of so many `others` and then of the image, or the image's come first, as `text_first` says.
     """
 
     asks = False  # what queries depend on need not run before all keys are known
 
-    def __init__(
-        self,
-        pieces: Sequence[Piece],
-        places: Callable[[Piece], torch.Tensor],
-        maps: Maps,
-        others: int,
-        text_first: bool,
-        context: int,
-    ) -> None:
-        self.pieces, self.places, self.maps = pieces, places, maps
-        self.others, self.text_first, self.context = others, text_first, context
+    def __init__(self, pieces: Sequence[Piece], maps: Maps, others: int, text_first: bool, context: int) -> None:
+        self.pieces, self.others, self.first = pieces, others, others if text_first else 0
+        self.kept, self.context = KeptMaps(maps, context), context
         self.sources: list[KeySource] = []
 
     def learn(self, walk: Walk, read: Read) -> None:
-        known = assemble(
-            self.pieces,
-            lambda piece, own: tuple(self._keys_and_values(walk(piece, own))),
-            place=lambda piece: (slice(None), slice(None), self.places(piece)),
-            make=lambda parts: tuple(
-                part.new_empty(*part.shape[:2], self.others + self.maps.area, part.shape[3]) for part in parts
-            ),
-            read=read,
-        )
-        first = self.others if self.text_first else 0
-        pairs = zip(known[0::2], known[1::2], strict=True)
-        self.sources = [KeySource(*each, self.maps, first, self.context) for each in pairs]
+        memory: list[torch.Tensor] = []
 
-    def _keys_and_values(self, attendings: Sequence[Attending]) -> Iterator[torch.Tensor]:
-        """Of each attention, one after another, ``[B, heads, tokens, C]``; with room for others that are not there."""
-        for attending in attendings:
-            room = (0, 0) if attending.others else (self.others, 0) if self.text_first else (0, self.others)
-            yield from (F.pad(attending.given[name], (0, 0, *room)) for name in ("key", "value"))
+        def compute(piece: Piece, own: torch.Tensor) -> list[torch.Tensor]:
+            return [attending.given[name] for attending in walk(piece, own) for name in ("key", "value")]
+
+        def put(piece: Piece, parts: Sequence[torch.Tensor]) -> None:
+            if not memory:
+                memory.extend(self.kept.empty(part, self.others) for part in parts)
+            for kept, part in zip(memory, parts, strict=True):
+                self._put(kept, piece, part)
+
+        assemble(self.pieces, compute, place=lambda piece: piece, into=Putting(put), read=read)
+        pairs = zip(memory[0::2], memory[1::2], strict=True)
+        self.sources = [KeySource(*each, self.kept, self.first, self.context) for each in pairs]
+
+    def _put(self, kept: torch.Tensor, piece: Piece, part: torch.Tensor) -> None:
+        """Keys or values of a piece, and of the others if they are there: not in attention to the image alone."""
+        there, area = part.shape[2] > piece.area, self.kept.sizes.area
+        first = self.first if there else 0
+        self.kept.put(kept[:, :, self.first : self.first + area], piece, part[:, :, first : first + piece.area])
+        if there:
+            kept[:, :, : self.first] = part[:, :, :first]
+            kept[:, :, self.first + area :] = part[:, :, first + piece.area :]
 
     def of(self, pieces: Sequence[Piece]) -> Iterator[None]:
         return (None for _ in pieces)

@@ -53,22 +53,30 @@ class PooledMap:
     """Keys and values ``[B, heads, N, C]``, of which those from `start` on are a map's, row by row.
 
     They are kept, with the means over cells of 4, 8, ... of the map's ``(height, width)`` tokens along each axis, so
-    that `count` keys can stand for it.
+    that `count` keys can stand for it. If `finest` is 1 they are those of cells of 2x2 tokens to begin with.
     """
 
     def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, size: tuple[int, int], count: int, start: int = 0
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        size: tuple[int, int],
+        count: int,
+        start: int = 0,
+        finest: int = 0,
     ) -> None:
-        self.size, self.count, self.start = size, count, start
+        self.size, self.count, self.start, self.finest = size, count, start, finest
         self.sizes = [size]
-        while self._cells(-1) > count // COARSE and self._cells(0) > count and self._cells(-1) > 1:
+        while (self._cells(-1) > max(count // COARSE, 1) and self._cells(0) > count) or len(self.sizes) <= finest:
             height, width = self.sizes[-1]
             self.sizes.append((-(-height // 2), -(-width // 2)))
-        self.levels: dict[int, tuple[torch.Tensor, ...]] = {0: (keys, values)}
-        finest, top = 0, len(self.sizes) - 1
-        for level in range(max(min(KEPT, top - 1), 1), top):  # of the coarsest cells all quarters are looked at
-            self.levels[level] = tuple(self._coarser(each, finest, level) for each in self.levels[finest])
-            finest = level
+        self.levels: dict[int, tuple[torch.Tensor, ...]] = {finest: (keys, values)}
+        finer, top = finest, len(self.sizes) - 1
+        for level in range(
+            max(min(KEPT, top - 1), finest + 1), top
+        ):  # of the coarsest cells all quarters are looked at
+            self.levels[level] = tuple(self._coarser(each, finer, level) for each in self.levels[finer])
+            finer = level
 
     def _cells(self, level: int) -> int:
         return self.sizes[level][0] * self.sizes[level][1]
@@ -79,7 +87,7 @@ class PooledMap:
         Cells at the lower and right edge may hold less. They take the mean of those cells that are there, as if each
         held as much: it is nearly so, and all is exact where cells are tokens.
         """
-        means = means if finer else means.narrow(2, self.start, self._cells(0))
+        means = means.narrow(2, self.start, self._cells(finer)) if finer == self.finest else means
         plane = means.view(*means.shape[:2], *self.sizes[finer], means.shape[3])
         steps = level - finer
 
@@ -102,7 +110,7 @@ class PooledMap:
         height, width = self.sizes[level]
         rows, columns = rows.clamp(max=height - 1), columns.clamp(max=width - 1)
         if level in self.levels:
-            places = rows * width + columns + (0 if level else self.start)
+            places = rows * width + columns + (self.start if level == self.finest else 0)
             return tuple(_rows(each, places) for each in self.levels[level])
         parts = self._means(level - 1, *_quarters(rows, columns))
         return tuple(each.view(*rows.shape, 4, each.shape[-1]).mean(dim=3) for each in parts)
@@ -123,20 +131,21 @@ class PooledMap:
         cells = torch.arange(self._cells(top), device=judges.device).expand(*judges.shape[:2], -1)
         rows, columns = cells // self.sizes[top][1], cells % self.sizes[top][1]
         parts = []
-        for level in range(top, 0, -1):
-            alike = len(self.levels[0][0]) if level == top else len(rows)  # all see the same of the coarsest cells
+        batch, kind = len(self.levels[self.finest][0]), self.levels[self.finest][0].dtype
+        for level in range(top, self.finest, -1):
+            alike = batch if level == top else len(rows)  # all see the same of the coarsest cells
             known, spread = self._seen(level, rows[:alike], columns[:alike], tile, middle)
             scores = judges @ known.keys.transpose(-1, -2) + known.log_weights[:, :, None]
             if level == top:
                 total = torch.logaddexp(total, scores.logsumexp(dim=-1, keepdim=True))
             wanted = (scores - total).exp_().sum(dim=2) * spread
             order = wanted.argsort(dim=-1, descending=True, stable=True)
-            cut, rest = order.tensor_split([min(spare // (3 * level), order.shape[-1])], dim=-1)
+            cut, rest = order.tensor_split([min(spare // (3 * (level - self.finest)), order.shape[-1])], dim=-1)
             spare -= 3 * cut.shape[-1]
-            parts.append(known.at(rest).to(self.levels[0][0].dtype))
+            parts.append(known.at(rest).to(kind))
             rows, columns = _quarters(rows.gather(2, cut), columns.gather(2, cut))
-        keys, values = self._means(0, rows, columns)
-        parts.append(Keys(keys, values, self._outside(0, rows, columns, tile).log()))
+        keys, values = self._means(self.finest, rows, columns)
+        parts.append(Keys(keys, values, self._outside(self.finest, rows, columns, tile).log()))
         return parts
 
     def _seen(

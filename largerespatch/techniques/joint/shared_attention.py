@@ -14,7 +14,7 @@ from ...core.dealt_heads import DealtAttention
 from ...core.pieces import Putting, assemble
 from ...core.tilings import Each, Run, Tile
 from .joining import Attending
-from .key_source import KeySource, by_tiles
+from .key_source import by_tiles
 from .one_call import Read, Walk
 from .tokens import Maps, Piece
 
@@ -130,7 +130,10 @@ class SharedSources:
 
         result[:, :, everything.text] = by_tiles(
             everything,
-            KeySource(key, value, self.maps, everything.image_keys.start, self.context),
+            key,
+            value,
+            self.maps,
+            self.context,
             Each(self.maps.piece, self.cover),
             read=lambda pieces: (everything.part("query", rows(piece)) for piece in pieces),
             place=lambda piece: (slice(None), slice(None), rows(piece)),

@@ -1,7 +1,7 @@
-"""What a transformer does to tokens one by one, before its blocks and after them: in rows, to and from the host.
+"""What a transformer does to tokens one by one, before its blocks and after them: some at once, or to and from a host.
 
-So tokens of a large map are never all on the device, from where they are made of what the model is given to where they
-are made to what it gives. Exact.
+With a host the tokens of a large map are never all on the device, from where they are made of what the model is given
+to where they are made to what it gives. Exact.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +23,29 @@ Work = Callable[[torch.Tensor], torch.Tensor]
 
 # Tokens that pass at once: as many as blocks have at once by default.
 ENOUGH = 8192
+
+
+class End:
+    """Takes the place of the ``forward`` of a module that looks at single tokens ``[B, N, C]``.
+
+    If there are many, and those of a noted image are more than `most`.
+    """
+
+    def __init__(self, module: nn.Module, note: MapsNote, most: int) -> None:
+        self.module, self.note, self.most = module, note, most
+
+    def applies(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> bool:
+        many = hidden_states.ndim == 3 and hidden_states.shape[1] > ENOUGH and sum(self.note.maps.areas[:1]) > self.most
+        return many and not is_differentiated(self.module, hidden_states)
+
+    def __call__(self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        count = hidden_states.shape[1]
+        return assemble(
+            Runs(count, ENOUGH),
+            lambda run: original(hidden_states[:, slice(*run)], *args, **kwargs),
+            place=lambda run: (slice(None), slice(*run)),
+            make=lambda some: some.new_empty(len(some), count, some.shape[2]),
+        )
 
 
 class HostEnd:
