@@ -366,7 +366,7 @@ def test_parts_look_one_after_another_where_all_at_once_would_be_much(monkeypatc
     for at_once in (2**27, 2**12, 1):
         looked = []
         monkeypatch.setattr(PooledMap, "chosen", lambda *given, looked=looked: looked.append(0) or choose(*given))
-        monkeypatch.setattr("largerespatch.techniques.joint.key_source.LOOKED_THROUGH", at_once)
+        monkeypatch.setattr("largerespatch.techniques.joint.key_source.LOOKED_THROUGH_ON_CPU", at_once)
         dense = paint(pipe, test_flux.TEXT)
         with patch(pipe, attn_context=ALL):
             assert error(paint(pipe, test_flux.TEXT), dense) < CLOSE

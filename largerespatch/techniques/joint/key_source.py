@@ -20,11 +20,13 @@ from .tokens import Maps, Piece
 HALVINGS, FEWEST = 3, 64
 
 # Keys of a tile that say how much it attends to itself, and queries of a part that say what it attends to.
-JUDGED, JUDGES = 256, 32
+JUDGED, JUDGES = 256, 64
 
 # Bytes of keys, in single precision, among which contexts are chosen at once: for one part after another an accelerator
-# would wait for the many small steps of that. What else there is meanwhile takes about four times as much.
+# would wait for the many small steps of that. What else there is meanwhile takes about four times as much. A CPU waits
+# for nothing but memory: more than its caches hold takes it several times as long.
 LOOKED_THROUGH = 2**27
+LOOKED_THROUGH_ON_CPU = 2**22
 
 
 class KeySource:
@@ -79,7 +81,8 @@ class KeySource:
         """For how many parts contexts are looked for at once."""
         batch, heads, _, channels = key.shape
         most = max((pooled.count for pooled in self.pooled), default=1)
-        return max(LOOKED_THROUGH // (4 * batch * heads * channels * most), 1)
+        looked_through = LOOKED_THROUGH_ON_CPU if key.device.type == "cpu" else LOOKED_THROUGH
+        return max(looked_through // (4 * batch * heads * channels * most), 1)
 
     def _contexts(
         self, attending: Attending, piece: Piece, places: Mapping[Piece, torch.Tensor]

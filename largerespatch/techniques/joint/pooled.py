@@ -72,9 +72,8 @@ class PooledMap:
             self.sizes.append((-(-height // 2), -(-width // 2)))
         self.levels: dict[int, tuple[torch.Tensor, ...]] = {finest: (keys, values)}
         finer, top = finest, len(self.sizes) - 1
-        for level in range(
-            max(min(KEPT, top - 1), finest + 1), top
-        ):  # of the coarsest cells all quarters are looked at
+        coarser = max(min(KEPT, top - 1), finest + 1)
+        for level in range(coarser, top):  # of the coarsest cells all quarters are looked at
             self.levels[level] = tuple(self._coarser(each, finer, level) for each in self.levels[finer])
             finer = level
 
