@@ -52,6 +52,11 @@ def parse_arguments() -> argparse.Namespace:
         "--vae-from", type=Path, metavar="FOLDER", help="a VAE to begin with (the best linear one, set and not learned)"
     )
     parser.add_argument(
+        "--keep-latents",
+        action="store_true",
+        help="train it further with its latents kept where they are, so that denoisers trained on them need not be",
+    )
+    parser.add_argument(
         "--batch-share",
         type=float,
         help="of the crops per step, 256 where they are small (1 on a GPU, 1/32 on a CPU)",
@@ -69,6 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice where not given")
     options = parser.parse_args()
+    if options.keep_latents and not options.vae_from:
+        parser.error("--keep-latents needs a VAE that has some: --vae-from FOLDER")
     for name, usual in USUAL["cpu" if options.device == "cpu" else "cuda"].items():
         if getattr(options, name) is None:
             setattr(options, name, usual)
@@ -127,6 +134,7 @@ def main() -> None:
         seconds=seconds("vae"),
         batch_share=options.batch_share,
         begin_with=options.vae_from,
+        keep_latents=options.keep_latents,
         seed=seed,
         device=device,
     )

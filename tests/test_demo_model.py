@@ -430,3 +430,28 @@ def test_a_training_of_the_vae_begins_with_another(run, training):
     trained = torch.load(training / "work" / "vae.pt", weights_only=True)["average"]
     shipped = AutoencoderKL.from_pretrained(DEMO_MODEL / "vae").state_dict()
     assert all(torch.allclose(trained[name], weight, atol=1e-4) for name, weight in shipped.items())
+
+
+def test_a_vae_that_is_trained_further_can_keep_its_latents(run, training, parts, monkeypatch):
+    """Denoisers that were trained on them need not be trained again."""
+    encoded, picture = {}, torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    first = AutoencoderKL.from_pretrained(DEMO_MODEL / "vae")
+    with torch.no_grad():
+        expected = first.encode(picture).latent_dist.mode()
+    monkeypatch.setattr(parts.vae, "PEAK_RATE", 0.1)
+    for weight in (0, 1e4):
+        monkeypatch.setattr(parts.vae, "KEPT_WEIGHT", weight)
+        shutil.rmtree(training / "work")
+        with torch.enable_grad():
+            run(
+                EXAMPLES / "train_demo_model.py",
+                *("--maps", training / "maps", "--work", training / "work", "--device", "cpu", "--keep-latents"),
+                *("--vae-minutes", 8 / 60, "--stages", "vae", "--vae-from", DEMO_MODEL / "vae"),
+            )
+        first.load_state_dict(torch.load(training / "work" / "vae.pt", weights_only=True)["model"])
+        with torch.no_grad():
+            encoded[weight] = (first.encode(picture).latent_dist.mode() - expected).square().mean().item()
+        assert json.loads((training / "work" / "vae.jsonl").read_text().splitlines()[-1])["moved"] > 0
+    assert 0 < encoded[1e4] < encoded[0] / 2
+    with pytest.raises(SystemExit):
+        run(EXAMPLES / "train_demo_model.py", "--keep-latents", "--work", training / "work")

@@ -31,6 +31,7 @@ TINTED_SHARE, TINT = 0.4, (0.6, 1.3)
 TEST_SIZE = 512
 START_CROPS = 192
 PEAK_RATE = 8e-4
+KEPT_WEIGHT = 0.1  # on the mean square by which latents leave their place, where denoisers know them already
 CHAIN_FACTOR = 0.2  # on the rate of the chain of convolutions, which starts out good
 BASE_INPUTS = 144
 
@@ -161,10 +162,14 @@ def train_vae(
     seconds: float,
     batch_share: float,
     begin_with: Path | None,
+    keep_latents: bool,
     seed: int,
     device: str,
 ) -> AutoencoderKL:
-    """Train, or finish training, the VAE, from `begin_with` or as a linear codec; return its averaged weights."""
+    """Train, or finish training, the VAE, from `begin_with` or as a linear codec; return its averaged weights.
+
+    With `keep_latents` its latents stay near those that it begins with, so that denoisers of these need no training.
+    """
     torch.manual_seed(seed)
     vae = build_vae()
     if begin_with:
@@ -172,7 +177,7 @@ def train_vae(
     elif not (folder / "vae.pt").exists():
         start_as_linear_codec(vae, crops(START_CROPS, 128).cpu())
     vae.to(device)
-    average = copy.deepcopy(vae).requires_grad_(False).eval()
+    average, first = (copy.deepcopy(vae).requires_grad_(False).eval() for _ in range(2))
 
     def loss_at(progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         size, batch = next((size, batch) for share, size, batch in PHASES if progress < share)
@@ -181,7 +186,11 @@ def train_vae(
         decoded = vae.decode(posterior.sample()).sample
         l1, l2 = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return l1 + MSE_WEIGHT * l2 + KL_WEIGHT * kl, {"l1": l1, "mse": l2, "kl": kl}
+        loss, parts = l1 + MSE_WEIGHT * l2 + KL_WEIGHT * kl, {"l1": l1, "mse": l2, "kl": kl}
+        if keep_latents:
+            moved = F.mse_loss(posterior.mean, first.encode(images).latent_dist.mean)
+            loss, parts = loss + KEPT_WEIGHT * moved, parts | {"moved": moved}
+        return loss, parts
 
     train(
         "vae",
