@@ -102,14 +102,14 @@ class Painter:
 
 
 def measure(flux: Any, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each case, size and context: one forward at a noise level, or a picture over so many steps."""
+    """A row for each case, size, number of steps and context: one forward at a noise level, or the picture."""
     sizes = [(steps, times) for steps in options.steps for times in options.times]
     for steps, times in sizes:
         for prompt in list(CASES)[: options.prompts]:
             painter = Painter(flux, prompt, TRAINED * times)
-            told = {"times": times, "prompt": prompt, "seed": painter.seed}
+            told = {"times": times, "prompt": prompt, "seed": painter.seed, "steps": steps}
             dense = painter.latent(steps, None)
-            for level in NOISE_LEVELS if steps == options.steps[0] else ():
+            for level in NOISE_LEVELS:
                 expected = painter.forward(dense, level, None)
                 span = float(expected.max() - expected.min())
                 for context in options.contexts:
@@ -118,7 +118,7 @@ def measure(flux: Any, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             picture = painter.picture(dense) if options.pictures else None
             for context in options.pictures:
                 found = psnr(painter.picture(painter.latent(steps, context)), picture, 2.0)
-                yield told | {"of": "picture", "steps": steps, "context": context, "psnr": found}
+                yield told | {"of": "picture", "context": context, "psnr": found}
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
