@@ -104,14 +104,14 @@ def test_two_passes_are_far_closer_to_untiled_than_upstreams_tiling(demo, latent
 
 @pytest.mark.parametrize("limit", [two_pass_room.WHOLE_BYTES, 1])
 def test_two_passes_are_as_good_as_untiled_to_the_eye(demo, untiled, monkeypatch, limit):
-    """75 dB where as little as may be is in tiles, 65 where all is that can."""
+    """70 dB where as little as may be is in tiles, 65 where all is that can."""
     monkeypatch.setattr(two_pass_room, "WHOLE_BYTES", limit)
     latents = demo.vae.encode(untiled).latent_dist.mode()
     decoded = demo.vae.decode(latents).sample
     with LargeResPatch(demo, SIDE, SIDE, vae_chunk_size_x=24, vae_chunk_size_y=24):
         encoded_in_tiles = demo.vae.encode(untiled).latent_dist.mode()
         decoded_in_tiles = demo.vae.decode(latents).sample
-    least = 75 if limit > 1 else 65
+    least = 70 if limit > 1 else 65
     assert psnr(decoded_in_tiles, decoded, 2.0) > least
     assert psnr(encoded_in_tiles, latents, float(latents.max() - latents.min())) > least
 

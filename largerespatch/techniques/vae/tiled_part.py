@@ -68,7 +68,7 @@ class TiledPart:
             down, across = margin(tile.height), margin(tile.width)
             return Tile(tile.top + down, tile.left + across, tile.bottom - down, tile.right - across)
 
-        some = scatter(budget, max(side // step, 3) * step, self.height, self.width, step)
+        some = scatter(budget, max(side // step, 4) * step, self.height, self.width, step)
         return [Window(tile, without_margin(tile)) for tile in some]
 
     @property
