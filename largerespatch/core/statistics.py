@@ -23,12 +23,9 @@ NORMALIZED = 2**18
 
 
 class GroupStatistics(NamedTuple):
-    """Mean and population variance ``[B, groups]`` in float32 or better, over `cells` cells of a map.
+    """Mean and population variance ``[B, groups]`` in float32 or better, over `cells` cells of a map."""
 
-    To `pool` these are weights.
-    """
-
-    cells: float
+    cells: int
     mean: torch.Tensor
     variance: torch.Tensor
 

@@ -15,17 +15,20 @@ from ...core.tilings import Tile, Window
 MOST_RATIO = 4.0
 
 
-def _seen(hidden_states: torch.Tensor, groups: int, inside: Tile, edge: float) -> GroupStatistics:
-    """The statistics of maps of windows, in which all their cells count `edge` and those `inside` count the rest."""
-    parts = [record(hidden_states, groups), record(part(hidden_states, inside), groups)]
-    return pool([each._replace(cells=share) for each, share in zip(parts, (edge, 1 - edge), strict=True)])
+def _seen(hidden_states: torch.Tensor, groups: int, inside: Tile, edge: float, windows: int) -> GroupStatistics:
+    """The statistics ``[B, groups]`` of a batch ``[windows * B, C, H, W]`` of equal windows, as one.
 
+    All cells of a window count `edge`, and those `inside` it the rest.
+    """
+    own, whole = (record(each, groups) for each in (part(hidden_states, inside), hidden_states))
 
-def _pool_windows(parts: GroupStatistics, windows: int) -> GroupStatistics:
-    """Pool a batch ``[windows * B, ...]`` of equal windows into statistics ``[B, groups]``; `pool` in a few kernels."""
-    means, variances = (values.view(windows, -1, values.shape[-1]) for values in (parts.mean, parts.variance))
-    mean = means.mean(dim=0)
-    return GroupStatistics(windows * parts.cells, mean, (variances + (means - mean).square()).mean(dim=0))
+    def weighed(of_own: torch.Tensor, of_whole: torch.Tensor) -> torch.Tensor:
+        return torch.lerp(of_own, of_whole, edge).view(windows, -1, groups).mean(dim=0)
+
+    mean = weighed(own.mean, whole.mean)
+    middle = mean.repeat(windows, 1)
+    spread = weighed(*(each.variance + (each.mean - middle).square() for each in (own, whole)))
+    return GroupStatistics(windows * whole.cells, mean, spread)
 
 
 def _for_windows(statistics: GroupStatistics, windows: int) -> GroupStatistics:
@@ -105,7 +108,7 @@ class SharedGroupNorm:
 
     def _renew(self, windows: Sequence[Window], edge: float, hidden_states: torch.Tensor) -> GroupStatistics:
         inside = windows[0].owned(*hidden_states.shape[-2:])
-        seen = repeated(_pool_windows, repeated(_seen, hidden_states, self.groups, inside, edge), len(windows))
+        seen = repeated(_seen, hidden_states, self.groups, inside, edge, len(windows))
         if self._sampled is None:
             self.statistics = seen
         else:

@@ -62,7 +62,7 @@ class TiledPart:
 
         def margin(length: int) -> int:
             steps = length // step
-            return step * min(ceil(MARGIN * steps), (steps - 1) // 2)
+            return step * int(MARGIN * steps)
 
         def without_margin(tile: Tile) -> Tile:
             down, across = margin(tile.height), margin(tile.width)
