@@ -19,7 +19,9 @@ from largerespatch.core.patching import PatchStack
 from largerespatch.memory.counting import LiveBytes
 from largerespatch.memory.estimate import bare
 from largerespatch.techniques.attention.blocked import Blocking
+from largerespatch.techniques.joint import kept_keys
 from test_patch import fingerprint
+from waits import waits
 
 # 9 by 11 tokens of 16 sample pixels, neither of which tiles of 4 divide.
 HEIGHT, WIDTH = 144, 176
@@ -99,6 +101,10 @@ class JointTests(TableTests):
         with patch(pipe, attn_context=ALL):
             assert error(paint(pipe, case.arguments), dense) < CLOSE
         assert calls["attention"]  # so there were blocks
+
+    def test_a_vast_map_waits_for_no_device(self, plain, monkeypatch):
+        monkeypatch.setattr(kept_keys, "VAST", 1)
+        assert set(waits(plain[0], "step", *self.size, **self.blocks | {"attn_context": 24})) == self.waits
 
     def test_some_context_is_better_than_none(self, plain):
         pipe, arguments = plain[0], ONE_STEP | plain[1]

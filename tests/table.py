@@ -21,6 +21,7 @@ from largerespatch.techniques.joint.one_call import OneCall
 from largerespatch.techniques.vae.halves import Exact
 from largerespatch.techniques.vae.two_pass import TwoPass
 from test_patch import SMALL, fingerprint
+from waits import waits
 
 EXACT = {"ff_chunk_size": 23, "vae_mode": "exact", "vae_chunk_size_x": 7, "vae_chunk_size_y": 7}
 EXACT |= {"unet_serial": True, "unet_strip_rows": 5, "unet_offload": True}
@@ -42,11 +43,15 @@ def cut(calls):
 
 @pytest.mark.filterwarnings("ignore:SanaTransformer2DModel is a denoiser of no known kind:RuntimeWarning")
 class TableTests:
-    """`cases` of pipelines by family and name; `size` in sample pixels, at which `blocks` cut all up."""
+    """`cases` of pipelines by family and name; `size` in sample pixels, at which `blocks` cut all up.
+
+    `waits` are what a step waits for on an accelerator, see `waits.waits`.
+    """
 
     cases: ClassVar[dict[str, Any]]
     size: ClassVar = (SIZE, SIZE)
     blocks: ClassVar = SMALL
+    waits: ClassVar[set[str]] = set()
 
     def draw(self, pipe, case):
         return run(pipe, ONE_STEP | case.arguments)
@@ -104,6 +109,11 @@ class TableTests:
         kept = {key for key, each in fingerprint(pipe).items() if each == after[key]}  # not what calls change anyway
         assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
         assert len(kept) >= len(before) - 1
+
+    def test_a_step_is_known_and_waits_for_no_device(self, case):
+        """As an estimate has it, which is what picks the settings on an accelerator."""
+        options = self.blocks | {"attn_context": 24}  # fewer tokens than there are
+        assert set(waits(quiet(case.build()), "step", *self.size, **options)) == self.waits
 
     @pytest.mark.filterwarnings("ignore:unet_serial. PAG:RuntimeWarning")
     def test_what_is_exact_gives_the_unpatched_result(self, case, drawn, calls):

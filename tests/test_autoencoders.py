@@ -31,6 +31,7 @@ from largerespatch import LargeResPatch
 from largerespatch.core import calls
 from largerespatch.memory import planner
 from live import LiveBytes, fake
+from waits import waits
 
 EVERY_WAY = (halves.model_offload, halves.sequential_offload, halves.leaf_group_offload)
 
@@ -182,16 +183,30 @@ BUILT = {name: (case.build, 8) for name, case in CASES.items()} | {
 }
 
 
+def alone(name):
+    """A pipeline of nothing but an autoencoder, and the size of a picture for it."""
+    build, factor = BUILT[name]
+    vae = build()
+    pipe = SimpleNamespace(components={"vae": vae}, vae=vae, progress_bar=Bar, image_processor=VaeImageProcessor())
+    return pipe, (160 * factor, 128 * factor)
+
+
+@MODES
+@halves.BOTH
+@pytest.mark.parametrize("name", BUILT)
+def test_nothing_waits_for_a_device(name, half, mode):
+    tiles = {"vae_chunk_size_x": 64, "vae_chunk_size_y": 48}
+    pipe, size = alone(name)
+    assert not waits(pipe, half, *size, vae_mode=mode, **tiles)
+
+
 # In turns; of Wan 2.2's, run exactly, only the picture itself counts at this width.
 PLANNED = [(name, "two-pass" if i % 2 or name == "Wan 2.2" else "exact") for i, name in enumerate(BUILT)]
 
 
 def planning(name, mode):
     """What plans for a picture, its size, savers that change no host's memory, and what is needed with them."""
-    build, factor = BUILT[name]
-    vae = build()
-    pipe = SimpleNamespace(components={"vae": vae}, vae=vae, progress_bar=Bar, image_processor=VaeImageProcessor())
-    size = 160 * factor, 128 * factor
+    pipe, size = alone(name)
     plan = partial(LargeResPatch, pipe, *size, vae_mode=mode)
     savers = planner.VAE_SAVERS[mode]
     least = {key: value for saver in savers for key, value in saver.settings.items() if key != "vae_offload"}

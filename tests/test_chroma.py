@@ -8,6 +8,7 @@ from joint import HEIGHT, WIDTH, Case, JointTests
 
 import tiny
 from family import noise, picture
+from test_flux import IP, ip_adapter
 
 MASK = torch.tensor([[1.0, 1, 1, 1, 0]])
 TEXT = {"prompt_embeds": noise(1, 5, 32), "prompt_attention_mask": MASK}
@@ -22,14 +23,17 @@ MODEL |= {"joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8), "approximator_
 MODEL |= {"approximator_hidden_dim": 16, "approximator_layers": 1}
 
 
-def pipeline(kind=d.ChromaPipeline):
-    return kind(
+def pipeline(kind=d.ChromaPipeline, then=None):
+    pipe = kind(
         transformer=tiny.frozen(d.ChromaTransformer2DModel, 32, **MODEL),
         vae=tiny.flow_vae(4),
         scheduler=d.FlowMatchEulerDiscreteScheduler(),
         text_encoder=None,
         tokenizer=None,
     )
+    if then is not None:
+        then(pipe)
+    return pipe
 
 
 class TestChroma(JointTests):
@@ -41,4 +45,5 @@ class TestChroma(JointTests):
         "a mask of truths": Case(pipeline, ALONE | {"prompt_attention_mask": MASK.bool()}),
         "texts of different lengths": Case(pipeline, TWO | {"guidance_scale": 1.0}),
         "from a picture": Case(lambda: pipeline(d.ChromaImg2ImgPipeline), GUIDED | IMAGE),
+        "IP-Adapter": Case(lambda: pipeline(then=ip_adapter), GUIDED | IP),
     }

@@ -17,6 +17,7 @@ from family import noise
 from largerespatch import LargeResPatch
 from largerespatch.core.families import register, unregister
 from largerespatch.core.tilings import Tile
+from largerespatch.denoisers import joint as joint_room
 from largerespatch.denoisers.joint import JointAttention, maps_of_ids
 from largerespatch.options import Options
 from largerespatch.techniques.attention.blocked import blocking_of
@@ -176,6 +177,30 @@ def test_maps_are_read_from_ids():
     assert list(maps_of_ids(ids((1, 5))[None])) == [(1, 5)]
     assert list(maps_of_ids(ids((7, 5))[1:])) == []
     assert list(maps_of_ids(ids((7, 5)).flip(0)[:30].roll(3, 0))) == []
+
+
+def test_ids_are_read_once_and_again_when_they_change(monkeypatch):
+    """What is read from a device has the host wait for it."""
+    read = []
+    monkeypatch.setattr(joint_room, "_read", lambda some: read.append(some.shape) or [(len(some), 1)])
+    some = ids((7, 5), (3, 9))
+    for _ in range(3):
+        assert maps_of_ids(some) == [(62, 1)]
+        assert maps_of_ids(some[35:]) == [(27, 1)]  # a part, which pipelines cut out anew every time
+        assert maps_of_ids(some[:35]) == [(35, 1)]
+    assert read == [(62, 3), (27, 3), (35, 3)]
+    some[0] = 3
+    maps_of_ids(some[35:])
+    maps_of_ids(some.clone())
+    assert read[3:] == [(27, 3), (62, 3)]
+    with torch.inference_mode():  # where nobody counts writes
+        given = some.clone()
+        maps_of_ids(given)
+        maps_of_ids(given)
+    assert read[5:] == [(62, 3)] * 2
+    kept = len(joint_room._READ)
+    del some, given
+    assert len(joint_room._READ) < kept  # and ids are not kept
 
 
 def test_arguments_that_are_not_as_said_are_seen():

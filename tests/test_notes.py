@@ -69,6 +69,24 @@ def test_timesteps_of_the_schedule_are_not_read_one_by_one():
     assert note.step == 3 and reads.count == 1
 
 
+def test_where_the_host_would_wait_the_pipelines_own_timestep_counts():
+    """Flux's pipelines, among others, divide a timestep by 1000 on the device, and say which it was. Numbers on torch's
+    meta device cannot be read at all."""
+    scheduler, note, current = DDIMScheduler(), StepNote(), []
+    noting = StepNoting(note, lambda: [scheduler], scheduled=lambda part: 1000 * part, current=lambda: current[-1])
+    scheduler.set_timesteps(9)
+    for step, timestep in enumerate(scheduler.timesteps):
+        current.append(timestep)
+        noting(Denoiser().forward, 0, torch.empty(2, device="meta"))
+        assert note.step == step
+    noting(Denoiser().forward, 0, scheduler.timesteps[3] / 1000)  # which can be read, so it is
+    assert note.step == 3
+    for unknown in (None, scheduler.timesteps[4].clone()):
+        current.append(unknown)
+        with pytest.raises(RuntimeError, match="meta"):
+            noting(Denoiser().forward, 0, torch.empty(2, device="meta"))
+
+
 class Reads(TorchDispatchMode):
     """Counts single numbers that Python asks of tensors."""
 

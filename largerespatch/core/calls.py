@@ -61,6 +61,11 @@ def schedulers_of(pipe: Any) -> list[Any]:
     return [each for each in (named, *others) if each is not None]
 
 
+def current_timestep(pipe: Any) -> Any:
+    """Where a pipeline says that it is among its scheduler's timesteps; None between calls, or if it does not say."""
+    return getattr(pipe, "_current_timestep", None)
+
+
 def guidance_batch(pipe: Any, denoiser: Any) -> int:
     """Samples that a denoiser sees for one image with guidance on."""
     scales = {"guidance_scale", "image_guidance_scale", "pag_scale"} & asked_by(pipe).keys()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..core.calls import (
     PROMPT_TOKENS,
+    current_timestep,
     default_of,
     guidance_batch,
     latent_size,
@@ -50,6 +52,17 @@ class Call:
     def prompt_tokens(self) -> int:
         return int(default_of(self.pipe, "max_sequence_length", PROMPT_TOKENS))
 
+    def adapter_images(self, batch: int) -> list[torch.Tensor]:
+        """For each IP-Adapter one image, as a vector or (where a resampler takes them) as one per patch of CLIP's."""
+        images = []
+        for layer in getattr(getattr(self.model, "encoder_hid_proj", None), "image_projection_layers", ()):
+            if hasattr(layer, "proj_in"):
+                images.append(self.new(batch, 1, 257, layer.proj_in.in_features))
+            else:
+                first = next(each for each in layer.modules() if isinstance(each, nn.Linear))
+                images.append(self.new(batch, 1, first.in_features))
+        return images
+
 
 @register
 class AnyDenoiser(Family):
@@ -69,7 +82,7 @@ class AnyDenoiser(Family):
 
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
         step_note = StepNote()
-        noting = StepNoting(step_note, lambda: schedulers_of(pipe))
+        noting = StepNoting(step_note, partial(schedulers_of, pipe), current=partial(current_timestep, pipe))
         yield Site(model, name, Order.STEP_NOTED, noting)
         yield from attention_sites(model, name, options, step_note, bands_of(options))
         yield from chunk_sites(model, name, options.ff_chunk_size)
@@ -100,7 +113,9 @@ class AnyDenoiser(Family):
         else:
             parts = list(self.predict(call).chunk(call.batch))
         guided = parts[0] + 7.5 * (parts[-1] - parts[0])
-        kept[:, : guided.shape[1]] - guided[:, : kept.shape[1]]
+        # Of the channels that the denoiser is given and of those that it gives, whichever are fewer are of the latent.
+        both = tuple(slice(min(sizes)) for sizes in zip(kept.shape, guided.shape, strict=True))
+        kept[both] - guided[both]
 
     def held(self, stage: str, model: Any, pipe: Any, height: int, width: int) -> list[torch.Tensor]:
         """While the image is decoded, the picture is still there that was looked at in every step."""

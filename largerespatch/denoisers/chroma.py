@@ -7,6 +7,7 @@ from ..core.families import register
 from ..techniques.joint.tokens import BOTH, IMAGE, TEXT, Tokens
 from .any import Call
 from .flux import TAKES, Flux
+from .joint import told_of_adapters
 
 # What `DOUBLE` and `SINGLE` must know the inside of: of which tokens arguments and results have rows. And of the model,
 # that it looks from one token at others in its blocks alone.
@@ -44,4 +45,4 @@ class Chroma(Flux):
             "img_ids": call.new(cells, 3),
             "txt_ids": call.new(tokens, 3),
             "attention_mask": call.new(call.batch, tokens + cells),
-        }
+        } | told_of_adapters(call)

@@ -8,7 +8,7 @@ import torch
 from ..core.families import register
 from ..techniques.joint.tokens import BOTH, IMAGE, TEXT, Size, Tokens
 from .any import Call
-from .joint import Packed, maps_of_ids
+from .joint import Packed, maps_of_ids, told_of_adapters
 
 # What `TOKENS` must know the inside of: of which tokens arguments and results have rows, and their order in attention.
 # And of the model, that it passes tokens on from block to block and keeps none; that ControlNets, too, look from one
@@ -63,7 +63,7 @@ class Flux(Packed):
             "img_ids": call.new(self.tokens(call), 3),
             "txt_ids": call.new(tokens, 3),
             "guidance": call.new(call.batch, dtype=torch.float32) if config.guidance_embeds else None,
-        }
+        } | told_of_adapters(call)
 
 
 @register

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core.bands import Bands
-from ..core.calls import schedulers_of
+from ..core.calls import current_timestep, schedulers_of
 from ..core.checks import warn
 from ..core.families import Order, Site, check_multiple, factor_of, unknown_call
 from ..core.hosts import LEAST_BYTES, Host
@@ -97,7 +98,8 @@ class JointAttention(AnyDenoiser):
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
         if not _is_shared(model):
             note = StepNote()
-            noting = StepNoting(note, lambda: schedulers_of(pipe), self.timestep, self.scheduled)
+            told = partial(schedulers_of, pipe), self.timestep, self.scheduled, partial(current_timestep, pipe)
+            noting = StepNoting(note, *told)
             yield Site(model, name, Order.STEP_NOTED, noting)
             maps = partial(self.maps, model)
             if options.process_group is not None:
@@ -203,10 +205,37 @@ def _packed(call: Call) -> Size:
     return call.latent[0] // 2, call.latent[1] // 2
 
 
+def told_of_adapters(call: Call) -> dict[str, Any]:
+    """What IP-Adapters look at, if the model has any."""
+    images = call.adapter_images(call.batch)
+    return {"joint_attention_kwargs": {"ip_adapter_image_embeds": images}} if images else {}
+
+
+# By ids that are still there: at which version they were read, and the maps of each part of them.
+_READ: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def maps_of_ids(ids: torch.Tensor) -> Sequence[Size]:
-    """The maps of tokens with ids ``[N, 3]`` of which (picture, row, column) each has; none where that is not so."""
+    """The maps of tokens with ids ``[N, 3]`` of which (picture, row, column) each has; none where that is not so.
+
+    Pipelines give the same ids, or a part of them, in every step. They are read anew only if they were written to since:
+    the host has to wait for what it reads from a device.
+    """
     if rehearsing():
         return _ASKED.get()
+    if ids.is_inference():  # nobody knows whether these were written to
+        return _read(ids)
+    base = ids if ids._base is None else ids._base
+    version, known = _READ.get(base, (None, {}))
+    if version != ids._version:
+        version, known = _READ[base] = ids._version, {}
+    part = ids.storage_offset(), ids.shape, ids.stride()
+    if part not in known:
+        known[part] = _read(ids)
+    return known[part]  # type: ignore[no-any-return]
+
+
+def _read(ids: torch.Tensor) -> Sequence[Size]:
     pictures, *places = (ids[0] if ids.ndim == 3 else ids).detach().cpu().unbind(dim=-1)
     lengths = torch.unique_consecutive(pictures, return_counts=True)[1].tolist()
     maps = []

@@ -120,16 +120,8 @@ class UNets(WithSkips):
             width = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
             added = {"text_embeds": call.new(batch, width), "time_ids": call.new(batch, ids)}
         if getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj":
-            layers = call.model.encoder_hid_proj.image_projection_layers
-            added["image_embeds"] = [self._image_embeds(call, layer, batch) for layer in layers]
+            added["image_embeds"] = call.adapter_images(batch)
         return added
-
-    def _image_embeds(self, call: Call, layer: Any, batch: int) -> torch.Tensor:
-        """For one IP-Adapter: one image, as one vector or (where a resampler takes them) as one per patch of CLIP's."""
-        if hasattr(layer, "proj_in"):
-            return call.new(batch, 1, 257, layer.proj_in.in_features)
-        first = next(each for each in layer.modules() if isinstance(each, nn.Linear))
-        return call.new(batch, 1, first.in_features)
 
     def residuals(self, call: Call, conditions: dict[str, Any]) -> dict[str, Any]:
         """What ControlNets or T2I-Adapters add to the U-Net's maps."""

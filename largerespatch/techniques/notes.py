@@ -60,6 +60,12 @@ class Schedule:
         return len(self._distinct) - bisect_right(self._distinct, number)
 
 
+def _known(timestep: Any, schedules: Sequence[Schedule]) -> float | None:
+    """What any of `schedules` knows a timestep to be, without a wait for it."""
+    told = (each.number(timestep) for each in schedules if isinstance(timestep, torch.Tensor))
+    return next((number for number in told if number is not None), None)
+
+
 def _version(timesteps: Any) -> int | None:
     """Changes when a tensor is written to, if anybody knows."""
     return timesteps._version if isinstance(timesteps, torch.Tensor) and not timesteps.is_inference() else None
@@ -70,7 +76,8 @@ class StepNoting:
 
     `schedulers` are asked for at each call, since pipelines let users put in another one at any time. Of several the
     one counts that visits the timestep; without any the timestep is the step. `parameter` tells it, and `scheduled`
-    makes it what the scheduler calls it; it may have been rounded on the way, so the nearest one counts.
+    makes it what the scheduler calls it; it may have been rounded on the way, so the nearest one counts. Where that
+    would have the host wait for a device and the pipeline tells its `current` timestep, as many do, that one counts.
     """
 
     def __init__(
@@ -79,11 +86,13 @@ class StepNoting:
         schedulers: Callable[[], Sequence[Any]],
         parameter: str = "timestep",
         scheduled: Callable[[float], float] | None = None,
+        current: Callable[[], Any] = lambda: None,
     ) -> None:
         self.note = note
         self.schedulers = schedulers
         self.parameter = parameter
         self.scheduled = scheduled
+        self.current = current
         self._known: list[Schedule] = []
 
     def __call__(self, original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
@@ -96,16 +105,21 @@ class StepNoting:
     def _note(self, timestep: Any) -> None:
         visits = (getattr(each, "timesteps", None) for each in self.schedulers())
         self._known = schedules = [self._schedule(each) for each in visits if each is not None]
-        if isinstance(timestep, torch.Tensor):
-            told = (each.number(timestep) for each in schedules)
-            number = next((each for each in told if each is not None), None)
-            timestep = timestep.flatten()[0] if number is None else number
-        number = float(timestep)
-        if self.scheduled is not None and schedules:
-            number = schedules[0].nearest(self.scheduled(number))
+        number = self._number(timestep, schedules)
         visited = (each for each in schedules if each.visits(number))
         schedule = next(visited, schedules[0] if schedules else None)
         self.note.step = int(number) if schedule is None else schedule.step(number)
+
+    def _number(self, timestep: Any, schedules: Sequence[Schedule]) -> float:
+        """A timestep, in the scheduler's unit where there is one."""
+        if isinstance(timestep, torch.Tensor):
+            known = _known(timestep, schedules)
+            current = _known(self.current(), schedules) if known is None and timestep.device.type != "cpu" else None
+            if current is not None:
+                return current
+            timestep = timestep.flatten()[0] if known is None else known
+        number = float(timestep)
+        return schedules[0].nearest(self.scheduled(number)) if self.scheduled is not None and schedules else number
 
     def _schedule(self, timesteps: Any) -> Schedule:
         return next((each for each in self._known if each.is_of(timesteps)), None) or Schedule(timesteps)
