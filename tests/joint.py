@@ -9,6 +9,7 @@ import pytest
 import torch
 from table import TableTests
 from torch.utils._pytree import tree_leaves
+from waits import waits
 
 from conftest import quiet
 from family import ONE_STEP, noise
@@ -21,7 +22,6 @@ from largerespatch.memory.estimate import bare
 from largerespatch.techniques.attention.blocked import Blocking
 from largerespatch.techniques.joint import kept_keys
 from test_patch import fingerprint
-from waits import waits
 
 # 9 by 11 tokens of 16 sample pixels, neither of which tiles of 4 divide.
 HEIGHT, WIDTH = 144, 176

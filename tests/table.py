@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from waits import waits
 
 from conftest import quiet
 from family import CASES, ONE_STEP, SIZE, run
@@ -21,7 +22,6 @@ from largerespatch.techniques.joint.one_call import OneCall
 from largerespatch.techniques.vae.halves import Exact
 from largerespatch.techniques.vae.two_pass import TwoPass
 from test_patch import SMALL, fingerprint
-from waits import waits
 
 EXACT = {"ff_chunk_size": 23, "vae_mode": "exact", "vae_chunk_size_x": 7, "vae_chunk_size_y": 7}
 EXACT |= {"unet_serial": True, "unet_strip_rows": 5, "unet_offload": True}

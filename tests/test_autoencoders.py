@@ -23,6 +23,7 @@ from diffusers.hooks.group_offloading import GroupOffloadingType
 from diffusers.image_processor import VaeImageProcessor
 from products import in_pairs, in_turns
 from test_weights import cpu_as_accelerator, offload_on_a_stream  # noqa: F401  fixtures
+from waits import waits
 
 import halves
 from conftest import quiet
@@ -31,7 +32,6 @@ from largerespatch import LargeResPatch
 from largerespatch.core import calls
 from largerespatch.memory import planner
 from live import LiveBytes, fake
-from waits import waits
 
 EVERY_WAY = (halves.model_offload, halves.sequential_offload, halves.leaf_group_offload)
 

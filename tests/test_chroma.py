@@ -5,10 +5,10 @@ from typing import ClassVar
 import diffusers as d
 import torch
 from joint import HEIGHT, WIDTH, Case, JointTests
+from test_flux import IP, ip_adapter
 
 import tiny
 from family import noise, picture
-from test_flux import IP, ip_adapter
 
 MASK = torch.tensor([[1.0, 1, 1, 1, 0]])
 TEXT = {"prompt_embeds": noise(1, 5, 32), "prompt_attention_mask": MASK}

@@ -5,6 +5,7 @@ import warnings
 from unittest import mock
 
 import pytest
+import test_flux
 import torch
 
 from largerespatch import LargeResPatch
@@ -69,6 +70,9 @@ class Invented:
     def fits(self, stage, height, width, options, room):
         return self.peak(stage, height, width, options) <= room
 
+    def saves(self, stages, option, value):
+        return True
+
     def host_peak(self, stage, height, width, options):
         return self.host if options.unet_offload or options.vae_offload else 0
 
@@ -129,20 +133,36 @@ def test_what_was_given_is_kept():
     assert vae[1] == {"vae_offload": True} and vae[-1] == {"vae_offload": True, "vae_chunk_size_y": 8}
 
 
-def test_what_the_host_has_no_memory_for_is_refused(no_margin, monkeypatch):
+def test_what_the_host_has_no_memory_for_is_done_without_it_or_refused(no_margin, monkeypatch):
     estimator = Invented({"step": fewer, "encode": least, "decode": least}, Options())
     estimator.host = 3 * 2**30
     planning = Planner(estimator, 130, Options(), frozenset())
+    waiting = {"unet_serial": True, "unet_offload": "skips"}
+    assert planning.plan(64, 64).settings == waiting
     assert planning.plan(64, 64).host == estimator.host
     assert "3.00 GiB on the host" in str(planning.plan(64, 64))
     monkeypatch.setattr(planner, "host_bytes", lambda: 2**31)
-    with pytest.raises(
-        planner.DoesNotFitError, match=r"need 3.00 GiB of the host's memory; it has 2.00 GiB"
-    ) as refused:
-        planning.plan(64, 64)
-    assert refused.value.settings == {"unet_serial": True}
+    strips = {"unet_serial": True, "unet_strip_rows": 64, "ff_chunk_size": 4096}
+    assert planning.plan(64, 64).settings == strips
+    assert planning.plan(64, 64).host == 0
+    assert "on the host" not in str(planning.plan(64, 64))
+    whole = Planner(estimator, 130, Options(), frozenset({"unet_strip_rows", "ff_chunk_size", "vae_attn"}))
+    with pytest.raises(planner.DoesNotFitError, match=r"need 3.00 GiB of the host's memory") as refused:
+        whole.plan(64, 64)
+    tiles = {"vae_chunk_size_x": 32, "vae_chunk_size_y": 32}
+    assert refused.value.settings == {"unet_serial": True} | tiles, "all that needs no host"
     monkeypatch.setattr(planner, "host_bytes", lambda: None)  # where it does not say
-    assert planning.plan(64, 64).settings["unet_offload"] == "skips"
+    assert whole.plan(64, 64).settings == waiting
+
+
+def test_what_saves_nothing_is_not_tried():
+    """A transformer of today has no skip connections, no convolutions to run in strips, and runs tile by tile."""
+    pipe = test_flux.pipeline()
+    for model in (pipe.transformer, pipe.vae):
+        model.to("meta")
+    found = Planner(LargeResPatch(pipe, 64, 64)._estimator(bare), 2**40, Options(), frozenset())
+    assert [saver.settings for saver in found.denoiser] == [{}, {"unet_offload": "maps"}]
+    assert found.vae[1].settings == {"vae_offload": True}
 
 
 ON_HOST = {

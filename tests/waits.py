@@ -7,7 +7,6 @@ here. So is what is asked of tensors on two devices at once, of which most fails
 
 import sys
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -32,11 +31,9 @@ def waits(pipe, stage, width, height, **options):
         if isinstance(model, torch.nn.Module):
             model.to("meta")
     models, found = list(families_in(pipe).values()), Counter()
-    with largerespatch.LargeResPatch(pipe, width, height, memory_limit=None, **options):
-        with rehearsal(), torch.no_grad(), as_called(stage, models, pipe), ExitStack() as modes:
-            modes.enter_context(_Calls(found))
-            modes.enter_context(_Operations(found))
-            play(stage, models, pipe, height, width)
+    patch = largerespatch.LargeResPatch(pipe, width, height, memory_limit=None, **options)
+    with patch, rehearsal(), torch.no_grad(), as_called(stage, models, pipe), _Calls(found), _Operations(found):
+        play(stage, models, pipe, height, width)
     return found
 
 

@@ -145,6 +145,10 @@ class Family(ABC):
         """What a pipeline does to `model` for a stage. Yields the bytes by which its weights grow meanwhile."""
         return nullcontext(0)
 
+    def saves(self, option: str, value: Any) -> bool:
+        """Whether a value of an option that concerns `stages` may save memory of these models."""
+        return True
+
     def factor(self, model: Any) -> int | None:
         """Sample pixels per cell that images have to be whole multiples of; None where the model does not say."""
         return None

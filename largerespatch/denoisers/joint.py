@@ -11,7 +11,7 @@ and where it is not as most are: `maps`, `sample`, `predict`, `timestep`, `sched
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -113,6 +113,10 @@ class JointAttention(AnyDenoiser):
             )
         yield from padding_sites(model, name, options.padding_mode)
 
+    def saves(self, option: str, value: Any) -> bool:
+        """Blocks run tile by tile as it is, and no sample or skip connection waits for another."""
+        return self.joins and (option, value) == ("unet_offload", "maps")
+
     def repeated(self, model: nn.Module) -> Iterator[nn.Module]:
         for path in self.kinds(model):
             blocks: Any = model.get_submodule(path)
@@ -212,27 +216,27 @@ def told_of_adapters(call: Call) -> dict[str, Any]:
 
 
 # By ids that are still there: at which version they were read, and the maps of each part of them.
-_READ: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_READ: MutableMapping[torch.Tensor, tuple[int, dict[Any, Sequence[Size]]]] = WeakTensorKeyDictionary()
 
 
 def maps_of_ids(ids: torch.Tensor) -> Sequence[Size]:
     """The maps of tokens with ids ``[N, 3]`` of which (picture, row, column) each has; none where that is not so.
 
-    Pipelines give the same ids, or a part of them, in every step. They are read anew only if they were written to since:
-    the host has to wait for what it reads from a device.
+    Pipelines give the same ids, or a part of them, in every step. They are read anew only if they were written to
+    since: the host has to wait for what it reads from a device.
     """
     if rehearsing():
         return _ASKED.get()
     if ids.is_inference():  # nobody knows whether these were written to
         return _read(ids)
     base = ids if ids._base is None else ids._base
-    version, known = _READ.get(base, (None, {}))
-    if version != ids._version:
-        version, known = _READ[base] = ids._version, {}
+    if base not in _READ or _READ[base][0] != ids._version:
+        _READ[base] = ids._version, {}
+    known = _READ[base][1]
     part = ids.storage_offset(), ids.shape, ids.stride()
     if part not in known:
         known[part] = _read(ids)
-    return known[part]  # type: ignore[no-any-return]
+    return known[part]
 
 
 def _read(ids: torch.Tensor) -> Sequence[Size]:

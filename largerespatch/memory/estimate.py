@@ -75,6 +75,11 @@ class Estimator:
         host = max(self.host_peak(stage, height, width, options) for stage in stages)
         return MemoryEstimate(self.weights, step, encode, decode, self.encodes, host)
 
+    def saves(self, stages: Sequence[str], option: str, value: Any) -> bool:
+        """Whether a value of an option may make any of some stages need less."""
+        families = [family for _, family in self.shadow.models.values() if not set(stages).isdisjoint(family.stages)]
+        return any(family.saves(option, value) for family in families)
+
     def peak(self, stage: str, height: int, width: int, options: Any) -> int:
         """Bytes of one of `STAGES`, beside the weights.
 

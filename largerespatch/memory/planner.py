@@ -153,22 +153,24 @@ class Planner:
         self.options = options
         self.room = limit - margin(limit) - estimator.weights
         stages = ("encode", "decode") if estimator.encodes else ("decode",)
-        self.denoiser = self._ladder(DENOISER_SAVERS, kept)
-        self.vae = self._ladder(VAE_SAVERS[options.vae_mode], kept)
+        self.denoiser = self._ladder(("step",), DENOISER_SAVERS, kept)
+        self.vae = self._ladder(stages, VAE_SAVERS[options.vae_mode], kept)
         # That of the VAE takes less time to count: a refusal comes sooner.
         self._ladders = ((stages, self.vae), (("step",), self.denoiser))
 
-    def _ladder(self, savers: tuple[Saver, ...], kept: frozenset[str]) -> list[Saver]:
+    def _ladder(self, stages: tuple[str, ...], savers: tuple[Saver, ...], kept: frozenset[str]) -> list[Saver]:
         """No saver, the first one, the first two, and so on, of those that may be used and can save anything."""
+
+        def helps(name: str, value: Any) -> bool:
+            leaves = not (name.endswith("_offload") and self.estimator.device.type == HOST)
+            return name not in kept and leaves and self.estimator.saves(stages, name, value)
+
         ladder = [Saver({})]
         for saver in savers:
-            added = {name: value for name, value in saver.settings.items() if name not in kept and self._helps(name)}
+            added = {name: value for name, value in saver.settings.items() if helps(name, value)}
             if added:
                 ladder.append(saver._replace(settings=ladder[-1].settings | added))
         return ladder
-
-    def _helps(self, name: str) -> bool:
-        return not (name.endswith("_offload") and self.estimator.device.type == HOST)
 
     def plan(self, height: int, width: int) -> Plan:
         """For an image of ``height x width`` sample pixels.
@@ -180,32 +182,43 @@ class Planner:
         settings: Settings = {}
         peak = without = host = 0
         for stages, ladder in self._ladders:
-            needs = partial(self._needs, stages, height, width)
-            enough = self._first_that_fits(ladder, needs, partial(self._fits, stages, height, width))
-            if enough == len(ladder):
-                least = self.estimator.weights + needs(ladder[-1].settings)
-                raise DoesNotFitError(
-                    self._refusal(height, width, least), self.denoiser[-1].settings | self.vae[-1].settings
-                )
-            picked = ladder[enough].settings
+            picked = self._pick(stages, ladder, height, width)
             settings = picked | settings
-            peak, without = max(peak, needs(picked)), max(without, needs(ladder[0].settings))
+            peak = max(peak, self._needs(stages, height, width, picked))
+            without = max(without, self._needs(stages, height, width, {}))
             host = max(host, self._needs_of_host(stages, height, width, picked))
-        if host > (there := host_bytes() or host):
-            raise DoesNotFitError(self._host_refusal(height, width, settings, host, there), _staying(settings))
         weights = self.estimator.weights
         return Plan(settings, self.limit, weights + peak, weights + without, host)
 
+    def _pick(self, stages: tuple[str, ...], ladder: Sequence[Saver], height: int, width: int) -> Settings:
+        """What of a ladder to take for some stages: the first that fits, or the first of those without the host, too,
+        where that has no room."""
+        needs = partial(self._needs, stages, height, width)
+        first = partial(self._first_that_fits, needs=needs, fits=partial(self._fits, stages, height, width))
+        picked = first(ladder)
+        if picked is None:
+            least = self.estimator.weights + needs(ladder[-1].settings)
+            message = self._refusal(height, width, least)
+            raise DoesNotFitError(message, self.denoiser[-1].settings | self.vae[-1].settings)
+        needed, there = self._needs_of_host(stages, height, width, picked), host_bytes()
+        if there is None or needed <= there:
+            return picked
+        on_device = first([saver._replace(settings=_staying(saver.settings)) for saver in ladder])
+        if on_device is None:
+            message = self._host_refusal(height, width, picked, needed, there)
+            raise DoesNotFitError(message, _staying(self.denoiser[-1].settings | self.vae[-1].settings))
+        return on_device
+
     def _first_that_fits(
         self, ladder: Sequence[Saver], needs: Callable[[Settings], int], fits: Callable[[Settings], bool]
-    ) -> int:
-        """The place of the first on a ladder that fits, or its length: each needs no more than the one before.
+    ) -> Settings | None:
+        """The first on a ladder that fit, if any do: each needs no more than the one before.
 
         Each count takes time. So the first are where `Saver.leaves` has it, and just before, or else at the end.
         """
         without = needs(ladder[0].settings)
         if without <= self.room:
-            return 0
+            return ladder[0].settings
         above, below, last = 0, len(ladder), len(ladder) - 1  # what does not fit, and what does
         guess = next((i for i, saver in enumerate(ladder) if saver.leaves * without <= self.room), last)
         while below - above > 1:
@@ -215,7 +228,7 @@ class Planner:
             # What the last one needs is told where it is too much.
             enough = needs(settings) <= self.room if tried == last else fits(settings)
             above, below = (above, tried) if enough else (tried, below)
-        return below
+        return ladder[below].settings if below < len(ladder) else None
 
     def _needs(self, stages: tuple[str, ...], height: int, width: int, settings: Settings) -> int:
         """Bytes that the largest of some stages needs, beside the weights."""
