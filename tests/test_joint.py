@@ -1,6 +1,7 @@
 """Blocks of joint-attention transformers tile by tile: the mechanism, and a family that nobody knows."""
 
 from typing import ClassVar
+from unittest import mock
 
 import diffusers as d
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from conftest import quiet
 from family import noise
 from largerespatch import LargeResPatch
+from largerespatch.core import weights
 from largerespatch.core.families import register, unregister
 from largerespatch.core.tilings import Tile
 from largerespatch.denoisers import joint as joint_room
@@ -23,6 +25,7 @@ from largerespatch.options import Options
 from largerespatch.techniques.attention.blocked import blocking_of
 from largerespatch.techniques.joint.blocks import JointBlock, MapsNote
 from largerespatch.techniques.joint.key_source import HALVINGS
+from largerespatch.techniques.joint.passing import Passing
 from largerespatch.techniques.joint.pooled import Keys, PooledMap
 from largerespatch.techniques.joint.tokens import BOTH, IMAGE, TEXT, Maps, Tokens
 from largerespatch.techniques.notes import StepNote
@@ -201,6 +204,18 @@ def test_ids_are_read_once_and_again_when_they_change(monkeypatch):
     kept = len(joint_room._READ)
     del some, given
     assert len(joint_room._READ) < kept  # and ids are not kept
+
+
+def test_what_is_small_takes_no_time_to_find_out_about(monkeypatch):
+    """On a GPU the host has many blocks to ask for, and each look at hooks, weights and arguments adds up."""
+    pipe, arguments = quiet(test_flux.pipeline()), test_flux.TEXT
+    dense = paint(pipe, arguments)
+    for room, name in ((JointBlock, "__call__"), (Passing, "_kept"), (weights, "weights_held")):
+        monkeypatch.setattr(room, name, mock.Mock(side_effect=AssertionError("asked")))
+    with patch(pipe, attn_full_tokens=TOKENS):
+        assert torch.equal(paint(pipe, arguments), dense)
+    with patch(pipe, attn_full_tokens=TOKENS - 1), pytest.raises(AssertionError, match="asked"):
+        paint(pipe, arguments)
 
 
 def test_arguments_that_are_not_as_said_are_seen():

@@ -24,6 +24,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import largerespatch
+from largerespatch.core.patching import PatchStack
+from largerespatch.denoisers import joint
+from largerespatch.techniques import notes
 
 RESULTS = Path(__file__).parent / "results"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -282,9 +285,18 @@ class Cost(NamedTuple):
         return self.attention_flops + self.other_flops
 
 
+@contextmanager
+def values_unread() -> Iterator[None]:
+    """Inside, nobody asks tensors without data which step it is, or where the tokens are."""
+    with PatchStack() as stack:
+        for room in (notes, joint):
+            stack.set(room, "rehearsing", lambda: True, f"{room.__name__}.rehearsing")
+        yield
+
+
 def cost_on_paper(candidate: Candidate) -> Cost:
     """For models and inputs on ``meta``: nothing is computed or allocated, the shapes of the real calls are seen."""
-    with AttentionByFormula() as attention, Arithmetic() as other:
+    with values_unread(), AttentionByFormula() as attention, Arithmetic() as other:
         peak = peak_live_bytes(candidate)
     return Cost(attention.flops, other.flops, peak)
 

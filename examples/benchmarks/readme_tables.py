@@ -306,10 +306,11 @@ def gpu_peaks_table() -> str:
 def gpu_times_table() -> str:
     """Medians, a row for each stage and size, a column for each way."""
     rows = []
-    for model, stage in (("sd15", "step"), ("sdxl", "step"), ("sd15", "decode"), ("sd15", "encode")):
+    cases = list(dict.fromkeys((row["model"], row["stage"]) for row in gpu_rows("times")))
+    for model, stage in sorted(cases, key=lambda case: case[1] != "step"):
         for size in sorted({row["size"] for row in gpu_rows("times")}):
             medians = gpu_medians(model, stage, size)
-            name = f"{MODEL_NAMES[model]}, {stage}"
+            name = f"{ON_GPU[model]}, {stage}"
             cells = (next((medians[way] for way in ways if way in medians), None) for ways in GPU_WAYS.values())
             rows.append([name, f"{size}²", *("" if cell is None else f"{cell:.3f}" for cell in cells)])
     return markdown(("H200, seconds", "image", *GPU_WAYS), rows)

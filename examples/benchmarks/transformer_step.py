@@ -10,7 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,14 +31,13 @@ from _common import (
     prepare,
     print_table,
     ratio_of_medians,
+    values_unread,
     write_json,
 )
 from largerespatch import LargeResPatch
 from largerespatch.core.families import families_in
-from largerespatch.core.patching import PatchStack
 from largerespatch.denoisers import joint
 from largerespatch.memory.estimate import play
-from largerespatch.techniques import notes
 
 GIB, TERA = 2**30, 1e12
 MORE = 2  # blocks of a kind: one with wide bricks, one with tall ones
@@ -106,15 +105,6 @@ def build_pipeline(model: Model, blocks: dict[str, int], device: str = "meta", *
 
 
 # --- on paper -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def values_unread() -> Iterator[None]:
-    """Inside, nobody asks tensors without data which step it is, or where the tokens are."""
-    with PatchStack() as stack:
-        for room in (notes, joint):
-            stack.set(room, "rehearsing", lambda: True, f"{room.__name__}.rehearsing")
-        yield
 
 
 # Puts a patch on a pipeline, or nothing.
@@ -206,7 +196,7 @@ def time_blocks(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             patch = partial(LargeResPatch, pipe, 16 * side, 16 * side, memory_limit=None)
             ways[device] = {"dense": Candidate(call), "in blocks": Candidate(call, partial(patch, **sizes))}
             ways[device]["defaults"] = Candidate(call, patch)  # of which so few tokens are attended whole
-        with values_unread(), joint.asked_for((side, side)):
+        with joint.asked_for((side, side)):
             flops = {name: cost_on_paper(way).flops for name, way in ways["meta"].items()}
         seconds = interleaved(ways["cpu"], options.rounds, clock=options.clock)
         yield {

@@ -39,30 +39,56 @@ def named(part: Callable[[Lab], Iterator[Row]], lab: Lab) -> Iterator[Row]:
 def synchronizations(lab: Lab) -> Iterator[Row]:
     """Places where the host is made to wait for the device: in the parts, and in a denoising loop as the pipeline has
     it, where a scheduler has its own."""
-    pipe, size = lab.pipeline("sd15"), lab.sizes[1]
-    for name, settings in (("step", {}), ("decode", {}), ("decode", {"vae_mode": "exact"})):
-        candidate = stage(pipe, name, size, settings)
+    size = lab.sizes[1]
+    for model, name, settings in (
+        ("sd15", "step", {}),
+        ("sd15", "decode", {}),
+        ("sd15", "decode", {"vae_mode": "exact"}),
+        ("flux", "step", {}),
+    ):
+        candidate = stage(lab.pipeline(model), name, size, settings)
         with candidate.context(), torch.no_grad():
             candidate.run()
-            places = waits(candidate.run) if lab.cuda else {}
-        yield {"stage": name, "settings": settings, "size": size, "waits": places}
-    patched = partial(LargeResPatch, pipe, size, size, memory_limit=None)
-    for way, context in (("unpatched", nullcontext), ("patched", patched)):
-        with context():
-            denoise(lab, pipe, size, 1)
-            counts = [waits(partial(denoise, lab, pipe, size, steps)) if lab.cuda else Counter() for steps in (2, 6)]
-        few, many = counts
-        in_a_step = {place: (count - few[place]) / 4 for place, count in many.items() if count != few[place]}
-        yield {"stage": "denoising", "way": way, "size": size, "waits_in_a_step": in_a_step, "other_waits": few}
+            yield {
+                "model": model,
+                "stage": name,
+                "settings": settings,
+                "size": size,
+                "waits": waits(lab, candidate.run),
+            }
+    for model in ("sd15", "flux"):
+        pipe = lab.pipeline(model)
+        patched = partial(LargeResPatch, pipe, size, size, memory_limit=None)
+        for way, context in (("unpatched", nullcontext), ("patched", patched)):
+            with context():
+                denoise(lab, pipe, size, 1)
+                few, many = (waits(lab, partial(denoise, lab, pipe, size, steps)) for steps in (2, 6))
+            in_a_step = {place: (count - few[place]) / 4 for place, count in many.items() if count != few[place]}
+            row = {"model": model, "stage": "denoising", "way": way, "size": size}
+            yield row | {"waits_in_a_step": in_a_step, "other_waits": few}
 
 
 def denoise(lab: Lab, pipe: Any, size: int, steps: int) -> None:
-    words = torch.zeros(1, 77, pipe.unet.config.cross_attention_dim, device=lab.device, dtype=pipe.unet.dtype)
-    told = {"prompt_embeds": words, "negative_prompt_embeds": words, "output_type": "latent"}
-    pipe(**told, height=size, width=size, num_inference_steps=steps)
+    """A pipeline's own loop, whatever it says of the words."""
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.zeros(1, *shape, device=lab.device, dtype=pipe.vae.dtype)
+
+    if hasattr(pipe, "unet"):
+        width = pipe.unet.config.cross_attention_dim
+        told = {"prompt_embeds": words(77, width), "negative_prompt_embeds": words(77, width)}
+    else:
+        config = pipe.transformer.config
+        told = {"prompt_embeds": words(512, config.joint_attention_dim)}
+        told["pooled_prompt_embeds"] = words(config.pooled_projection_dim)
+    pipe(**told, output_type="latent", height=size, width=size, num_inference_steps=steps)
 
 
-def waits(run: Callable[[], Any]) -> Counter[str]:
+def waits(lab: Lab, run: Callable[[], Any]) -> Counter[str]:
+    """Places where that makes the host wait, and how often."""
+    if not lab.cuda:
+        run()
+        return Counter()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:

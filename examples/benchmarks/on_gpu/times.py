@@ -17,6 +17,11 @@ STEPS: dict[str, tuple[Settings | None, int]] = {
     "patched": ({}, 8192),
     "patched, unet_offload": ({"unet_offload": True, "unet_serial": True, "unet_strip_rows": 64}, 8192),
 }
+TRANSFORMER_STEPS: dict[str, tuple[Settings | None, int]] = {
+    "unpatched": (None, 8192),
+    "patched": ({}, 8192),
+    "patched, unet_offload": ({"unet_offload": "maps"}, 8192),
+}
 PIECES: dict[str, tuple[Settings | None, int]] = {
     "untiled": (None, 4096),
     "diffusers' tiling": (None, 8192),
@@ -28,6 +33,7 @@ PIECES: dict[str, tuple[Settings | None, int]] = {
 COMPARED = (
     ("sd15", "step", STEPS),
     ("sdxl", "step", STEPS),
+    ("flux", "step", TRANSFORMER_STEPS),
     ("sd15", "decode", PIECES),
     ("sd15", "encode", {way: PIECES[way] for way in ("untiled", "diffusers' tiling", "two-pass", "exact")}),
 )

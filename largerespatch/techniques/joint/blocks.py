@@ -99,6 +99,10 @@ class JointBlock:
         self.note, self.step_note, self.layer = note, step_note, layer
         self.bands, self.edges, self.path, self.host = bands, edges, path, host
 
+    def applies(self, *args: object, **kwargs: object) -> bool:
+        """Whether there may be anything to cut up, whatever the step: most calls of most models are small."""
+        return not self.bands.alone or self._is_large(self.note.maps)
+
     # A graph would write every tile out.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -170,8 +174,11 @@ class JointBlock:
         """Whether the block may write over the tokens that it changes."""
         return self.note.passing is not None and self.note.passing.is_free(given)
 
+    def _is_large(self, maps: Maps) -> bool:
+        return bool(maps) and maps.areas[0] > self.blocking.full_tokens
+
     def _cover(self, maps: Maps) -> Sequence[Tile]:
-        if not maps or maps[0][0] * maps[0][1] <= self.blocking.full_tokens:
+        if not self._is_large(maps):
             return ()
         return self.blocking.cover(*maps[0], (self.layer + self.step_note.step) % PHASES)
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,22 +22,25 @@ class Passing:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._given: set[int] | None = None
+        self._given: set[int] = set()
+        self._alone: Callable[[], bool] = lambda: False
 
     def begin(self, forward: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
         """A call of the model, by its `forward`."""
-        alone = not torch.is_grad_enabled() and not self._kept() and self._is_upstreams(forward)
         leaves = (each for each in tree_leaves(dict(arguments)) if isinstance(each, torch.Tensor))
-        self._given = {_memory(each) for each in leaves} if alone else None
+        self._given = {_memory(each) for each in leaves}
+        followed = torch.is_grad_enabled()
+        # Hooks of a large model take time to look at, which calls that need no blocks do not ask for.
+        self._alone = cache(lambda: not followed and not self._kept() and self._is_upstreams(forward))
 
     @property
     def alone(self) -> bool:
         """Whether nobody but the next block sees what is made in the call."""
-        return self._given is not None
+        return self._alone()
 
     def is_free(self, tensor: torch.Tensor) -> bool:
         """Whether a block that is given `tensor` may write over it: not what the caller gave, or has kept."""
-        if self._given is None:
+        if not self.alone:
             return False
         return tensor.passing if isinstance(tensor, Map) else _memory(tensor) not in self._given
 
