@@ -29,12 +29,16 @@ EXACT |= {"unet_serial": True, "unet_strip_rows": 5, "unet_offload": True}
 _drawn = {}  # by case: shared, since every test leaves its pipeline as it was
 
 
+def transformers():
+    """What is asked of each family of transformers in which text and image attend to one another."""
+    rooms = sorted(path for path in Path(__file__).parent.glob("test_*.py") if "(JointTests)" in path.read_text())
+    kinds = [kind for path in rooms for kind in vars(import_module(path.stem)).values() if hasattr(kind, "family")]
+    return list(dict.fromkeys(kind for kind in kinds if hasattr(kind, "cases")))
+
+
 def listed():
     """The names of all pipelines that are asked, by their families."""
-    rooms = [path for path in Path(__file__).parent.glob("test_*.py") if "(JointTests)" in path.read_text()]
-    kinds = [kind for path in rooms for kind in vars(import_module(path.stem)).values() if hasattr(kind, "family")]
-    joint = {f"{kind.family}: {name}" for kind in kinds if hasattr(kind, "cases") for name in kind.cases}
-    return joint | set(CASES)
+    return {f"{kind.family}: {name}" for kind in transformers() for name in kind.cases} | set(CASES)
 
 
 def cut(calls):

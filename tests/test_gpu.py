@@ -1,13 +1,16 @@
 """What only CUDA can show: streams, pinned memory, the allocator, offloading that moves weights, half precision."""
 
+import functools
 import gc
+import warnings
 
 import pytest
 import test_flux
 import torch
 import torch.nn.functional as F
 from diffusers.hooks import apply_group_offloading
-from joint import CLOSE, error, paint, patch
+from joint import ALL, CLOSE, error, paint, patch
+from table import transformers
 from test_attention import attention, blocked
 from torch.utils._pytree import tree_map_only
 
@@ -24,13 +27,14 @@ from largerespatch.denoisers import unet as unet_room
 from largerespatch.techniques.attention import tile_attention as tile_room
 from largerespatch.techniques.attention.blocked import Blocking
 from largerespatch.techniques.attention.key_runs import _attend, _attend_plainly
-from largerespatch.techniques.joint import host_attention
+from largerespatch.techniques.joint import ends, host_attention, kept_keys
 from test_patch import SMALL, image
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
+OURS = "/largerespatch/"
 STATISTICS_MATTER = {"block_out_channels": (32, 32, 64, 64)}
 
 
@@ -213,6 +217,58 @@ def test_a_transformer_with_its_maps_on_the_host_is_that_of_the_device(case, hel
     expected = drawn()
     for _ in range(3):
         assert error(drawn(unet_offload="maps"), expected) < CLOSE
+
+
+TRANSFORMERS = pytest.mark.parametrize("kind", transformers(), ids=lambda kind: kind.family)
+
+
+@TRANSFORMERS
+def test_a_transformer_is_that_of_the_host(kind, monkeypatch):
+    """With all tokens as context and not all of them looked at at once; and with few cells of a vast map."""
+    monkeypatch.setattr(ends, "ENOUGH", 30)
+    case = next(iter(kind.cases.values()))
+    pipe = quiet(case.build())
+    told = tree_map_only(torch.Tensor, torch.Tensor.cuda, case.arguments)
+    with patch(pipe, attn_context=24), monkeypatch.context() as vast:
+        vast.setattr(kept_keys, "VAST", 1)
+        expected = paint(pipe, case.arguments)
+    pipe.to("cuda")
+    dense = paint(pipe, told)
+    with patch(pipe, attn_context=ALL, memory_limit=None):
+        assert error(paint(pipe, told), dense) < CLOSE
+    with patch(pipe, attn_context=24, memory_limit=None), monkeypatch.context() as vast:
+        vast.setattr(kept_keys, "VAST", 1)
+        assert error(paint(pipe, told).cpu(), expected) < 10 * CLOSE
+
+
+@pytest.mark.parametrize("vast", [False, True])
+@TRANSFORMERS
+def test_a_transformers_steps_wait_for_nothing(kind, vast, monkeypatch):
+    """But for timesteps, where the pipeline does not say which one it is at. What is read once is read in the first."""
+    monkeypatch.setattr(kept_keys, "VAST", 1 if vast else 10**6)
+    case = next(iter(kind.cases.values()))
+    pipe = quiet(case.build()).to("cuda")
+    told, original, calls = tree_map_only(torch.Tensor, torch.Tensor.cuda, case.arguments), [], []
+
+    @functools.wraps(pipe.transformer.forward)
+    def watched(*args, **kwargs):
+        calls.append(True)
+        torch.cuda.set_sync_debug_mode("warn" if len(calls) > 2 else "default")  # guidance may be in two calls
+        try:
+            return original[0](*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with warnings.catch_warnings(record=True) as caught, patch(pipe, attn_context=24, memory_limit=None):
+        warnings.simplefilter("always")
+        original.append(pipe.transformer.forward)
+        with monkeypatch.context() as watching:
+            watching.setitem(vars(pipe.transformer), "forward", watched)
+            paint(pipe, told, num_inference_steps=4)
+    waits = {each.filename for each in caught if "synchroniz" in str(each.message) and OURS in each.filename}
+    known = {entry.split(", ")[1].split(":")[0] for entry in kind.waits} | {"techniques/notes.py"}
+    assert len(calls) > 2
+    assert {path.split(OURS)[1] for path in waits} <= known
 
 
 @pytest.mark.parametrize("mode", ["two-pass", "exact"])
