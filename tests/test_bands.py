@@ -507,7 +507,7 @@ FAULTS = {  # where one process fails, and where another one meets that
 @pytest.mark.parametrize("how", FAULTS)
 def test_the_others_of_a_process_that_fails_end_with_an_error_that_says_where(how):
     where, meets = FAULTS[how]
-    (said, left), failed = processes.alone(fault, 2, 2, how, where)
+    (said, left), failed = processes.alone(fault, 2, 5, how, where)
     expected = f"rank 0 of 2, at unet.{meets}: no answer from the others; another rank has probably failed, see its log"
     assert said == expected
     assert left == []
