@@ -212,7 +212,7 @@ class Planner:
     def _first_that_fits(
         self, ladder: Sequence[Saver], needs: Callable[[Settings], int], fits: Callable[[Settings], bool]
     ) -> Settings | None:
-        """The first on a ladder that fit, if any do: each needs no more than the one before.
+        """The first on a ladder that fits, if any does: each needs no more than the one before.
 
         Each count takes time. So the first are where `Saver.leaves` has it, and just before, or else at the end.
         """

@@ -138,10 +138,10 @@ class JointBlock:
                 call = OneCall(called, bound.arguments, self.block, tokens, here, texts, host, free)
                 result = call.run(self._source(call, band, cover, host))
                 return call.joined(result, band) if self.edges.joins else result
-        except NotMetError:
+        except NotMetError as error:
             processors = {type(each.processor).__name__ for each in self.block.modules() if hasattr(each, "processor")}
             named = ", ".join(sorted(processors)) or "attention of its own"
-            why = f" with {named} does not hand the keys of all tokens to scaled_dot_product_attention"
+            why = f" with {named} {error}"
             self._check_whole(band, why)
             self._warn_of_whole(why)
         return original(*args, **kwargs)
@@ -163,7 +163,7 @@ class JointBlock:
         pieces = Each(call.maps.piece, cover)
         if host is not None:
             return HostSources(host, pieces, call.maps, self.blocking.context)
-        return KeySources(pieces, call.maps, call.others, call.tokens.text_first, self.blocking.context)
+        return KeySources(pieces, call.maps, self.blocking.context)
 
     def _check_whole(self, band: Band, why: str) -> None:
         """Sees that a block that cannot run in pieces has all tokens."""

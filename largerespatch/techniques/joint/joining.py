@@ -58,6 +58,11 @@ class Attending:
         """How many keys there are beside those of the image; none in attention to that alone."""
         return int(self.part("key", self.other_keys).shape[2])
 
+    @property
+    def texts(self) -> int:
+        """How many queries are of text; none in attention of the image alone."""
+        return int(self.part("query", self.text).shape[2])
+
     def holding(self, parts: Iterable[torch.Tensor], count: int) -> "Attending":
         """The same call with these queries, keys and values, of so many tokens of the image; others are as they were.
 
@@ -121,9 +126,11 @@ class Attending:
         return replace(self, given=self.given | dict(zip(_SHARES, some, strict=True)))
 
     def nothing(self) -> torch.Tensor:
-        """What has the shape of the result."""
+        """What has the shape of the result, and lies token after token as that of torch's kernels does."""
         value: torch.Tensor = self.given["value"]
-        return value.new_zeros(*self.given["query"].shape[:-1], value.shape[-1])
+        (batch, heads, count, _), channels = self.given["query"].shape, value.shape[-1]
+        strides = count * heads * channels, channels, heads * channels, 1
+        return value.new_empty_strided((batch, heads, count, channels), strides).zero_()
 
     def part(self, name: str, rows: Rows) -> torch.Tensor:
         """Some rows of ``"query"``, ``"key"`` or ``"value"``, ``[B, heads, n, C]``."""
@@ -211,9 +218,9 @@ def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class Joining(TorchFunctionMode):
     """Gives the first `attentions` calls of ``F.scaled_dot_product_attention`` to `do`, with their places among them.
 
-    Those that attend to `image` tokens alone, or to text besides, whose rows are `before` or after them, and to as many
-    keys `between` these; others (to pictures that are told in words of their own) are none of ours. Of heads' keys all
-    but one of `copies` are left out.
+    Those that attend to `image` tokens alone, or to so many keys `beside` them, or to text, whose rows are before or
+    after them, and to as many keys `between` these; others (to pictures that are told in words of their own) are none
+    of ours. `met` counts them all. Of heads' keys all but one of `copies` are left out.
     """
 
     def __init__(
@@ -224,6 +231,7 @@ class Joining(TorchFunctionMode):
         text: int,
         text_first: bool,
         between: int = 0,
+        beside: int = 0,
         copies: int = 1,
     ) -> None:
         super().__init__()
@@ -232,6 +240,7 @@ class Joining(TorchFunctionMode):
         self.places = {  # by the numbers of queries and keys
             (image + text, image + text + between): (start, start_of_keys),
             (image, image): (0, 0),
+            (image, image + beside): (0, 0),
         }
         self.image = image
 
@@ -239,13 +248,15 @@ class Joining(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or self.met == self.attentions:
+        if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         given = dict(zip(PARAMETERS, args, strict=False)) | kwargs
         place = self.places.get((given["query"].shape[-2], given["key"].shape[-2]))
         if given["key"].ndim != 4 or place is None:
             return func(*args, **kwargs)
         self.met += 1
+        if self.met > self.attentions:
+            return func(*args, **kwargs)
         copies = self.copies if given["key"].shape[1] == given["query"].shape[1] else 1
         given |= {name: given[name][:, ::copies] for name in ("key", "value")}
         image, image_keys = (slice(start, start + self.image) for start in place)

@@ -47,7 +47,7 @@ class KeySource:
         """
         device = attending.given["query"].device
         result = attending.nothing()
-        if text_too and attending.others:
+        if text_too and attending.texts:
             result[:, :, attending.text] = self._of_text(attending)
         halvings = min(HALVINGS, (piece.area // FEWEST).bit_length() - 1)
         parts = piece.parts(max(halvings, 0) if self.pooled else 0)
@@ -137,42 +137,38 @@ def by_tiles(
 
 
 class KeySources:
-    """The attentions of a block that runs on `pieces`, one after another, in a process that has all tokens.
-
-    Keys are of so many `others` and then of the image, or the image's come first, as `text_first` says.
-    """
+    """The attentions of a block that runs on `pieces`, one after another, in a process that has all tokens."""
 
     asks = False  # what queries depend on need not run before all keys are known
 
-    def __init__(self, pieces: Sequence[Piece], maps: Maps, others: int, text_first: bool, context: int) -> None:
-        self.pieces, self.others, self.first = pieces, others, others if text_first else 0
-        self.kept, self.context = KeptMaps(maps, context), context
+    def __init__(self, pieces: Sequence[Piece], maps: Maps, context: int) -> None:
+        self.pieces, self.kept, self.context = pieces, KeptMaps(maps, context), context
         self.sources: list[KeySource] = []
 
     def learn(self, walk: Walk, read: Read) -> None:
+        firsts: list[int] = []  # of each attention, where the keys of the image begin
         memory: list[torch.Tensor] = []
 
         def compute(piece: Piece, own: torch.Tensor) -> list[torch.Tensor]:
-            return [attending.given[name] for attending in walk(piece, own) for name in ("key", "value")]
+            met = walk(piece, own)
+            firsts.extend([] if firsts else (attending.image_keys.start for attending in met))
+            return [attending.given[name] for attending in met for name in ("key", "value")]
 
         def put(piece: Piece, parts: Sequence[torch.Tensor]) -> None:
             if not memory:
-                memory.extend(self.kept.empty(part, self.others) for part in parts)
-            for kept, part in zip(memory, parts, strict=True):
-                self._put(kept, piece, part)
+                memory.extend(self.kept.empty(part, part.shape[2] - piece.area) for part in parts)
+            for i, (kept, part) in enumerate(zip(memory, parts, strict=True)):
+                self._put(kept, piece, part, firsts[i // 2])
 
         assemble(self.pieces, compute, place=lambda piece: piece, into=Putting(put), read=read)
-        pairs = zip(memory[0::2], memory[1::2], strict=True)
-        self.sources = [KeySource(*each, self.kept, self.first, self.context) for each in pairs]
+        each = zip(memory[0::2], memory[1::2], firsts, strict=True)
+        self.sources = [KeySource(keys, values, self.kept, first, self.context) for keys, values, first in each]
 
-    def _put(self, kept: torch.Tensor, piece: Piece, part: torch.Tensor) -> None:
-        """Keys or values of a piece, and of the others if they are there: not in attention to the image alone."""
-        there, area = part.shape[2] > piece.area, self.kept.sizes.area
-        first = self.first if there else 0
-        self.kept.put(kept[:, :, self.first : self.first + area], piece, part[:, :, first : first + piece.area])
-        if there:
-            kept[:, :, : self.first] = part[:, :, :first]
-            kept[:, :, self.first + area :] = part[:, :, first + piece.area :]
+    def _put(self, kept: torch.Tensor, piece: Piece, part: torch.Tensor, first: int) -> None:
+        """Keys or values of a piece, which come after so many others, and these, and what comes last."""
+        area = self.kept.sizes.area
+        self.kept.put(kept[:, :, first : first + area], piece, part[:, :, first : first + piece.area])
+        kept[:, :, :first], kept[:, :, first + area :] = part[:, :, :first], part[:, :, first + piece.area :]
 
     def of(self, pieces: Sequence[Piece]) -> Iterator[None]:
         return (None for _ in pieces)

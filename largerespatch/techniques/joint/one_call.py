@@ -44,7 +44,7 @@ class Sources(Protocol):
 
 
 class NotMetError(Exception):
-    """A block did not attend as it should."""
+    """A block did not attend as it should, and in what."""
 
 
 class _Left(Exception):  # noqa: N818  nothing is wrong
@@ -71,8 +71,7 @@ class OneCall:
     ) -> None:
         self.called, self.arguments, self.tokens, self.texts = called, arguments, tokens, texts
         self.block, self.maps, self.free = block, maps, free
-        self.attentions, self.copies = tokens.attentions(block), tokens.copies(block)
-        self.others = texts + tokens.keys_between  # keys that are not of the image
+        self.attentions, self.copies = tokens.attentions(block, arguments), tokens.copies(block)
         self.host = host if tokens.ahead == 0 else None
 
     def run(self, source: Sources) -> Any:
@@ -163,11 +162,14 @@ class OneCall:
         """What the block makes of a piece's `own` tokens and the text, with its attentions done by `do`."""
         others = {name: value for name, value in self.arguments.items() if name != self.tokens.changes}
         given = self.tokens.cut(others, self._places(piece)) | {self.tokens.changes: own}
-        order = self.texts, self.tokens.text_first, self.tokens.keys_between, self.copies
+        beside = self.tokens.keys_beside(self.arguments)
+        order = self.texts, self.tokens.text_first, self.tokens.keys_between, beside, self.copies
         with Joining(do, self.attentions, piece.area, *order) as joining:
             result = self.called(given)
         if joining.met < self.attentions:
-            raise NotMetError
+            raise NotMetError("does not hand the keys of all tokens to scaled_dot_product_attention")
+        if joining.met > self.attentions:
+            raise NotMetError("attends to all tokens more often than is known of it")
         return result
 
     def _walk(self, piece: Piece, own: torch.Tensor) -> list[Attending]:

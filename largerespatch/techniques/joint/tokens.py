@@ -117,14 +117,15 @@ class Tokens:
             The first is what the block changes.
         gives: likewise for what the block returns. A result of text may be None.
         text_first: whether text comes before the image in what has rows of both, attention's keys among it.
-        attentions: how many attentions to all of the image there are in a block, one after another. What a later one
-            is given must not depend on what an earlier one gave.
+        attentions: how many attentions to all of the image there are in a block, given the arguments of a call, one
+            after another. What a later one is given must not depend on what an earlier one gave.
         idle: paths of modules in a block that no queries, keys and values depend on and whose results may be what they
             are given, for all that follows. Where these alone are wanted they do not run.
         asking: likewise of modules that queries depend on, but no keys and values.
         ahead: tokens that come before the image's in what has rows of these, and go with every tile as text does. They
             ask nothing in those attentions.
         keys_between: keys, in these attentions, between those of the text and those of the image.
+        keys_beside: how many keys there are after those of the image in attentions of the image alone, if in any.
         references: whether the tokens of references are there, too.
         copies: to how many heads side by side a block gives the same keys, where it gives each head its own.
     """
@@ -132,11 +133,12 @@ class Tokens:
     takes: Mapping[str, Any]
     gives: Any
     text_first: bool
-    attentions: Callable[[nn.Module], int] = lambda block: 1
+    attentions: Callable[[nn.Module, Mapping[str, Any]], int] = lambda block, arguments: 1
     idle: Sequence[str] = ()
     asking: Sequence[str] = ()
     ahead: int = 0
     keys_between: int = 0
+    keys_beside: Callable[[Mapping[str, Any]], int] = lambda arguments: 0
     references: bool = True
     copies: Callable[[nn.Module], int] = lambda block: 1
 
