@@ -148,6 +148,7 @@ CALLS = {
     "Flux: ControlNet": test_flux.TestFlux.cases["ControlNet"],
     "Flux: IP-Adapter": test_flux.TestFlux.cases["IP-Adapter"],
     "Stable Diffusion 3": test_sd3.TestStableDiffusion3.cases["3.5 medium"],
+    "Stable Diffusion 3: IP-Adapter": test_sd3.TestStableDiffusion3.cases["3.5 medium, IP-Adapter"],
     "AuraFlow": test_auraflow.TestAuraFlow.cases["text"],
     "Lumina 2": test_lumina2.TestLumina2.cases["two pictures"],
     "Krea 2": test_krea2.TestKrea2.cases["texts of different lengths"],

@@ -44,6 +44,7 @@ CASES = {
     "IP-Adapter": test_flux.TestFlux.cases["IP-Adapter"],
     "ControlNet": test_flux.TestFlux.cases["ControlNet"],
     "two attentions": test_sd3.TestStableDiffusion3.cases["3.5 medium"],
+    "attention to pictures, too": test_sd3.TestStableDiffusion3.cases["3.5 medium, IP-Adapter"],
     "masks": test_qwen_image.TestQwenImage.cases["texts of different lengths"],
     "masks of both": test_hunyuan_image.TestHunyuanImage.cases["texts of different lengths"],
     "one stream": test_chroma.TestChroma.cases["a mask of truths"],
