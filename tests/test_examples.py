@@ -576,9 +576,11 @@ def test_the_gpu_script_in_its_small_form(run, tmp_path, capsys):
     out = tmp_path / "gpu.json"
     common = ["--small", "--device", "cpu", "--minutes", 1, "--out", out]
     run(BENCHMARKS / "gpu.py", *common, "--parts", "kernels")
-    run(BENCHMARKS / "gpu.py", *common, "--parts", "peaks")
+    run(BENCHMARKS / "gpu.py", *common, "--parts", "peaks", "tests")
     parts = json.loads(out.read_text())["parts"]
-    assert set(parts) == {"kernels", "peaks"}, "rows of other parts are kept"
+    assert set(parts) == {"kernels", "peaks", "tests"}, "rows of other parts are kept"
+    (tests,) = parts.pop("tests")["rows"]
+    assert tests["status"] == 0, tests["output"]
     for part in parts.values():
         assert part["rows"] and not any("error" in row for row in part["rows"])
         assert part["environment"]["device"] == "cpu"
