@@ -98,8 +98,8 @@ class JointAttention(AnyDenoiser):
     def sites(self, model: Any, name: str, options: Any, pipe: Any) -> Iterator[Site]:
         if not _is_shared(model):
             note = StepNote()
-            told = partial(schedulers_of, pipe), self.timestep, self.scheduled, partial(current_timestep, pipe)
-            noting = StepNoting(note, *told)
+            schedulers, current = partial(schedulers_of, pipe), partial(current_timestep, pipe)
+            noting = StepNoting(note, schedulers, self.timestep, self.scheduled, current)
             yield Site(model, name, Order.STEP_NOTED, noting)
             maps = partial(self.maps, model)
             if options.process_group is not None:

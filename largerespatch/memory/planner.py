@@ -195,18 +195,16 @@ class Planner:
         where that has no room."""
         needs = partial(self._needs, stages, height, width)
         first = partial(self._first_that_fits, needs=needs, fits=partial(self._fits, stages, height, width))
-        picked = first(ladder)
+        picked, everything = first(ladder), self.denoiser[-1].settings | self.vae[-1].settings
         if picked is None:
             least = self.estimator.weights + needs(ladder[-1].settings)
-            message = self._refusal(height, width, least)
-            raise DoesNotFitError(message, self.denoiser[-1].settings | self.vae[-1].settings)
+            raise DoesNotFitError(self._refusal(height, width, least), everything)
         needed, there = self._needs_of_host(stages, height, width, picked), host_bytes()
         if there is None or needed <= there:
             return picked
         on_device = first([saver._replace(settings=_staying(saver.settings)) for saver in ladder])
         if on_device is None:
-            message = self._host_refusal(height, width, picked, needed, there)
-            raise DoesNotFitError(message, _staying(self.denoiser[-1].settings | self.vae[-1].settings))
+            raise DoesNotFitError(self._host_refusal(height, width, picked, needed, there), _staying(everything))
         return on_device
 
     def _first_that_fits(

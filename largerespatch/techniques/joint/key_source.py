@@ -147,22 +147,23 @@ class KeySources:
 
     def learn(self, walk: Walk, read: Read) -> None:
         firsts: list[int] = []  # of each attention, where the keys of the image begin
-        memory: list[torch.Tensor] = []
+        memory: list[list[torch.Tensor]] = []  # of each its keys and values
 
-        def compute(piece: Piece, own: torch.Tensor) -> list[torch.Tensor]:
+        def compute(piece: Piece, own: torch.Tensor) -> list[list[torch.Tensor]]:
             met = walk(piece, own)
             firsts.extend([] if firsts else (attending.image_keys.start for attending in met))
-            return [attending.given[name] for attending in met for name in ("key", "value")]
+            return [[attending.given["key"], attending.given["value"]] for attending in met]
 
-        def put(piece: Piece, parts: Sequence[torch.Tensor]) -> None:
+        def put(piece: Piece, parts: Sequence[Sequence[torch.Tensor]]) -> None:
             if not memory:
-                memory.extend(self.kept.empty(part, part.shape[2] - piece.area) for part in parts)
-            for i, (kept, part) in enumerate(zip(memory, parts, strict=True)):
-                self._put(kept, piece, part, firsts[i // 2])
+                memory.extend([self.kept.empty(part, part.shape[2] - piece.area) for part in pair] for pair in parts)
+            for first, kept, pair in zip(firsts, memory, parts, strict=True):
+                for rows, part in zip(kept, pair, strict=True):
+                    self._put(rows, piece, part, first)
 
         assemble(self.pieces, compute, place=lambda piece: piece, into=Putting(put), read=read)
-        each = zip(memory[0::2], memory[1::2], firsts, strict=True)
-        self.sources = [KeySource(keys, values, self.kept, first, self.context) for keys, values, first in each]
+        each = zip(memory, firsts, strict=True)
+        self.sources = [KeySource(keys, values, self.kept, first, self.context) for (keys, values), first in each]
 
     def _put(self, kept: torch.Tensor, piece: Piece, part: torch.Tensor, first: int) -> None:
         """Keys or values of a piece, which come after so many others, and these, and what comes last."""
